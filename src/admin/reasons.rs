@@ -1,0 +1,66 @@
+//! What each drop reason means, and what usually mends it.
+//!
+//! Owns the words for people; the names are the engine's. A name that is not here is shown without words.
+
+/// One line on a drop reason: what happened, and the usual fix.
+pub fn explain(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "no_route" => "no node has the destination in its subnets: check the destination, or the node list",
+        "packet_too_big" => {
+            "larger than the path to the peer: the sender was told; if it goes on, let ICMP through, or lower `mtu`"
+        }
+        "malformed_packet" => "an application sent something that is no valid IP packet: look at raw-socket users here",
+        "multicast" => {
+            "multicast and broadcast do not cross the mesh: use unicast (mDNS, DHCP and the like stay local)"
+        }
+        "unknown_source" => {
+            "a datagram from an address that is no member's: a node missing from the list, NAT between nodes, or a \
+             stranger (let only nodes reach the port)"
+        }
+        "truncated_datagram" => "too short for its headers: something other than VXLAN sends to the port",
+        "bad_vxlan_header" => "no VXLAN (RFC 7348): something else sends to the port, or a peer is misconfigured",
+        "wrong_vni" => "another VXLAN network: give all nodes the same `vni`",
+        "bad_inner_mac" => {
+            "for another VTEP's MAC: a kernel peer's FDB or ARP entry is stale, or `mac` in the nodes-file is wrong"
+        }
+        "inner_not_ip" => "neither IPv4 nor IPv6 inside (ARP, for one): mesh0 is layer 3; give kernel peers static ARP",
+        "bad_inner_packet" => "the packet inside is damaged: look for a faulty NIC offload at the sender",
+        "inner_source_not_allowed" => {
+            "the packet inside comes from an address that is not its sender's: correct that node's `subnets`, or \
+             masquerade there"
+        }
+        "inner_destination_not_ours" => {
+            "the packet inside is for another node: the sender's node list is older than ours, or differs"
+        }
+        "udp_send_failed" => {
+            "the kernel refused the datagram: check the underlay's route and the firewall's output rules"
+        }
+        "udp_buffer_full" => "the send queue was full: the underlay is slower than the traffic",
+        "tun_write_failed" => "the kernel refused the packet: check that the TUN device is up",
+        "udp_queue_overflow" => {
+            "the kernel's receive queue overflowed: raise net.core.rmem_max and restart meshd, or give it more CPU"
+        }
+        "tun_queue_overflow" => {
+            "the TUN queue overflowed: applications send faster than meshd may run; give it more CPU"
+        }
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_reasons_have_one_line_and_others_none() {
+        let known = "no_route packet_too_big malformed_packet multicast unknown_source truncated_datagram \
+            bad_vxlan_header wrong_vni bad_inner_mac inner_not_ip bad_inner_packet inner_source_not_allowed \
+            inner_destination_not_ours udp_send_failed udp_buffer_full tun_write_failed udp_queue_overflow \
+            tun_queue_overflow";
+        for reason in known.split_whitespace() {
+            let line = explain(reason).unwrap_or_else(|| panic!("{reason} has no words"));
+            assert!(!line.contains('\n') && line.len() < 160, "{reason}: {line}");
+        }
+        assert_eq!(explain("from_the_future"), None);
+    }
+}
