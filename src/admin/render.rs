@@ -111,7 +111,7 @@ pub fn stats(stats: &StatsView, before: Option<Before<'_, StatsView>>, look: Loo
     if stats.partial_csum_in > 0 || look.all {
         let _ = writeln!(
             out,
-            "{} packets came with an unfinished checksum from a kernel VXLAN device, and were finished.",
+            "\nUnfinished checksums from kernel VXLAN devices, handed on to be finished: {}",
             units::count(stats.partial_csum_in)
         );
     }

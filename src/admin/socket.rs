@@ -80,6 +80,9 @@ pub struct AdminSocket {
 
 impl AdminSocket {
     /// Makes the socket. Needs no runtime, so that it can happen before privileges are dropped.
+    ///
+    /// Two processes that start in the same instant may both find a stale file, and the later one then has the name:
+    /// whoever must exclude that takes its lock (for meshd, the one on the data port) first.
     pub fn bind(options: &SocketOptions) -> Result<Self, BindError> {
         let path = &options.path;
         let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -248,7 +248,8 @@ impl Screen {
     fn frame(&self, document: &impl Serialize, text: impl Fn() -> String) -> anyhow::Result<()> {
         match (self.json, self.terminal) {
             (true, _) => self.print(document, text),
-            (false, true) => self.write(format_args!("\x1b[H\x1b[2J{}", text())),
+            // Overwritten in place and only then cleared below: clearing first would flicker.
+            (false, true) => self.write(format_args!("\x1b[H{}\x1b[J", text().replace('\n', "\x1b[K\n"))),
             (false, false) => self.write(format_args!("{}\n", text())),
         }
     }
