@@ -1,1 +1,17 @@
-//! engine
+//! The packet engine: bytes in, bytes and decisions out.
+//!
+//! [`outbound`] is the journey TUN → UDP, [`inbound`] is UDP → TUN; each is told in order in its file. Both work on
+//! buffers that the caller owns and name what is to be sent as places in them, so that payload is never copied. The
+//! engine knows no socket, no clock and no thread; whoever drives it hands it the time.
+
+#![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+pub mod classify;
+pub mod coalesce;
+pub mod drop;
+pub mod inbound;
+pub mod outbound;
+pub mod segment;
+pub mod stats;
+pub mod tables;
+pub mod tx_batch;

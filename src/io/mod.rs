@@ -1,1 +1,9 @@
-//! io
+//! The shell around the engine: owns descriptors, threads and the time.
+//!
+//! A [`worker`] is one thread that owns one TUN queue and its own sockets, and runs each batch to completion. [`plain`] is
+//! the same engine over tokio and tokio-tun, for where offloads are refused. What a packet means is `engine`'s.
+
+pub mod plain;
+pub mod tun;
+pub mod udp;
+pub mod worker;

@@ -1,1 +1,16 @@
-//! sys
+//! The only unsafe code: system calls that no library wraps, each behind a safe function that argues for it.
+//!
+//! Knows no policy: which options are set, and what an error means, is `io`'s.
+
+#![allow(unsafe_code)]
+
+pub mod poll;
+pub mod tun;
+pub mod udp;
+
+use std::io;
+
+/// The result of a system call: −1 means that `errno` says why.
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}

@@ -1,0 +1,496 @@
+//! Joining consecutive segments of a flow into a super-packet, so that the kernel's stack is walked once for many.
+//!
+//! The rules are those of the kernel's own GRO (`tcp_gro_receive`, `udp_gro_receive`, `inet_gro_receive`,
+//! `ipv6_gro_receive`): what is joined can be cut again into the very same packets. Nothing is copied: the first segment's
+//! headers are changed where they lie, further payloads are named by their places.
+//!
+//! A packet never overtakes another of its flow: it joins the last unit of its flow or starts a new one behind it.
+
+use zerocopy::{FromBytes, IntoBytes};
+
+use super::classify;
+use super::segment::{self, Gso, Segmenter};
+use super::tables::PeerIndex;
+use super::tx_batch::Piece;
+use crate::wire::checksum::Sum;
+use crate::wire::ip::{self, Packet, protocol};
+use crate::wire::transport::{self, Tcp, Udp, flags};
+use crate::wire::vnet_hdr::{self, VnetHdr};
+
+/// Payloads that one unit joins at most. The kernel takes 64 datagrams of UDP (`UDP_GRO_CNT_MAX`) and any number of TCP
+/// segments that fit 64 KiB.
+const MAX_TCP_SEGMENTS: u16 = 128;
+const MAX_UDP_SEGMENTS: u16 = 64;
+/// Slots of the flow table; a collision costs a join, not an order.
+const FLOW_SLOTS: usize = 512;
+
+/// What the TUN device takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Accepts {
+    /// TCP super-packets and packets without checksum: there is an offload header.
+    pub tso: bool,
+    /// UDP super-packets.
+    pub uso: bool,
+}
+
+/// What one write to the TUN device carries: a packet, or segments that were joined.
+#[derive(Debug)]
+pub struct Unit {
+    /// From whom.
+    pub peer: PeerIndex,
+    /// How many packets it stands for.
+    pub segments: u16,
+    /// Their bytes.
+    pub bytes: u32,
+    pieces: Vec<Piece>,
+    packet: Packet,
+    /// The transport facts of the first packet; `None` where nothing is to be known of them.
+    first: Option<Segment>,
+    payload: usize,
+    flags: u8,
+    id: Id,
+    checksum: Checksum,
+    /// Nothing more may join.
+    closed: bool,
+}
+
+impl Unit {
+    /// The bytes in order, offload header first.
+    pub fn pieces(&self) -> &[Piece] {
+        &self.pieces
+    }
+}
+
+/// IPv4 identification: counting up, or fixed, which an atomic packet's may be (RFC 6864 §4.1). Decided by the second
+/// packet, as the kernel does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Id {
+    last: u16,
+    fixed: bool,
+}
+
+/// What is known of the transport checksum of a unit's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Checksum {
+    /// Not looked at.
+    Unknown,
+    /// Verified.
+    Valid,
+    /// Never computed: the field holds the pseudo-header's sum.
+    Unfinished,
+    /// Wrong: the receiver is to drop it.
+    Wrong,
+}
+
+/// The units of a batch.
+#[derive(Debug)]
+pub struct Coalescer {
+    accepts: Accepts,
+    units: Vec<Unit>,
+    used: usize,
+    slab: Vec<u8>,
+    flows: Box<[FlowSlot; FLOW_SLOTS]>,
+    generation: u32,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct FlowSlot {
+    generation: u32,
+    hash: u32,
+    unit: u32,
+}
+
+/// A packet on offer: where it lies and what it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Offer<'a> {
+    /// From whom.
+    pub peer: PeerIndex,
+    /// Where the IP packet starts; [`vnet_hdr::HEADER_LEN`] bytes before it are free.
+    pub at: usize,
+    /// What it is.
+    pub packet: &'a Packet,
+}
+
+/// The transport facts that decide about joining.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    header_len: usize,
+    payload: usize,
+    sequence: u32,
+    flags: u8,
+    checksum: [u8; 2],
+    /// May start a unit that others join.
+    may_lead: bool,
+}
+
+impl Segment {
+    /// Nothing may follow it in a super-packet.
+    fn ends(&self) -> bool {
+        self.flags & (flags::PSH | flags::FIN) != 0
+    }
+}
+
+impl Coalescer {
+    /// A coalescer for a TUN device that takes `accepts`.
+    pub fn new(accepts: Accepts) -> Self {
+        let flows = Box::new([FlowSlot::default(); FLOW_SLOTS]);
+        Coalescer { accepts, units: Vec::new(), used: 0, slab: Vec::new(), flows, generation: 1 }
+    }
+
+    /// The units so far; they can be written only after [`Coalescer::finish`].
+    pub fn units(&self) -> &[Unit] {
+        self.units.get(..self.used).unwrap_or_default()
+    }
+
+    /// The headers that [`Piece::Header`] points into.
+    pub fn slab(&self) -> &[u8] {
+        &self.slab
+    }
+
+    /// Starts the next batch.
+    pub fn clear(&mut self) {
+        self.used = 0;
+        self.slab.clear();
+        self.forget_flows();
+    }
+
+    /// Takes a packet: joins it to the last unit of its flow, or starts a new one. Returns whether its checksum was
+    /// never computed.
+    #[inline]
+    pub fn add(&mut self, arena: &[u8], offer: Offer<'_>) -> bool {
+        let Offer { at, packet, .. } = offer;
+        let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
+        if packet.fragment {
+            // the flow of a fragment cannot be told: whatever comes later must not join what came before
+            self.forget_flows();
+            return self.start(offer, bytes, None);
+        }
+        let Some(segment) = read_transport(packet, bytes) else { return self.start(offer, bytes, None) };
+        if !self.accepts.tso {
+            return self.start(offer, bytes, Some(segment));
+        }
+        let hash = classify::flow_hash(packet, classify::ports(packet, bytes));
+        let slot = self.flows.get(hash as usize % FLOW_SLOTS).copied().unwrap_or_default();
+        if slot.generation == self.generation && slot.hash == hash {
+            let unit = self.units.get_mut(slot.unit as usize);
+            let joined = unit.and_then(|unit| unit.join(arena, offer, bytes, &segment));
+            if let Some(checksum) = joined {
+                return checksum == Checksum::Unfinished;
+            }
+        }
+        let slot = FlowSlot { generation: self.generation, hash, unit: self.used as u32 };
+        if let Some(place) = self.flows.get_mut(hash as usize % FLOW_SLOTS) {
+            *place = slot;
+        }
+        self.start(offer, bytes, Some(segment))
+    }
+
+    /// Takes a super-packet with an unfinished checksum, to be cut into segments of `size` payload bytes. Returns how
+    /// many packets it stands for.
+    pub fn add_super(&mut self, arena: &[u8], offer: Offer<'_>, size: usize) -> u16 {
+        let Offer { at, packet, .. } = offer;
+        let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
+        let segment = read_transport(packet, bytes).map(|segment| Segment { may_lead: false, ..segment });
+        let takes = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
+        if let (Some(segment), false) = (&segment, takes) {
+            return self.cut(offer, bytes, segment, size.max(1)).unwrap_or(0);
+        }
+        self.start(offer, bytes, segment);
+        let (Some(unit), Some(segment)) = (self.units.get_mut(self.used - 1), segment) else { return 1 };
+        let segments = segment.payload.div_ceil(size.max(1)).max(1);
+        unit.segments = u16::try_from(segments).unwrap_or(u16::MAX);
+        unit.bytes = (segment.payload + segments * segment.header_len) as u32;
+        unit.first = Some(Segment { payload: size, ..segment });
+        unit.checksum = Checksum::Unfinished;
+        unit.segments
+    }
+
+    /// Cuts a super-packet here, for a TUN device that takes none.
+    fn cut(&mut self, offer: Offer<'_>, bytes: &[u8], segment: &Segment, size: usize) -> Option<u16> {
+        let gso = Gso { header_len: segment.header_len, size, payload_len: segment.payload };
+        let segmenter = Segmenter::new(offer.packet, gso, bytes)?;
+        for index in 0..gso.segments() {
+            let (from, len) = (gso.header_len + index * size, segmenter.payload_len(index));
+            let at = self.slab.len();
+            self.slab.extend_from_slice(VnetHdr::default().as_bytes());
+            segmenter.write(index, bytes.get(from..from + len)?, &mut self.slab)?;
+            let header = Piece::Header { at: at as u32, len: (self.slab.len() - at) as u32 };
+            self.start(offer, bytes, None);
+            let unit = self.units.get_mut(self.used - 1)?;
+            unit.bytes = (gso.header_len + len) as u32;
+            unit.pieces.clear();
+            unit.pieces.extend([header, Piece::Payload { at: (offer.at + from) as u32, len: len as u32 }]);
+        }
+        u16::try_from(gso.segments()).ok()
+    }
+
+    /// Writes the offload headers, and the changed headers of joined packets. Call once, after the last `add`.
+    pub fn finish(&mut self, arena: &mut [u8]) {
+        let accepts = self.accepts;
+        for unit in self.units.get(..self.used).unwrap_or_default() {
+            let Some(head) = unit.head() else { continue };
+            let Some(head) = arena.get_mut(head) else { continue };
+            let Some((vnet, packet)) = head.split_at_mut_checked(vnet_hdr::HEADER_LEN) else { continue };
+            unit.finish(accepts, packet).unwrap_or_default().write_to(vnet).ok();
+        }
+    }
+
+    fn forget_flows(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+        if self.generation == 0 {
+            self.flows.fill(FlowSlot::default());
+            self.generation = 1;
+        }
+    }
+
+    fn start(&mut self, offer: Offer<'_>, bytes: &[u8], segment: Option<Segment>) -> bool {
+        let Offer { peer, at, packet } = offer;
+        let unfinished = segment.is_some_and(|segment| is_unfinished(packet, bytes, &segment));
+        let mut pieces = self.units.get_mut(self.used).map(|unit| std::mem::take(&mut unit.pieces)).unwrap_or_default();
+        pieces.clear();
+        let (at, len) = (at.saturating_sub(vnet_hdr::HEADER_LEN), vnet_hdr::HEADER_LEN + bytes.len());
+        pieces.push(Piece::Payload { at: at as u32, len: len as u32 });
+        let takes_more = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
+        let leads = takes_more && segment.is_some_and(|s| s.may_lead && !s.ends());
+        let unit = Unit {
+            peer,
+            segments: 1,
+            bytes: u32::from(packet.total_len),
+            pieces,
+            packet: *packet,
+            first: segment,
+            payload: segment.map_or(0, |s| s.payload),
+            flags: segment.map_or(0, |s| s.flags),
+            id: Id { last: ip_id(packet, bytes), fixed: false },
+            checksum: if unfinished { Checksum::Unfinished } else { Checksum::Unknown },
+            closed: !leads,
+        };
+        match self.units.get_mut(self.used) {
+            Some(place) => *place = unit,
+            None => self.units.push(unit),
+        }
+        self.used += 1;
+        unfinished
+    }
+}
+
+impl Unit {
+    /// Where the first packet lies, offload header first, if it is in the receive buffer.
+    fn head(&self) -> Option<std::ops::Range<usize>> {
+        match self.pieces.first()? {
+            Piece::Payload { at, len } => Some(*at as usize..(*at + *len) as usize),
+            Piece::Header { .. } => None,
+        }
+    }
+
+    /// Joins a packet if the two are consecutive segments of one flow; what is known of its checksum then.
+    #[inline]
+    fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<Checksum> {
+        let Offer { peer, at, packet } = offer;
+        let first = self.first.filter(|_| !self.closed)?;
+        let head = arena.get(self.head()?)?.get(vnet_hdr::HEADER_LEN..)?;
+        let udp = packet.protocol == protocol::UDP;
+        let fits = self.peer == peer
+            && segment.header_len == first.header_len
+            && segment.payload > 0
+            && segment.payload <= first.payload
+            && first.header_len + self.payload + segment.payload <= usize::from(u16::MAX)
+            && self.segments < if udp { MAX_UDP_SEGMENTS } else { MAX_TCP_SEGMENTS };
+        let alike = fits
+            && same_ip(packet, head, bytes)
+            && if udp { same_udp(packet, head, bytes, segment) } else { same_tcp(packet, head, bytes) }
+            && (udp || segment.sequence == first.sequence.wrapping_add(self.payload as u32));
+        if !alike {
+            return None;
+        }
+        let id = if packet.is_v6() { self.id } else { self.next_id(head, ip_id(packet, bytes))? };
+
+        // the kernel will believe the joined packet's checksum: each part must be right, or all unfinished
+        if self.checksum == Checksum::Unknown {
+            self.checksum = verify(&self.packet, head, &first);
+        }
+        let checksum = verify(packet, bytes, segment);
+        if checksum != self.checksum || checksum == Checksum::Wrong {
+            self.closed = true;
+            return None;
+        }
+        self.id = id;
+        self.pieces.push(Piece::Payload { at: (at + segment.header_len) as u32, len: segment.payload as u32 });
+        self.segments += 1;
+        self.bytes += u32::from(packet.total_len);
+        self.payload += segment.payload;
+        self.flags |= segment.flags;
+        self.closed = segment.payload < first.payload || segment.ends();
+        Some(checksum)
+    }
+
+    /// The id state after a packet with this id, or `None` where it does not follow.
+    #[inline]
+    fn next_id(&self, head: &[u8], id: u16) -> Option<Id> {
+        let atomic = head.get(6)? & (ip::V4_DF >> 8) as u8 != 0;
+        let fixed = if self.segments == 1 { atomic && id == self.id.last } else { self.id.fixed };
+        let follows = if fixed { id == self.id.last } else { id == self.id.last.wrapping_add(1) };
+        follows.then_some(Id { last: id, fixed })
+    }
+
+    /// Makes the first packet's headers those of the whole, and says what goes into the offload header; `None` where
+    /// that has nothing to say.
+    fn finish(&self, accepts: Accepts, packet: &mut [u8]) -> Option<VnetHdr> {
+        let first = self.first?;
+        let start = usize::from(self.packet.header_len);
+        let (tcp, v6) = (self.packet.protocol == protocol::TCP, self.packet.is_v6());
+        let offset = if tcp { transport::TCP_CHECKSUM } else { transport::UDP_CHECKSUM };
+        let (start_u16, offset_u16) = (self.packet.header_len, offset as u16);
+        if self.segments == 1 {
+            return match self.checksum {
+                Checksum::Unfinished if accepts.tso => Some(VnetHdr::needs_csum(start_u16, offset_u16)),
+                Checksum::Unfinished => {
+                    segment::complete_checksum(&self.packet, packet, start, offset)?;
+                    None
+                }
+                Checksum::Valid if accepts.tso => Some(VnetHdr::data_valid()),
+                _ => None,
+            };
+        }
+        let total = u16::try_from(first.header_len + self.payload).ok()?;
+        let length = total.checked_sub(start_u16)?;
+        let (ip_header, rest) = packet.split_at_mut_checked(start)?;
+        if v6 {
+            let (header, _) = ip::V6::mut_from_prefix(ip_header).ok()?;
+            header.payload_len = total.checked_sub(ip::V6_LEN as u16)?.into();
+        } else {
+            let (header, options) = ip::V4::mut_from_prefix(ip_header).ok()?;
+            header.total_len = total.into();
+            header.checksum = [0; 2];
+            header.checksum = Sum::default().add(header.as_bytes()).add(options).finish();
+        }
+        let pseudo = self.packet.pseudo_sum(length).fold();
+        let gso_type = if tcp {
+            let (header, _) = Tcp::mut_from_prefix(rest).ok()?;
+            header.flags |= self.flags & (flags::PSH | flags::FIN);
+            header.checksum = pseudo;
+            if v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 }
+        } else {
+            let (header, _) = Udp::mut_from_prefix(rest).ok()?;
+            header.length = length.into();
+            header.checksum = pseudo;
+            vnet_hdr::GSO_UDP_L4
+        };
+        let size = u16::try_from(first.payload).ok()?;
+        Some(VnetHdr::super_packet(gso_type, first.header_len as u16, size, start_u16, offset_u16))
+    }
+}
+
+/// Reads the transport header of a packet that is no fragment.
+#[inline]
+fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
+    let start = usize::from(packet.header_len);
+    // GRO joins nothing with IP options or extension headers
+    let plain_ip = start == if packet.is_v6() { ip::V6_LEN } else { ip::V4_MIN_LEN };
+    let rest = bytes.get(start..usize::from(packet.total_len))?;
+    match packet.protocol {
+        protocol::TCP => {
+            let (tcp, _) = Tcp::ref_from_prefix(rest).ok()?;
+            let header = tcp.header_len();
+            let payload = rest.len().checked_sub(header).filter(|_| header >= transport::TCP_MIN_LEN)?;
+            let alone = flags::SYN | flags::RST | flags::URG | flags::CWR;
+            let may_lead = plain_ip && payload > 0 && tcp.flags & (alone | flags::ACK) == flags::ACK;
+            let (sequence, flags, checksum) = (tcp.sequence.get(), tcp.flags, tcp.checksum);
+            Some(Segment { header_len: start + header, payload, sequence, flags, checksum, may_lead })
+        }
+        protocol::UDP => {
+            let (udp, _) = Udp::ref_from_prefix(rest).ok()?;
+            let payload = rest.len() - transport::UDP_LEN;
+            let whole = usize::from(udp.length.get()) == rest.len();
+            // a datagram without checksum has to stay without one: RFC 768, RFC 6935 for IPv6
+            let may_lead = plain_ip && whole && payload > 0 && udp.checksum != [0, 0];
+            let (header_len, checksum) = (start + transport::UDP_LEN, udp.checksum);
+            Some(Segment { header_len, payload, sequence: 0, flags: 0, checksum, may_lead })
+        }
+        _ => None,
+    }
+}
+
+/// Everything of the IP headers but lengths, ids and checksums is equal.
+#[inline]
+fn same_ip(packet: &Packet, a: &[u8], b: &[u8]) -> bool {
+    if packet.is_v6() {
+        same(a, b, 0..4) && same(a, b, 6..ip::V6_LEN)
+    } else {
+        same(a, b, 0..2) && same(a, b, 6..10) && same(a, b, 12..ip::V4_MIN_LEN)
+    }
+}
+
+/// Everything of the TCP headers but sequence, FIN, PSH and checksum is equal, options too.
+#[inline]
+fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
+    let start = usize::from(packet.header_len);
+    let (Some(a), Some(b)) = (head.get(start..), bytes.get(start..)) else { return false };
+    let (Ok((a_tcp, _)), Ok((b_tcp, _))) = (Tcp::ref_from_prefix(a), Tcp::ref_from_prefix(b)) else { return false };
+    (a_tcp.flags ^ b_tcp.flags) & !(flags::FIN | flags::PSH) == 0
+        && a_tcp.window == b_tcp.window
+        && same(a, b, 0..4)
+        && same(a, b, 8..13)
+        && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
+}
+
+/// Ports are equal, and the datagram may join at all.
+#[inline]
+fn same_udp(packet: &Packet, head: &[u8], bytes: &[u8], segment: &Segment) -> bool {
+    let start = usize::from(packet.header_len);
+    segment.may_lead && same(head, bytes, start..start + 4)
+}
+
+#[inline]
+fn same(a: &[u8], b: &[u8], range: std::ops::Range<usize>) -> bool {
+    matches!((a.get(range.clone()), b.get(range)), (Some(a), Some(b)) if a == b)
+}
+
+fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {
+    match packet.is_v6() {
+        true => 0,
+        false => bytes.get(4..6).and_then(|id| id.first_chunk()).map_or(0, |id| u16::from_be_bytes(*id)),
+    }
+}
+
+/// Whether the transport checksum, and the header checksum of IPv4, are right.
+#[inline]
+fn verify(packet: &Packet, bytes: &[u8], segment: &Segment) -> Checksum {
+    let Some((header, rest)) = bytes.split_at_checked(usize::from(packet.header_len)) else { return Checksum::Wrong };
+    if !packet.is_v6() && !Sum::default().add(header).is_valid() {
+        return Checksum::Wrong;
+    }
+    let pseudo = packet.pseudo_sum(packet.payload_len());
+    if pseudo.add(rest).is_valid() {
+        Checksum::Valid
+    } else if is_pseudo_sum(pseudo, packet, segment) {
+        Checksum::Unfinished
+    } else {
+        Checksum::Wrong
+    }
+}
+
+/// Whether the checksum was never computed: the field holds just what a kernel leaves there for hardware that is to
+/// finish it, and that is not by chance the right one.
+#[inline]
+fn is_unfinished(packet: &Packet, bytes: &[u8], segment: &Segment) -> bool {
+    let pseudo = packet.pseudo_sum(packet.payload_len());
+    is_pseudo_sum(pseudo, packet, segment) && verify(packet, bytes, segment) == Checksum::Unfinished
+}
+
+#[inline]
+fn is_pseudo_sum(pseudo: Sum, packet: &Packet, segment: &Segment) -> bool {
+    let sum = pseudo.fold();
+    segment.checksum == sum || (packet.protocol == protocol::UDP && segment.checksum == segment::no_zero(sum))
+}
+
+/// Whether a packet is longer than `mtu` and its checksum was never computed: a super-packet of a kernel whose virtual
+/// link never cut it. Returns the payload bytes of the segments that it is to be cut into.
+pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize> {
+    if packet.total_len <= mtu || packet.fragment || packet.protocol != protocol::TCP {
+        return None;
+    }
+    let segment = read_transport(packet, bytes)?;
+    let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size > 0)?;
+    is_unfinished(packet, bytes, &segment).then_some(size)
+}

@@ -1,0 +1,123 @@
+//! The TUN device with offload headers: its queues, and what it was found to offload.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use crate::engine::coalesce::Accepts;
+use crate::engine::tx_batch::Piece;
+use crate::sys::tun;
+
+/// Why the device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TunError {
+    /// There is no /dev/net/tun.
+    #[error(
+        "there is no /dev/net/tun: load the module with `modprobe tun`, or hand the device to the container (`--device /dev/net/tun`)"
+    )]
+    NoDevice,
+    /// Not permitted.
+    #[error(
+        "no permission to make the TUN device {0}: meshd needs CAP_NET_ADMIN; run it as root, or through its systemd unit"
+    )]
+    Denied(String),
+    /// Another process uses the device.
+    #[error("the TUN device {0} is in use by another process: stop that, or set another name with `tun:`")]
+    Busy(String),
+    /// Something else.
+    #[error("cannot open the TUN device {name}: {source}")]
+    Io {
+        /// The device.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// An open device.
+#[derive(Debug)]
+pub struct TunDevice {
+    /// One queue a worker.
+    pub queues: Vec<TunQueue>,
+    /// What it takes and hands over.
+    pub accepts: Accepts,
+    /// Why it offloads less than it could, by offload.
+    pub reasons: Vec<(&'static str, String)>,
+}
+
+impl TunDevice {
+    /// Opens `name` with so many queues, makes it stay when meshd ends, and switches on what it can offload.
+    pub fn open(name: &str, queues: usize) -> Result<Self, TunError> {
+        let open = |_| tun::open_queue(name).map(|file| TunQueue { file }).map_err(|error| explain(name, error));
+        let queues = (0..queues.max(1)).map(open).collect::<Result<Vec<_>, _>>()?;
+        let first = queues.first().map(TunQueue::as_fd).ok_or_else(|| TunError::Busy(name.to_owned()))?;
+        tun::set_persist(first, true).map_err(|error| explain(name, error))?;
+        let tcp = tun::F_CSUM | tun::F_TSO4 | tun::F_TSO6 | tun::F_TSO_ECN;
+        let mut reasons = Vec::new();
+        let uso = tun::set_offload(first, tcp | tun::F_USO4 | tun::F_USO6);
+        if let Err(error) = &uso {
+            reasons.push((
+                "tun_uso",
+                format!("the kernel refuses UDP segmentation on a TUN device (Linux 6.2 has it): {error}"),
+            ));
+        }
+        let tso = if uso.is_ok() { Ok(()) } else { tun::set_offload(first, tcp) };
+        if let Err(error) = &tso {
+            reasons.push(("tun_tso", format!("the kernel refuses TCP segmentation on this TUN device: {error}")));
+            tun::set_offload(first, 0).map_err(|error| explain(name, error))?;
+        }
+        let accepts = Accepts { tso: tso.is_ok(), uso: uso.is_ok() };
+        Ok(TunDevice { queues, accepts, reasons })
+    }
+}
+
+fn explain(name: &str, error: io::Error) -> TunError {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::NoDevice,
+        Some(libc::EPERM | libc::EACCES) => TunError::Denied(name.to_owned()),
+        Some(libc::EBUSY) => TunError::Busy(name.to_owned()),
+        _ => TunError::Io { name: name.to_owned(), source: error },
+    }
+}
+
+/// One queue.
+#[derive(Debug)]
+pub struct TunQueue {
+    file: File,
+}
+
+/// A unit has at most so many pieces: `MAX_TCP_SEGMENTS` of the coalescer.
+const MAX_PIECES: usize = 130;
+
+impl TunQueue {
+    /// To wait for it.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Reads one frame, offload header first.
+    #[inline]
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buffer)
+    }
+
+    /// Writes one frame that lies in pieces in the receive arena and the slab.
+    #[inline]
+    pub fn write_pieces(&mut self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
+        if let [piece] = pieces {
+            return self.write(piece.of(arena, slab));
+        }
+        let mut slices = [IoSlice::new(&[]); MAX_PIECES];
+        let count = pieces.len().min(MAX_PIECES);
+        for (slice, piece) in slices.iter_mut().zip(pieces) {
+            *slice = IoSlice::new(piece.of(arena, slab));
+        }
+        self.file.write_vectored(slices.get(..count).unwrap_or_default()).map(drop)
+    }
+
+    /// Writes one frame.
+    #[inline]
+    pub fn write(&mut self, frame: &[u8]) -> io::Result<()> {
+        self.file.write(frame).map(drop)
+    }
+}

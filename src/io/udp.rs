@@ -1,0 +1,275 @@
+//! A worker's sockets: for each address family one that receives on the data port, and a pool that only sends, whose
+//! ports carry the entropy of the inner flows (RFC 7348 §5).
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::engine::drop::Drop;
+use crate::engine::outbound::{Outbound, Sent};
+use crate::engine::stats::WorkerStats;
+use crate::engine::tables::Tables;
+use crate::engine::tx_batch::{Run, TxBatch};
+use crate::sys::poll::{self, PollFd};
+use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
+
+/// Room for received datagrams of each socket: at 20 Gbit/s three milliseconds.
+const RECEIVE_BUFFER: u32 = 8 << 20;
+const SEND_BUFFER: u32 = 8 << 20;
+/// How long a worker waits for room in a full send buffer before it drops, in milliseconds.
+const SEND_PATIENCE_MS: u16 = 1;
+/// Receive buffers: as many as single datagrams make a good super-packet.
+const BUFFERS: usize = 64;
+/// Bytes that one receive call should fetch: as many as stay in a core's cache until they are written.
+const RECEIVE_BYTES: usize = 256 << 10;
+
+/// Why a socket cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} on {address}: {source}")]
+pub struct UdpError {
+    what: &'static str,
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Offloads of UDP, shared by all workers so that they can be shown.
+#[derive(Debug, Default)]
+pub struct UdpOffloads {
+    /// No socket of ours may use `UDP_SEGMENT`: the kernel does not know it.
+    pub no_gso: AtomicBool,
+    /// `UDP_SEGMENT` failed at a send and was switched off for that socket.
+    pub gso_failed: AtomicBool,
+    /// The kernel does not know `UDP_GRO`.
+    pub no_gro: AtomicBool,
+}
+
+/// The sockets of one worker in one address family.
+pub struct UdpPort {
+    receiver: Socket,
+    senders: Vec<Sender>,
+    offloads: Arc<UdpOffloads>,
+    buffers: RecvBatch,
+    batch: SendBatch,
+    /// Of the batch that is being sent: the run of each message.
+    owners: Vec<u32>,
+    /// For each run how many datagrams left, and why others did not.
+    outcomes: Vec<(u16, Option<Drop>)>,
+    mean_len: usize,
+}
+
+struct Sender {
+    socket: Socket,
+    gso: bool,
+}
+
+impl UdpPort {
+    /// Opens the sockets: the receiver on `address`, shared with the other workers', and `senders` ones to send from.
+    pub fn open(address: SocketAddr, senders: u16, offloads: &Arc<UdpOffloads>) -> Result<Self, UdpError> {
+        let fail = |what| move |source| UdpError { what, address, source };
+        let receiver = open(address).map_err(fail("open a socket"))?;
+        receiver.set_reuse_port(true).map_err(fail("share the port"))?;
+        receiver.bind(&address.into()).map_err(fail("receive"))?;
+        udp::set(receiver.as_fd(), Opt::ReceiveTos { v6: address.is_ipv6() }).map_err(fail("receive the TOS"))?;
+        // without the privilege the system's default has to do
+        udp::set(receiver.as_fd(), Opt::ReceiveBuffer(RECEIVE_BUFFER)).ok();
+        if udp::set(receiver.as_fd(), Opt::Gro).is_err() {
+            offloads.no_gro.store(true, Ordering::Relaxed);
+        }
+        let mut pool = Vec::new();
+        for _ in 0..senders.max(1) {
+            let socket = open(address).map_err(fail("open a socket"))?;
+            socket.bind(&SocketAddr::new(address.ip(), 0).into()).map_err(fail("send"))?;
+            udp::discard_received(socket.as_fd()).map_err(fail("filter what a sending socket receives"))?;
+            udp::set(socket.as_fd(), Opt::SendBuffer(SEND_BUFFER)).ok();
+            let gso = udp::knows_segment(socket.as_fd());
+            if !gso {
+                offloads.no_gso.store(true, Ordering::Relaxed);
+            }
+            pool.push(Sender { socket, gso });
+        }
+        Ok(UdpPort {
+            receiver,
+            senders: pool,
+            offloads: offloads.clone(),
+            buffers: RecvBatch::new(BUFFERS),
+            batch: SendBatch::default(),
+            owners: Vec::new(),
+            outcomes: Vec::new(),
+            mean_len: 2048,
+        })
+    }
+
+    /// To wait for something received.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.receiver.as_fd()
+    }
+
+    /// A descriptor of the receiving socket of its own, to read the kernel's drop counter from.
+    pub fn watch(&self) -> io::Result<Socket> {
+        self.receiver.try_clone()
+    }
+
+    /// Receives a batch without waiting: so many buffers were filled.
+    pub fn receive(&mut self) -> io::Result<usize> {
+        let limit = (RECEIVE_BYTES / self.mean_len.max(1)).clamp(4, BUFFERS);
+        let count = self.buffers.receive(self.receiver.as_fd(), limit)?;
+        let bytes: usize = (0..count).filter_map(|index| self.meta(index)).map(|meta| meta.len).sum();
+        self.mean_len = (3 * self.mean_len + bytes / count.max(1)) / 4;
+        Ok(count)
+    }
+
+    /// What was received into that buffer.
+    pub fn meta(&self, index: usize) -> Option<Meta> {
+        self.buffers.meta(index)
+    }
+
+    /// The memory that the buffers lie in.
+    pub fn arena(&self) -> &[u8] {
+        self.buffers.arena()
+    }
+
+    /// The same, to change packets in place.
+    pub fn arena_mut(&mut self) -> &mut [u8] {
+        self.buffers.arena_mut()
+    }
+
+    /// Sends those runs of the batch that go to this address family, payload out of `payload`, and has each counted.
+    pub fn send(&mut self, outbound: &Outbound, tables: &Tables, payload: &[u8], stats: &WorkerStats) {
+        let (batch, v6) = (outbound.batch(), self.is_v6());
+        let ours = |run: &Run| run.endpoint.is_ipv6() == v6 && run.segments > 0;
+        if !batch.runs().iter().any(ours) {
+            return;
+        }
+        self.outcomes.clear();
+        self.outcomes.resize(batch.runs().len(), (0, None));
+        for number in 0..self.senders.len() {
+            if batch.runs().iter().any(|run| ours(run) && usize::from(run.key.socket) == number) {
+                self.send_through(number, batch, payload, stats);
+            }
+        }
+        for (run, (sent, reason)) in batch.runs().iter().zip(&self.outcomes).filter(|(run, _)| ours(run)) {
+            outbound.sent(tables, run, reason.map_or(Sent::All, |reason| Sent::Partly(*sent, reason)));
+        }
+    }
+
+    /// All runs of one sending socket, in order.
+    fn send_through(&mut self, number: usize, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
+        let v6 = self.is_v6();
+        let UdpPort { senders, offloads, batch: scratch, owners, outcomes, .. } = self;
+        let Some(Sender { socket, gso }) = senders.get_mut(number) else { return };
+        let socket = socket.as_fd();
+        let mut sending = scratch.start();
+        owners.clear();
+        for (index, run) in (0u32..).zip(batch.runs()) {
+            if run.endpoint.is_ipv6() != v6 || usize::from(run.key.socket) != number || run.segments == 0 {
+                continue;
+            }
+            if *gso || run.segments == 1 {
+                let segment = (run.segments > 1).then_some(run.segment_len);
+                sending.message(run.endpoint, run.tos, segment);
+                owners.push(index);
+                run.pieces().iter().for_each(|piece| sending.part(piece.of(payload, batch.slab())));
+            } else {
+                for datagram in run.datagrams() {
+                    sending.message(run.endpoint, run.tos, None);
+                    owners.push(index);
+                    datagram.iter().for_each(|piece| sending.part(piece.of(payload, batch.slab())));
+                }
+            }
+        }
+        let mut from = 0;
+        let mut waited = false;
+        let mut retry_singly = None;
+        while from < sending.len() {
+            stats.flow.udp_send_calls.add(1);
+            let error = match sending.send(socket, from) {
+                Ok(sent) => {
+                    stats.flow.udp_send_messages.add(sent as u64);
+                    for owner in owners.iter().skip(from).take(sent.max(1)) {
+                        let Some(run) = batch.runs().get(*owner as usize) else { continue };
+                        let Some((count, _)) = outcomes.get_mut(*owner as usize) else { continue };
+                        *count += if *gso { run.segments } else { 1 };
+                    }
+                    from += sent.max(1);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let Some(owner) = owners.get(from).map(|owner| *owner as usize) else { break };
+            let segments = batch.runs().get(owner).map_or(0, |run| run.segments);
+            let reason = match error.raw_os_error() {
+                Some(libc::EINTR) => continue,
+                Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) if !waited => {
+                    waited = true; // once a batch: a peer without room must not hold up the others
+                    poll::poll(&mut [PollFd::new(socket, poll::WRITABLE)], Some(SEND_PATIENCE_MS)).ok();
+                    continue;
+                }
+                Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Drop::UdpBufferFull,
+                Some(libc::EIO | libc::EINVAL) if *gso && segments > 1 => {
+                    retry_singly = Some(from);
+                    break;
+                }
+                _ => Drop::UdpSendFailed,
+            };
+            if let Some((_, cause)) = outcomes.get_mut(owner) {
+                *cause = Some(reason);
+            }
+            from += 1;
+        }
+        let Some(from) = retry_singly else { return };
+        // Some kernels and devices advertise UDP_SEGMENT and refuse it at the send. One datagram alone tells: if it
+        // leaves, segmentation was to blame and this socket does without; the batch is sent again from there.
+        let retry: Vec<u32> = owners.iter().copied().skip(from).collect();
+        let mut refused = None;
+        for owner in retry {
+            let Some(run) = batch.runs().get(owner as usize) else { continue };
+            for datagram in run.datagrams() {
+                let mut sending = scratch.start();
+                sending.message(run.endpoint, run.tos, None);
+                datagram.iter().for_each(|piece| sending.part(piece.of(payload, batch.slab())));
+                stats.flow.udp_send_calls.add(1);
+                let Some((count, reason)) = outcomes.get_mut(owner as usize) else { continue };
+                match sending.send(socket, 0) {
+                    Ok(_) => {
+                        stats.flow.udp_send_messages.add(1);
+                        *count += 1;
+                        refused.get_or_insert(true);
+                    }
+                    Err(_) => {
+                        *reason = Some(Drop::UdpSendFailed);
+                        refused.get_or_insert(false);
+                    }
+                }
+            }
+        }
+        if refused == Some(true) {
+            *gso = false;
+            offloads.gso_failed.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn is_v6(&self) -> bool {
+        self.receiver.domain().is_ok_and(|domain| domain == Domain::IPV6)
+    }
+}
+
+fn open(address: SocketAddr) -> io::Result<Socket> {
+    let v6 = address.is_ipv6();
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    udp::set(socket.as_fd(), Opt::MtuProbe { v6 })?;
+    if v6 {
+        socket.set_only_v6(true)?;
+        socket.set_unicast_hops_v6(OUTER_TTL)?;
+    } else {
+        socket.set_ttl_v4(OUTER_TTL)?;
+    }
+    Ok(socket)
+}
+
+/// Outer TTL and hop limit.
+const OUTER_TTL: u32 = 64;

@@ -1,0 +1,64 @@
+//! /dev/net/tun: opening a queue and setting what it offloads (linux/if_tun.h).
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::check;
+
+const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
+const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
+
+/// The device hands over packets whose checksum is still to be computed.
+pub const F_CSUM: u32 = 0x01;
+/// TCP super-packets over IPv4.
+pub const F_TSO4: u32 = 0x02;
+/// TCP super-packets over IPv6.
+pub const F_TSO6: u32 = 0x04;
+/// TCP super-packets with CWR.
+pub const F_TSO_ECN: u32 = 0x08;
+/// UDP super-packets over IPv4; never without [`F_USO6`].
+pub const F_USO4: u32 = 0x20;
+/// UDP super-packets over IPv6.
+pub const F_USO6: u32 = 0x40;
+
+/// Opens one queue of the TUN device `name`, which is made if it does not exist: layer 3, with an offload header before
+/// each packet, several queues, not blocking.
+pub fn open_queue(name: &str) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")?;
+    // SAFETY: ifreq is plain data, for which all bits zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which lives on this stack for the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
+    let header_size: libc::c_int = 10;
+    // SAFETY: TUNSETVNETHDRSZ reads one int, which lives on this stack for the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), TUNSETVNETHDRSZ, &raw const header_size) })?;
+    Ok(file)
+}
+
+/// Sets what the device (all its queues) hands over undone: an or of the `F_` values.
+pub fn set_offload(queue: BorrowedFd<'_>, features: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOFFLOAD takes its argument by value.
+    check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(features)) }).map(drop)
+}
+
+/// Whether the device stays when the last queue is closed.
+pub fn set_persist(queue: BorrowedFd<'_>, persist: bool) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes its argument by value.
+    check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETPERSIST, libc::c_ulong::from(persist)) }).map(drop)
+}

@@ -1,0 +1,174 @@
+//! ICMP errors that a router sends when a packet does not fit: Fragmentation Needed (RFC 792, next-hop MTU: RFC 1191 §4)
+//! and Packet Too Big (RFC 4443 §3.2).
+
+use std::net::IpAddr;
+
+use zerocopy::FromBytes;
+
+use super::checksum::Sum;
+use super::ip::{self, Packet};
+
+/// The IPv4 header and 548 bytes of the packet: RFC 1812 §4.3.2.3 asks for as much as fits 576 bytes.
+const V4_QUOTE: usize = 576 - ip::V4_MIN_LEN - 8;
+/// As much of the packet as fits the minimum MTU: RFC 4443 §3.2.
+const V6_QUOTE: usize = 1280 - ip::V6_LEN - 8;
+/// Room for the longest error.
+pub const MAX_LEN: usize = 1280;
+
+const DESTINATION_UNREACHABLE: u8 = 3;
+const FRAGMENTATION_NEEDED: u8 = 4;
+const PACKET_TOO_BIG: u8 = 2;
+
+/// Writes to the front of `out` the error that tells the sender of `packet` (whose bytes are `bytes`) that the path takes
+/// no more than `mtu` bytes. Returns its length.
+///
+/// It comes from the packet's own destination, as the kernel's tunnels do it: a packet that arrives from an address of
+/// this machine would be dropped as a martian.
+///
+/// `None` where RFC 1122 §3.2.2 and RFC 4443 §2.4(e) allow no error: about an ICMP error, a fragment other than the
+/// first, a multicast or unspecified address, or where `out` is too small.
+pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Option<usize> {
+    let invites_no_error = |ip: IpAddr| ip.is_multicast() || ip.is_unspecified() || ip.is_loopback();
+    if invites_no_error(packet.source) || packet.destination.is_multicast() || is_icmp_error(packet, bytes) {
+        return None;
+    }
+    match (packet.source, packet.destination) {
+        (IpAddr::V4(to), IpAddr::V4(from)) => {
+            let later_fragment = {
+                let (header, _) = ip::V4::ref_from_prefix(bytes).ok()?;
+                header.flags_offset.get() & ip::V4_OFFSET != 0
+            };
+            if later_fragment {
+                return None;
+            }
+            let quote = bytes.get(..usize::from(packet.total_len).min(V4_QUOTE))?;
+            let length = ip::V4_MIN_LEN + 8 + quote.len();
+            let out = out.get_mut(..length)?;
+            let (header, message) = out.split_at_mut(ip::V4_MIN_LEN);
+            let [hi, lo] = (length as u16).to_be_bytes();
+            header.copy_from_slice(&[
+                0x45,
+                0xc0,
+                hi,
+                lo,
+                0,
+                0,
+                0,
+                0,
+                64,
+                ip::protocol::ICMP,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+            ]);
+            put(header, 12, &from.octets())?;
+            put(header, 16, &to.octets())?;
+            let check = Sum::default().add(header).finish();
+            put(header, 10, &check)?;
+            write_message(message, DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED, u32::from(mtu), quote)?;
+            let check = Sum::default().add(message).finish();
+            put(message, 2, &check)?;
+            Some(length)
+        }
+        (IpAddr::V6(to), IpAddr::V6(from)) => {
+            let quote = bytes.get(..usize::from(packet.total_len).min(V6_QUOTE))?;
+            let payload = 8 + quote.len();
+            let out = out.get_mut(..ip::V6_LEN + payload)?;
+            let (header, message) = out.split_at_mut(ip::V6_LEN);
+            let [hi, lo] = (payload as u16).to_be_bytes();
+            put(header, 0, &[0x60, 0, 0, 0, hi, lo, ip::protocol::ICMPV6, 64])?;
+            put(header, 8, &from.octets())?;
+            put(header, 24, &to.octets())?;
+            write_message(message, PACKET_TOO_BIG, 0, u32::from(mtu), quote)?;
+            let pseudo = Sum::pseudo_v6(&from, &to, ip::protocol::ICMPV6, payload as u16);
+            let check = pseudo.add(message).finish();
+            put(message, 2, &check)?;
+            Some(ip::V6_LEN + payload)
+        }
+        _ => None,
+    }
+}
+
+/// Whether the packet is itself an ICMP error, or an ICMP message whose type cannot be read.
+fn is_icmp_error(packet: &Packet, bytes: &[u8]) -> bool {
+    let kind = bytes.get(usize::from(packet.header_len)).copied();
+    match packet.protocol {
+        // queries and their answers: RFC 792, RFC 950, RFC 1256
+        ip::protocol::ICMP => !matches!(kind, Some(0 | 8 | 9 | 10 | 13..=18)),
+        ip::protocol::ICMPV6 => !matches!(kind, Some(128..)),
+        _ => false,
+    }
+}
+
+fn write_message(message: &mut [u8], kind: u8, code: u8, mtu: u32, quote: &[u8]) -> Option<()> {
+    let [a, b, c, d] = mtu.to_be_bytes();
+    put(message, 0, &[kind, code, 0, 0, a, b, c, d])?;
+    put(message, 8, quote)
+}
+
+fn put(out: &mut [u8], at: usize, bytes: &[u8]) -> Option<()> {
+    out.get_mut(at..at + bytes.len())?.copy_from_slice(bytes);
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn literal_fragmentation_needed() {
+        let udp = b"\x45\x00\x00\x20\x00\x01\x40\x00\x40\x11\x26\xac\x0a\x00\x00\x01\x0a\x00\x00\x02\x00\x01\x00\x02\x00\x0c\x00\x00data";
+        let packet = Packet::parse(udp).unwrap();
+        let mut out = [0; MAX_LEN];
+        let n = too_big(&packet, udp, 1400, &mut out).unwrap();
+        let head = b"\x45\xc0\x00\x3c\x00\x00\x00\x00\x40\x01";
+        assert_eq!(&out[..10], head);
+        assert_eq!(&out[12..28][..8], b"\x0a\x00\x00\x02\x0a\x00\x00\x01");
+        assert_eq!(&out[20..22], &[3, 4]);
+        assert_eq!(&out[24..28], &[0, 0, 5, 0x78]);
+        assert_eq!(&out[28..n], udp);
+        let parsed = etherparse::SlicedPacket::from_ip(&out[..n]).unwrap();
+        assert!(matches!(parsed.transport, Some(etherparse::TransportSlice::Icmpv4(_))));
+        assert!(Sum::default().add(&out[..20]).is_valid());
+        assert!(Sum::default().add(&out[20..n]).is_valid());
+    }
+
+    #[test]
+    fn packet_too_big_has_a_valid_checksum_and_fits_1280() {
+        let mut bytes = vec![0x60, 0, 0, 0, 0x05, 0x78, 59, 64];
+        let (a, b): (std::net::Ipv6Addr, std::net::Ipv6Addr) = ("fd00::1".parse().unwrap(), "fd00::2".parse().unwrap());
+        bytes.extend(a.octets());
+        bytes.extend(b.octets());
+        bytes.extend(vec![7; 1400]);
+        let packet = Packet::parse(&bytes).unwrap();
+        let mut out = [0; MAX_LEN];
+        let n = too_big(&packet, &bytes, 1280, &mut out).unwrap();
+        assert_eq!(n, 1280);
+        assert_eq!(&out[40..42], &[2, 0]);
+        assert_eq!(&out[44..48], &[0, 0, 5, 0]);
+        assert!(Sum::pseudo_v6(&b, &a, 58, 1240).add(&out[40..n]).is_valid());
+    }
+
+    #[test]
+    fn no_error_about_an_error() {
+        let mut icmp = b"\x45\x00\x00\x1c\x00\x01\x40\x00\x40\x01\x00\x00\x0a\x00\x00\x01\x0a\x00\x00\x02\x08\x00\x00\x00\x00\x00\x00\x00".to_vec();
+        let mut out = [0; MAX_LEN];
+        let mut ask = |bytes: &[u8]| too_big(&Packet::parse(bytes).unwrap(), bytes, 1400, &mut out);
+        assert!(ask(&icmp).is_some(), "an echo request may be answered");
+        icmp[20] = 3;
+        assert!(ask(&icmp).is_none(), "an error may not");
+        icmp[20] = 8;
+        icmp[7] = 1;
+        assert!(ask(&icmp).is_none(), "nor a later fragment");
+        icmp[7] = 0;
+        icmp[16] = 224;
+        assert!(ask(&icmp).is_none(), "nor multicast");
+    }
+}
