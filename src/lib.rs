@@ -1,6 +1,7 @@
 //! meshd: a user-space VXLAN overlay network and node-mesh data plane for Linux.
 
 pub mod admin;
+pub mod config;
 pub mod control;
 pub mod engine;
 pub mod host;
