@@ -202,7 +202,7 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
 fn a_file_that_is_no_configuration_is_refused() {
     assert_eq!(message("port: 1\nport: 2\n"), "c.yaml:2:1: duplicate key `port`; keep one of them");
     assert_eq!(message("- port\n"), "c.yaml:1:1: a configuration is lines of `key: value`, but here is a list");
-    assert_eq!(message("port:\n"), "c.yaml:1:6: `port` has no value; give it one, or remove it for the default (8472)");
+    assert_eq!(message("port:\n"), "c.yaml:1:5: `port` has no value; give it one, or remove it for the default (8472)");
     assert!(message("port: {a: 1}\n").contains("`port` takes a single value, but here is a mapping"));
     assert!(message("port: [\n").starts_with("c.yaml:"));
     assert!(message("port: 1\n---\nport: 2\n").starts_with("c.yaml:"));
