@@ -3,6 +3,7 @@
 pub mod admin;
 pub mod config;
 pub mod control;
+pub mod daemon;
 pub mod engine;
 pub mod host;
 pub mod io;

@@ -131,6 +131,15 @@ impl fmt::Display for IfName {
     }
 }
 
+impl fmt::Display for NodeIpSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            NodeIpSpec::Address(ip) => ip.fmt(f),
+            NodeIpSpec::Interface(name) => name.fmt(f),
+        }
+    }
+}
+
 /// Why a text is not a value of its key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refusal {
