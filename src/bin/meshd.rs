@@ -34,18 +34,18 @@ A node list, with this node's own entry:
 Exit codes: 0 clean stop (SIGTERM, SIGINT), 1 failure while running, 2 wrong usage or configuration.";
 
 const RUN_HELP: &str = "\
-Each flag is a key of the configuration file with two dashes, and an environment variable: `--node-name a`,
-`MESHD_NODE_NAME=a` and `node-name: a` say the same. A flag wins, then the variable, then the file.
+Each flag is a key of the configuration file with two dashes, and an environment variable: `--node-name a`, \
+`MESHD_NODE_NAME=a` and `node-name: a` say the same. A flag wins, then the variable, then the file. \
 Lists are comma-separated or repeated flags.
 
-SIGTERM and SIGINT stop it. The TUN device and an `unreachable` route for the mesh's prefixes stay behind, so that
-nothing leaves in clear by another way meanwhile; `meshd cleanup` removes them. SIGHUP reads the configuration again,
+SIGTERM and SIGINT stop it. The TUN device and an `unreachable` route for the mesh's prefixes stay behind, so that \
+nothing leaves in clear by another way meanwhile; `meshd cleanup` removes them. SIGHUP reads the configuration again, \
 and names what needs a restart. The nodes-file is read again by itself when it changes.
 
 Exit codes: 0 clean stop, 1 failure while running, 2 wrong usage or configuration.";
 
 const CHECK_HELP: &str = "\
-Checks what `meshd run` would start with: the file, the MESHD_ variables, and the nodes-file that they name.
+Checks what `meshd run` would start with: the file, the MESHD_ variables, and the nodes-file that they name. \
 Says the line, the column and the fix for what is wrong. Changes nothing and needs no privileges.
 
 Exit codes: 0 good, 2 not good.";
@@ -199,6 +199,8 @@ impl Args for Settings {
                 .long(key.name)
                 .value_name(key.value)
                 .action(if key.list { ArgAction::Append } else { ArgAction::Set })
+                // So that `--port -1` is a wrong port, and not an unknown flag.
+                .allow_negative_numbers(true)
                 .help(format!("{} [default: {}]", key.help, key.default))
                 .help_heading("Configuration keys");
             command.arg(arg)

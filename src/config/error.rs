@@ -122,7 +122,7 @@ pub(crate) fn did_you_mean(suggestion: Option<&str>) -> String {
 /// A value for a message: control characters shown as escapes, and not longer than a line.
 pub(crate) fn shorten(value: &str) -> String {
     const MAX: usize = 80;
-    let mut short: String = value.chars().take(MAX).flat_map(|c| printable(c)).collect();
+    let mut short: String = value.chars().take(MAX).flat_map(printable).collect();
     if value.chars().nth(MAX).is_some() {
         short.push('…');
     }

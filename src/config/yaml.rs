@@ -138,6 +138,9 @@ fn explain(error: &Error, max: MaxNodes) -> Malformed {
             max.0
         ),
         Error::DuplicateMappingKey { key: Some(key), .. } => format!("duplicate key `{key}`; keep one of them"),
+        Error::RecursiveReferencesRequireWeakTypes { .. } => {
+            "an alias refers to what it is part of; remove it".to_owned()
+        }
         other => {
             // The place stands before the message already.
             let text = other.to_string();

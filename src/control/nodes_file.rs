@@ -13,7 +13,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 pub use self::error::{NoOwnEntry, NodesError, NodesProblem};
 use crate::config::At;
-use crate::config::yaml::{self, Entry, Kind, MaxNodes, Tree};
+use crate::config::yaml::{self, Entry, Kind, Malformed, MaxNodes, Tree};
 use crate::config::{not_underlay, shorten};
 use crate::node::{Mac, Node, NodeList, NodeName};
 
@@ -21,8 +21,7 @@ use crate::node::{Mac, Node, NodeList, NodeName};
 pub fn parse(text: &[u8], default_port: NonZeroU16) -> Result<NodeList, NodesError> {
     // 100,000 nodes with twelve prefixes each.
     const MAX: MaxNodes = MaxNodes(4_000_000);
-    let tree =
-        yaml::parse(text, MAX).map_err(|bad| NodesError { at: bad.at, problem: NodesProblem::Yaml(bad.what) })?;
+    let tree = yaml::parse(text, MAX).map_err(|bad| malformed(bad, text))?;
     let list = entries(tree)?;
     let mut placed = Vec::with_capacity(list.len());
     for (i, tree) in list.into_iter().enumerate() {
@@ -77,6 +76,14 @@ fn entries(tree: Tree<'_>) -> Result<Vec<Tree<'_>>, NodesError> {
         }
     }
     list.ok_or_else(|| fail(tree.at, NodesProblem::NoNodes))
+}
+
+/// `underlay: [fd00::1]:8472` looks right to everybody who knows addresses, and is a list with a stray key to YAML.
+fn malformed(bad: Malformed, text: &[u8]) -> NodesError {
+    let line = bad.at.and_then(|at| text.split(|b| *b == b'\n').nth(at.line.saturating_sub(1) as usize));
+    let bracketed = line.is_some_and(|line| line.windows(2).any(|pair| pair == b"]:"));
+    let hint = if bracketed { "; put an address in brackets into quotes: `\"[fd00::1]:8472\"`" } else { "" };
+    NodesError { at: bad.at, problem: NodesProblem::Yaml(format!("{}{hint}", bad.what)) }
 }
 
 fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Placed, NodesError> {

@@ -120,7 +120,7 @@ mod tests {
             Node { mac: name.derived_mac(), name, underlay: vec![([10, 9, 0, i as u8], 8472).into()], subnets: vec![] }
         };
         // A star moves the node, an address of 200 is nobody else's.
-        let nodes = names.iter().enumerate().map(|(_, n)| node(n, if n.ends_with('*') { 200 } else { 1 }));
+        let nodes = names.iter().map(|n| node(n, if n.ends_with('*') { 200 } else { 1 }));
         let mut nodes: Vec<Node> = nodes.collect();
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
         NodeList { nodes }

@@ -39,7 +39,7 @@ pub enum NodesFileError {
         /// The file.
         path: PathBuf,
         /// What is wrong, and where.
-        error: NodesError,
+        error: Box<NodesError>,
     },
 }
 
@@ -91,7 +91,7 @@ impl NodesFile {
         }
         match nodes_file::parse(&content, self.default_port) {
             Ok(list) => Ok(Some(list)),
-            Err(error) => Err(NodesFileError::Content { path: self.path.clone(), error }),
+            Err(error) => Err(NodesFileError::Content { path: self.path.clone(), error: Box::new(error) }),
         }
     }
 }

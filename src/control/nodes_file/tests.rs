@@ -124,6 +124,7 @@ fn underlays_are_checked() {
         refused(&format!("underlay: {bad}"), &[why]);
     }
     assert!(message("nodes: [{name: a}]").contains("node `a` has no `underlay`"));
+    refused("underlay: [fd00::1]:8472", &["put an address in brackets into quotes: `\"[fd00::1]:8472\"`"]);
     refused("underlay: fd00::1\n    subnets: [fd00::/64]", &["lies in subnet fd00::/64 of node `b`"]);
 }
 
@@ -196,8 +197,9 @@ fn how_long_a_hundred_thousand_nodes_take() {
     for i in 0..100_000u32 {
         let [_, b, c, d] = i.to_be_bytes();
         text += &format!(
-            "  - name: node-{i}.example.net\n    underlay: [172.{}.{c}.{d}, fd00::{i:x}]\n    subnets: [10.{}.{}.{}/28, fd42:{b:x}:{:x}::/64]\n",
+            "  - name: node-{i}.example.net\n    underlay: [172.{}.{c}.{d}, fd00::{b:x}:{:x}]\n    subnets: [10.{}.{}.{}/28, fd42:{b:x}:{:x}::/64]\n",
             16 + b,
+            i & 0xffff,
             i >> 12,
             (i >> 4) & 255,
             (i & 15) << 4,
