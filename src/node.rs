@@ -118,6 +118,9 @@ impl fmt::Debug for Mac {
 pub struct Vni(u32);
 
 impl Vni {
+    /// The one that is used when nobody says another: flannel's.
+    pub const DEFAULT: Vni = Vni(1);
+
     /// A VNI, or `None` above 16,777,215.
     pub fn new(vni: u32) -> Option<Self> {
         (vni < 1 << 24).then_some(Vni(vni))

@@ -1,0 +1,257 @@
+use super::*;
+
+use proptest::prelude::*;
+
+fn sources(file: &str, env: &[(&str, &str)], flags: &[(&str, &str)]) -> Sources {
+    Sources {
+        file: Some(("c.yaml".into(), file.into())),
+        env: env.iter().map(|(k, v)| (k.into(), v.into())).collect(),
+        flags: flags.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        hostname: "host-1".to_owned(),
+    }
+}
+
+fn parse(file: &str) -> Result<Config, ConfigError> {
+    Config::parse(&sources(file, &[], &[]))
+}
+
+fn message(file: &str) -> String {
+    parse(file).expect_err(file).to_string()
+}
+
+#[test]
+fn without_any_source_there_are_the_documented_defaults() {
+    for file in [None, Some(("c.yaml".into(), Vec::new())), Some(("c.yaml".into(), b"# nothing\n".to_vec()))] {
+        let config = Config::parse(&Sources { file, hostname: "host-1".into(), ..Sources::default() }).unwrap();
+        assert_eq!(config.node_name.as_str(), "host-1");
+        assert_eq!(config.node_ip, NodeIp::Auto);
+        assert!(config.advertise_address.is_empty());
+        assert_eq!(config.tun.as_str(), "mesh0");
+        assert_eq!(config.address, OverlayAddress::First);
+        assert_eq!(config.port.get(), 8472);
+        assert_eq!(config.vni.get(), 1);
+        assert_eq!(config.mtu, Mtu::Auto);
+        assert_eq!(config.encryption, Encryption::None);
+        assert_eq!(config.workers, Workers::Auto);
+        assert_eq!(config.io, Io::Auto);
+        assert_eq!(config.data_dir, PathBuf::from("/var/lib/meshd"));
+        assert_eq!(config.socket, PathBuf::from("/run/meshd/meshd.sock"));
+        assert_eq!(config.socket_mode, 0o660);
+        assert_eq!(config.socket_group, None);
+        assert_eq!(config.nodes_file, None);
+        assert_eq!(config.log, "info");
+        assert_eq!(config.log_format, LogFormat::Text);
+        assert!(config.notices().is_empty());
+    }
+}
+
+#[test]
+fn every_key_can_be_set() {
+    let config = parse(
+        "node-name: a\nnode-ip: [10.9.0.1, fd00::1]\nadvertise-address: 192.0.2.7\ntun: m1\naddress: 10.42.0.9\n\
+         port: 4789\nvni: 7\nmtu: 1400\nencryption: none\nworkers: 3\nio: tokio\ndata-dir: /d\nsocket: /s\n\
+         socket-mode: 0600\nsocket-group: adm\nnodes-file: /n.yaml\nlog: debug,meshd::io=warn\nlog-format: json\n",
+    )
+    .unwrap();
+    let v4: IpAddr = "10.9.0.1".parse().unwrap();
+    let v6: IpAddr = "fd00::1".parse().unwrap();
+    assert_eq!(config.node_name.as_str(), "a");
+    assert_eq!(config.node_ip, NodeIp::Given(vec![NodeIpSpec::Address(v4), NodeIpSpec::Address(v6)]));
+    assert_eq!(config.advertise_address, ["192.0.2.7".parse::<IpAddr>().unwrap()]);
+    assert_eq!(config.tun.as_str(), "m1");
+    assert_eq!(config.address, OverlayAddress::Given(vec!["10.42.0.9".parse().unwrap()]));
+    assert_eq!((config.port.get(), config.vni.get()), (4789, 7));
+    assert_eq!(config.mtu, Mtu::Fixed(NonZeroU16::new(1400).unwrap()));
+    assert_eq!(config.workers, Workers::Fixed(3.try_into().unwrap()));
+    assert_eq!(config.io, Io::Tokio);
+    assert_eq!((config.data_dir.to_str(), config.socket.to_str()), (Some("/d"), Some("/s")));
+    assert_eq!(config.socket_mode, 0o600);
+    assert_eq!(config.socket_group.as_deref(), Some("adm"));
+    assert_eq!(config.nodes_file, Some("/n.yaml".into()));
+    assert_eq!(config.log, "debug,meshd::io=warn");
+    assert_eq!(config.log_format, LogFormat::Json);
+}
+
+#[test]
+fn a_flag_beats_the_environment_which_beats_the_file() {
+    let file = "port: 1\nvni: 1\nmtu: 1300\n";
+    let env = [("MESHD_PORT", "2"), ("MESHD_VNI", "2"), ("MESHD_NODE_IP", "10.0.0.1,eth1"), ("MESHD_TUN", "")];
+    let flags = [("port", "3"), ("advertise-address", "10.0.0.2"), ("advertise-address", "fd00::2")];
+    let config = Config::parse(&sources(file, &env, &flags)).unwrap();
+    assert_eq!((config.port.get(), config.vni.get()), (3, 2));
+    assert_eq!(config.mtu, Mtu::Fixed(NonZeroU16::new(1300).unwrap()));
+    assert_eq!(config.advertise_address.len(), 2);
+    assert!(matches!(&config.node_ip, NodeIp::Given(specs) if specs.len() == 2));
+    assert_eq!(config.tun.as_str(), "mesh0", "an empty variable is as good as none");
+}
+
+#[test]
+fn an_error_names_the_source_of_the_bad_value() {
+    assert_eq!(message("tun: a\nport: 70000\n"), "c.yaml:2:7: `port` cannot be `70000`: use a number from 1 to 65535");
+    let env = Config::parse(&sources("port: 1", &[("MESHD_PORT", "x")], &[])).unwrap_err().to_string();
+    assert_eq!(env, "environment variable MESHD_PORT: `port` cannot be `x`: use a number from 1 to 65535");
+    let flag = Config::parse(&sources("port: 1", &[("MESHD_PORT", "2")], &[("port", "0")])).unwrap_err().to_string();
+    assert_eq!(flag, "flag --port: `port` cannot be `0`: use a number from 1 to 65535");
+    let host = Config::parse(&Sources { hostname: "-".into(), ..Sources::default() }).unwrap_err().to_string();
+    assert!(host.starts_with("default of `node-name`: `node-name` cannot be `-`"), "{host}");
+    assert!(Config::parse(&Sources { hostname: "-".into(), ..sources("node-name: a", &[], &[]) }).is_ok());
+    let second = message("node-ip: [10.0.0.1,\n  10.0.0.2]\n");
+    assert!(second.starts_with("c.yaml:2:3: `node-ip` cannot be `10.0.0.2`: there is another"), "{second}");
+}
+
+#[test]
+fn unknown_keys_are_refused_with_a_suggestion() {
+    assert_eq!(message("mtu: 1400\nnode-nmae: a\n"), "c.yaml:2:1: unknown key `node-nmae`; did you mean `node-name`?");
+    assert_eq!(message("node_name: a\n"), "c.yaml:1:1: unknown key `node_name`; did you mean `node-name`?");
+    assert_eq!(message("something-else: a\n"), "c.yaml:1:1: unknown key `something-else`");
+    assert_eq!(message("bfd: {interval: 3}\n"), "c.yaml:1:1: `bfd` is not supported by this version yet; remove it");
+    assert!(message("server: https://x:9345\n").contains("not supported by this version"));
+    assert!(parse("mtu: 1400\nnode-name: a\n").is_ok());
+}
+
+#[test]
+fn unknown_variables_are_noticed_and_ignored() {
+    let env = [("MESHD_PROT", "1"), ("MESHD_TOKEN", "1"), ("MESHD_SERVICE_HOST", "1"), ("PATH", "/bin")];
+    let config = Config::parse(&sources("", &env, &[])).unwrap();
+    let notices = config.notices();
+    assert_eq!(notices.len(), 3);
+    assert!(notices[0].contains("MESHD_PROT is not a setting; did you mean MESHD_PORT?"), "{notices:?}");
+    assert!(notices[1].contains("not supported by this version"), "{notices:?}");
+}
+
+#[test]
+fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
+    let cases: &[(&str, &[&str], &[&str])] = &[
+        ("node-name", &["a", "no", "1e5", "n.b-c_d"], &["-a", "a b", "é"]),
+        (
+            "node-ip",
+            &["10.0.0.1", "fd00::1", "eth0", "eth0.100", "[10.0.0.1, fd00::1]", "10.0.0.1, fd00::1", "[eth0, eth1]"],
+            &[
+                "0.0.0.0",
+                "127.0.0.1",
+                "224.0.0.1",
+                "255.255.255.255",
+                "fe80::1",
+                "'::'",
+                "'::1'",
+                "::ffff:10.0.0.1",
+                "10.0.0.1/24",
+                "10.0.0.1:8472",
+                "10.0.0",
+                "averyveryverylongname",
+                "[fd00::1, fd00::2]",
+                "[eth0, eth0]",
+                "[[10.0.0.1]]",
+                "[]",
+                "''",
+                "{a: b}",
+                "10.0.0.1,",
+            ],
+        ),
+        ("advertise-address", &["10.0.0.1", "[10.0.0.1, fd00::1]"], &["eth0", "fe80::1", "[10.0.0.1, 10.0.0.2]"]),
+        ("tun", &["mesh0", "abcdefghijklmno", "1"], &["abcdefghijklmnop", "a/b", "a b", ".", "..", "a%d", "lo", "all"]),
+        (
+            "address",
+            &["first", "network", "10.0.0.1", "[10.0.0.1, fd00::1]"],
+            &["last", "10.0.0.1/32", "[first, 10.0.0.1]", "[10.0.0.1, 10.0.0.2]", "0.0.0.0", "ff02::1"],
+        ),
+        ("port", &["1", "65535", "'8472'"], &["0", "65536", "-1", "+1", "0x10", "1e3", "8472.0", "[1]", "{}"]),
+        ("vni", &["0", "16777215"], &["16777216", "-1", "x"]),
+        ("mtu", &["auto", "576", "65535"], &["575", "65536", "Auto", "1400.5"]),
+        ("encryption", &["none"], &["wireguard", "off", "None"]),
+        ("workers", &["auto", "1", "64"], &["0", "65", "many"]),
+        ("io", &["auto", "mmsg", "tokio"], &["uring", "epoll"]),
+        ("data-dir", &["/x", "x"], &["''", "[/x]"]),
+        (
+            "socket",
+            &["/x"],
+            &[
+                "''",
+                "/xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+            ],
+        ),
+        ("socket-mode", &["0660", "\"0660\"", "660", "0o600", "0"], &["0888", "1777", "rw", "00660", "-660", "0x1ff"]),
+        ("socket-group", &["adm", "1000"], &["a b", "a:b", "''"]),
+        (
+            "log",
+            &["info", "DEBUG", "meshd=trace,info", "info,meshd::io=debug", "off"],
+            &["debgu", "inof", "a=b=c", "''"],
+        ),
+        ("log-format", &["text", "json"], &["xml"]),
+    ];
+    assert_eq!(cases.len() + 1, KEYS.len(), "all but nodes-file");
+    for (key, good, bad) in cases {
+        for value in *good {
+            assert!(
+                parse(&format!("{key}: {value}\n")).is_ok(),
+                "{key}: {value}: {:?}",
+                parse(&format!("{key}: {value}\n"))
+            );
+        }
+        for value in *bad {
+            let message = message(&format!("{key}: {value}\n"));
+            assert!(message.starts_with("c.yaml:1:") && message.contains(key), "{message}");
+        }
+    }
+    assert!(message("io: uring").contains("not supported by this version yet"));
+    assert!(message("encryption: wireguard").contains("not supported by this version yet"));
+    assert_eq!(parse("socket-mode: 660").unwrap().socket_mode, 0o660);
+}
+
+#[test]
+fn a_file_that_is_no_configuration_is_refused() {
+    assert_eq!(message("port: 1\nport: 2\n"), "c.yaml:2:1: duplicate key `port`; keep one of them");
+    assert_eq!(message("- port\n"), "c.yaml:1:1: a configuration is lines of `key: value`, but here is a list");
+    assert_eq!(message("port:\n"), "c.yaml:1:5: `port` has no value; give it one, or remove it for the default (8472)");
+    assert!(message("port: {a: 1}\n").contains("`port` takes a single value, but here is a mapping"));
+    assert!(message("port: [\n").starts_with("c.yaml:"));
+    assert!(message("port: 1\n---\nport: 2\n").starts_with("c.yaml:"));
+    let bytes = Sources { file: Some(("c.yaml".into(), b"port: 1\ntun: \xff\n".to_vec())), ..sources("", &[], &[]) };
+    assert!(Config::parse(&bytes).unwrap_err().to_string().starts_with("c.yaml:2:6: this byte is not UTF-8"));
+    assert!(parse("port: 1\n").is_ok());
+}
+
+#[test]
+fn changes_are_sorted_into_live_and_restart() {
+    let old = parse("").unwrap();
+    let new = parse("log: debug\nmtu: 1400\nnodes-file: /n\nport: 9\ntun: x\n").unwrap();
+    let changes = old.live_changes(&new);
+    assert_eq!(changes.live, ["mtu", "nodes-file", "log"]);
+    assert_eq!(changes.restart, ["tun", "port"]);
+    assert_eq!(old.live_changes(&old), LiveChanges::default());
+}
+
+#[test]
+fn no_key_is_forgotten_when_comparing() {
+    let values = [
+        "a", "eth0", "10.0.0.1", "t", "network", "1", "2", "1400", "", "2", "tokio", "/d", "/s", "0600", "g", "/n",
+        "debug", "json",
+    ];
+    let old = parse("").unwrap();
+    assert_eq!(values.len(), KEYS.len());
+    for (key, value) in KEYS.iter().zip(values).filter(|(key, _)| key.name != "encryption") {
+        let new = parse(&format!("{}: {value}", key.name)).unwrap();
+        let changes = old.live_changes(&new);
+        let (there, elsewhere) =
+            if key.live { (changes.live, changes.restart) } else { (changes.restart, changes.live) };
+        assert_eq!(there, [key.name]);
+        assert!(elsewhere.is_empty());
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_text_makes_the_parser_panic(text in any::<Vec<u8>>()) {
+        let _ = Config::parse(&Sources { file: Some(("c".into(), text)), ..Sources::default() });
+    }
+
+    #[test]
+    fn no_yaml_like_text_makes_the_parser_panic(text in "([a-z-]{1,9}|port|node-ip|[:,\\[\\]{}&*!|>'\"#~ \n0-9<-]){0,40}") {
+        let _ = parse(&text);
+    }
+
+    #[test]
+    fn no_value_makes_a_key_panic(key in 0..KEYS.len(), value in any::<String>()) {
+        let _ = Config::parse(&sources("", &[], &[(KEYS[key].name, &value)]));
+    }
+}

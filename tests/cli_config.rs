@@ -1,0 +1,166 @@
+//! The command line as a person and a script meet it: exit codes, messages, and which source wins.
+
+use std::path::PathBuf;
+
+use assert_cmd::Command;
+use tempfile::TempDir;
+
+/// The program without this machine's MESHD_ variables.
+fn meshd(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_meshd"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("MESHD_")) {
+        command.env_remove(name);
+    }
+    command.args(args);
+    command
+}
+
+struct Outcome {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn outcome(command: &mut Command) -> Outcome {
+    let output = command.output().unwrap();
+    Outcome {
+        code: output.status.code().unwrap(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+const NODES: &str = "nodes:
+  - {name: a, underlay: 10.9.0.1, subnets: [10.42.1.0/24]}
+  - {name: b, underlay: 10.9.0.2, subnets: [10.42.2.0/24]}
+";
+
+/// A directory with `config.yaml` and `nodes.yaml`; `NODES` in the first becomes the second's path.
+fn files(config: &str, nodes: &str) -> (TempDir, String, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let nodes_path = path("nodes.yaml").display().to_string();
+    std::fs::write(path("nodes.yaml"), nodes).unwrap();
+    std::fs::write(path("config.yaml"), config.replace("NODES", &nodes_path)).unwrap();
+    let config_path = path("config.yaml").display().to_string();
+    (dir, config_path, nodes_path)
+}
+
+#[test]
+fn a_good_configuration_is_ok_with_a_summary() {
+    let (_dir, config, nodes) = files("node-name: a\nport: 4789\nnode-ip: 10.9.0.1\nnodes-file: NODES\n", NODES);
+    let o = outcome(&mut meshd(&["config", "check", &config]));
+    assert_eq!((o.code, o.err.as_str()), (0, ""));
+    assert!(o.out.starts_with(&format!("{config}: ok\n")), "{}", o.out);
+    assert!(o.out.contains("node a, underlay 10.9.0.1, device mesh0, UDP port 4789, VNI 1"), "{}", o.out);
+    assert!(o.out.contains(&format!("{nodes}: ok\n")), "{}", o.out);
+    assert!(o.out.contains("2 nodes with 2 subnets; this is a, at 10.9.0.1:4789"), "{}", o.out);
+}
+
+#[test]
+fn a_wrong_configuration_is_exit_2_with_place_and_fix() {
+    for (text, message) in [
+        ("node-name: a\nport: 70000\n", ":2:7: `port` cannot be `70000`: use a number from 1 to 65535"),
+        ("node-nmae: a\n", ":1:1: unknown key `node-nmae`; did you mean `node-name`?"),
+        ("encryption: wireguard\n", "not supported by this version yet"),
+        ("server: https://x:9345\n", "`server` is not supported by this version yet"),
+        ("port: [\n", "config.yaml:"),
+    ] {
+        let (_dir, config, _) = files(text, NODES);
+        for args in
+            [&["config", "check", &config][..], &["run", "--config", &config], &["cleanup", "--config", &config]]
+        {
+            let o = outcome(&mut meshd(args));
+            assert_eq!((o.code, o.out.as_str()), (2, ""), "{args:?}: {}", o.err);
+            assert!(o.err.starts_with("meshd: ") && o.err.contains(message), "{}", o.err);
+            assert_eq!(o.err.lines().count(), 1, "{}", o.err);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_nodes_file_is_exit_2_with_its_own_place() {
+    let overlap = NODES.replace("10.42.2.0/24", "10.42.0.0/16");
+    let (_dir, config, nodes) = files("node-name: a\nnodes-file: NODES\n", &overlap);
+    let o = outcome(&mut meshd(&["config", "check", &config]));
+    assert_eq!(o.code, 2);
+    let message = "subnet 10.42.0.0/16 of node `b` overlaps 10.42.1.0/24 of node `a`; change one of them";
+    assert!(o.err.contains(&format!("{nodes}:3:")) && o.err.contains(message), "{}", o.err);
+
+    let (_dir, config, nodes) = files("node-name: c\nnodes-file: NODES\n", NODES);
+    let o = outcome(&mut meshd(&["config", "check", &config]));
+    assert_eq!(o.code, 2);
+    let message = format!("{nodes}: nodes-file has no entry named c; it has a, b; set node-name or add it");
+    assert!(o.err.contains(&message), "{}", o.err);
+
+    let (_dir, config, _) = files("node-name: a\nnodes-file: /nowhere/nodes.yaml\n", NODES);
+    let o = outcome(&mut meshd(&["config", "check", &config]));
+    assert_eq!(o.code, 2);
+    assert!(o.err.contains("cannot read the nodes-file: /nowhere/nodes.yaml: No such file"), "{}", o.err);
+}
+
+#[test]
+fn a_named_file_has_to_exist() {
+    for args in [["run", "--config", "/nowhere/c.yaml"], ["config", "check", "/nowhere/c.yaml"]] {
+        let o = outcome(&mut meshd(&args));
+        assert_eq!(o.code, 2);
+        assert!(o.err.contains("/nowhere/c.yaml: No such file"), "{}", o.err);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let o = outcome(&mut meshd(&["config", "check", &dir.path().display().to_string()]));
+    assert_eq!(o.code, 2);
+    assert!(o.err.contains("not a regular file"), "{}", o.err);
+}
+
+#[test]
+fn run_needs_a_node_list() {
+    let (_dir, config, _) = files("node-name: a\n", NODES);
+    let o = outcome(&mut meshd(&["run", "--config", &config]));
+    assert_eq!(o.code, 2);
+    assert!(o.err.contains("--nodes-file FILE"), "{}", o.err);
+    let o = outcome(&mut meshd(&["config", "check", &config]));
+    assert_eq!(o.code, 0);
+    assert!(o.out.contains("no nodes-file"), "{}", o.out);
+}
+
+#[test]
+fn a_bad_flag_and_a_bad_variable_are_named() {
+    let (_dir, config, _) = files("node-name: a\nport: 1\n", NODES);
+    let o = outcome(meshd(&["run", "--config", &config]).env("MESHD_PORT", "x"));
+    assert_eq!(o.code, 2);
+    assert!(o.err.contains("environment variable MESHD_PORT: `port` cannot be `x`"), "{}", o.err);
+    let o = outcome(meshd(&["run", "--config", &config, "--port", "0"]).env("MESHD_PORT", "x"));
+    assert_eq!(o.code, 2);
+    assert!(o.err.contains("flag --port: `port` cannot be `0`"), "{}", o.err);
+    let o = outcome(meshd(&["config", "check", &config]).env("MESHD_PORT", "4789").env("MESHD_PROT", "1"));
+    assert_eq!(o.code, 0);
+    assert!(o.out.contains("UDP port 4789"), "{}", o.out);
+    assert!(o.err.contains("MESHD_PROT is not a setting; did you mean MESHD_PORT?"), "{}", o.err);
+}
+
+#[test]
+fn wrong_usage_is_exit_2_and_help_is_not() {
+    for args in
+        [&[][..], &["fly"], &["run", "--fly"], &["run", "--port", "1", "--port", "2"], &["config"], &["run", "x"]]
+    {
+        let o = outcome(&mut meshd(args));
+        assert_eq!((o.code, o.out.as_str()), (2, ""), "{args:?}");
+        assert!(o.err.contains("Usage: meshd"), "{args:?}: {}", o.err);
+    }
+    let o = outcome(&mut meshd(&["--version"]));
+    assert_eq!((o.code, o.out.as_str()), (0, concat!("meshd ", env!("CARGO_PKG_VERSION"), "\n")));
+    let o = outcome(&mut meshd(&["--help"]));
+    assert_eq!(o.code, 0);
+    for word in ["Examples:", "meshd config check", "Exit codes: 0", "nodes:"] {
+        assert!(o.out.contains(word), "{word}");
+    }
+}
+
+#[test]
+fn every_key_is_a_flag_with_help() {
+    let o = outcome(&mut meshd(&["run", "--help"]));
+    assert_eq!(o.code, 0);
+    for key in meshd::config::KEYS {
+        assert!(o.out.contains(&format!("--{} <{}>", key.name, key.value)), "{}", key.name);
+    }
+}
