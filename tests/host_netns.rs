@@ -11,17 +11,17 @@
 //! A test runs its own binary again inside the namespace, since a namespace belongs to a process. Without root or
 //! /dev/net/tun it prints SKIPPED and the reason.
 
-use std::io::{BufRead, BufReader};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use meshd::host::{
     Change, Clash, ClashKind, Desired, Host, HostError, Preflight, Refused, Report, UnderlayError, Watch, overlay_mtu,
     union,
 };
+use socket2::{Domain, Socket, Type};
 
 #[test]
 fn ensure_sets_everything_and_then_nothing() {
@@ -67,7 +67,7 @@ fn ensure_sets_everything_and_then_nothing() {
         let state = whole_state();
         let second = host.ensure(&desired()).await.unwrap();
         assert_eq!(second, Report::default());
-        assert_eq!(whole_state(), state);
+        assert_same(&state, "after the second time");
     });
 }
 
@@ -93,14 +93,14 @@ fn what_others_take_away_comes_back() {
             "ip link set mesh0 mtu 1200",
             "ip link set mesh0 down",
             "ip link set mesh0 alias other",
-            "sysctl -qw net.ipv4.conf.mesh0.rp_filter=1 net.ipv6.conf.mesh0.accept_ra=2",
-            "sysctl -qw net.ipv6.conf.mesh0.disable_ipv6=1; sysctl -qw net.ipv6.conf.mesh0.disable_ipv6=0",
+            "echo 1 > /proc/sys/net/ipv4/conf/mesh0/rp_filter; echo 2 > /proc/sys/net/ipv6/conf/mesh0/accept_ra",
+            "echo 1 > /proc/sys/net/ipv6/conf/mesh0/disable_ipv6; echo 0 > /proc/sys/net/ipv6/conf/mesh0/disable_ipv6",
         ] {
             sh(harm);
-            assert_ne!(whole_state(), right, "positive control: {harm}");
+            assert!(whole_state() != right, "positive control: {harm}");
             let report = host.ensure(&desired()).await.unwrap();
             assert!(!report.is_empty(), "{harm}");
-            assert_eq!(whole_state(), right, "{harm}: {report:?}");
+            assert_same(&right, &format!("{harm}: {report:?}"));
             assert_eq!(host.ensure(&desired()).await.unwrap(), Report::default(), "{harm}");
         }
     });
@@ -206,7 +206,7 @@ fn a_foreign_route_in_the_place_of_ours_is_named_and_kept() {
 #[test]
 fn ipv6_is_missed_only_where_it_is_wanted() {
     in_namespace("ipv6_is_missed_only_where_it_is_wanted", async || {
-        sh("sysctl -qw net.ipv6.conf.default.disable_ipv6=1");
+        sh("echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6");
         tun();
         let host = Host::open().unwrap();
         let error = host.ensure(&desired()).await.unwrap_err();
@@ -220,11 +220,11 @@ fn ipv6_is_missed_only_where_it_is_wanted() {
         assert_eq!(report.warnings.len(), 1, "{report:?}");
 
         let too_small = Desired { mtu: 1230, ..desired() };
-        sh("sysctl -qw net.ipv6.conf.mesh0.disable_ipv6=0");
+        sh("echo 0 > /proc/sys/net/ipv6/conf/mesh0/disable_ipv6");
         let error = host.ensure(&too_small).await.unwrap_err();
         assert!(matches!(error, HostError::MtuBelowIpv6 { mtu: 1230, .. }), "{error}");
         // The kernel gives the device new IPv6 settings when its MTU grows again.
-        sh("sysctl -qw net.ipv6.conf.default.disable_ipv6=0");
+        sh("echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6");
         host.ensure(&desired()).await.unwrap();
         assert_eq!(host.ensure(&desired()).await.unwrap(), Report::default());
         let addresses = sh("ip -o addr show dev mesh0");
@@ -296,13 +296,15 @@ fn a_taken_port_names_its_owner() {
     in_namespace("a_taken_port_names_its_owner", async || {
         let host = Host::open().unwrap();
 
+        let me = format!("(process {})", std::process::id());
         for bind in ["10.9.0.1", "0.0.0.0", "::"] {
-            let holder = PortHolder::start(bind, 8472);
+            let holder = hold(ip(bind), 8472);
             let clash = only(clashes(&host, &preflight()).await);
             assert_eq!(clash.kind, ClashKind::Port);
             assert!(clash.what.contains("8472") && clash.what.contains("10.9.0.1"), "{clash}");
-            assert!(clash.owner.contains(&format!("python3 (process {})", holder.0.id())), "{bind}: {clash}");
-            assert!(clash.fix.contains(&format!("kill {}", holder.0.id())) && clash.fix.contains("`port:`"), "{clash}");
+            assert!(clash.owner.contains("host_netns") && clash.owner.contains(&me), "{bind}: {clash}");
+            assert!(clash.fix.contains("kill ") && clash.fix.contains("`port:`"), "{clash}");
+            drop(holder);
         }
         assert_eq!(clashes(&host, &preflight()).await, []);
 
@@ -319,9 +321,9 @@ fn a_taken_port_names_its_owner() {
 
         let v6 = Preflight { node_ips: vec![ip("fd09::1")], ..preflight() };
         assert_eq!(clashes(&host, &v6).await, []);
-        let holder = PortHolder::start("fd09::1", 8472);
+        let _holder = hold(ip("fd09::1"), 8472);
         let clash = only(clashes(&host, &v6).await);
-        assert!(clash.owner.contains(&format!("process {}", holder.0.id())), "{clash}");
+        assert!(clash.owner.contains(&me), "{clash}");
     });
 }
 
@@ -390,7 +392,7 @@ fn cleanup_takes_all_that_is_ours_and_nothing_else() {
         assert_eq!(report.routes.len(), 7, "{report:?}");
         assert!(report.routes.contains(&"10.42.0.0/16 dev mesh0 proto 72".to_owned()), "{report:?}");
         assert!(report.routes.contains(&"10.55.0.0/16 dev under0 table 1000 proto 72".to_owned()), "{report:?}");
-        assert_eq!(whole_state(), before);
+        assert_same(&before, "after cleanup");
         assert!(host.cleanup("mesh0").await.unwrap().is_empty());
 
         tun();
@@ -442,15 +444,15 @@ fn changes_are_noticed_and_mended_and_then_it_is_quiet() {
             "ip -6 route flush proto 72",
             "ip link set mesh0 mtu 1300",
             "ip link set mesh0 down",
-            "sysctl -qw net.ipv4.conf.mesh0.rp_filter=1",
+            "echo 1 > /proc/sys/net/ipv4/conf/mesh0/rp_filter",
         ] {
             let start = Instant::now();
             sh(harm);
-            assert_ne!(whole_state(), right, "positive control: {harm}");
+            assert!(whole_state() != right, "positive control: {harm}");
             let heard = tokio::time::timeout(Duration::from_secs(2), watch.changed()).await;
             assert!(heard.is_ok(), "{harm}");
             host.ensure(&desired()).await.unwrap();
-            assert_eq!(whole_state(), right, "{harm}");
+            assert_same(&right, harm);
             assert!(start.elapsed() < Duration::from_secs(2), "{harm}: {:?}", start.elapsed());
             // Mending raises an event of its own; the look that follows changes nothing, and then it ends.
             let mut events = 0;
@@ -579,6 +581,16 @@ fn whole_state() -> String {
         grep -s . /proc/sys/net/ipv[46]/conf/mesh0/* | grep -v 'stable_secret\\|/disable_ipv6'; true")
 }
 
+/// Shows the difference alone, the state being long.
+#[track_caller]
+fn assert_same(before: &str, context: &str) {
+    let now = whole_state();
+    let only_in =
+        |a: &str, b: &str| a.lines().filter(|l| !b.lines().any(|m| m == *l)).map(str::to_owned).collect::<Vec<_>>();
+    let (gone, new) = (only_in(before, &now), only_in(&now, before));
+    assert!(now == before, "{context}\ngone: {gone:#?}\nnew: {new:#?}");
+}
+
 #[track_caller]
 fn sh(command: &str) -> String {
     let output = Command::new("sh").arg("-c").arg(command).output().unwrap();
@@ -591,36 +603,12 @@ fn succeeds(command: &str) -> bool {
     Command::new("sh").arg("-c").arg(command).output().unwrap().status.success()
 }
 
-/// A process that holds a UDP port until it is dropped.
-struct PortHolder(Child);
-
-impl PortHolder {
-    fn start(ip: &str, port: u16) -> Self {
-        let program = "import socket,sys\n\
-            ip,port=sys.argv[1],int(sys.argv[2])\n\
-            s=socket.socket(socket.AF_INET6 if ':' in ip else socket.AF_INET,socket.SOCK_DGRAM)\n\
-            s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEPORT,1)\n\
-            s.bind((ip,port))\n\
-            print('bound',flush=True)\n\
-            sys.stdin.read()\n";
-        let mut child = Command::new("/usr/bin/python3")
-            .args(["-c", program, ip, &port.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "bound\n");
-        PortHolder(child)
-    }
-}
-
-impl Drop for PortHolder {
-    fn drop(&mut self) {
-        self.0.kill().ok();
-        self.0.wait().ok();
-    }
+/// Holds a UDP port as meshd's workers do, shared with whoever says SO_REUSEPORT too.
+fn hold(ip: IpAddr, port: u16) -> Socket {
+    let socket = Socket::new(Domain::for_address(SocketAddr::new(ip, port)), Type::DGRAM, None).unwrap();
+    socket.set_reuse_port(true).unwrap();
+    socket.bind(&SocketAddr::new(ip, port).into()).unwrap();
+    socket
 }
 
 /// Runs `body` in a namespace of its own: makes the namespace and runs this binary, for this test alone, inside it.
@@ -672,14 +660,15 @@ impl Namespace {
             "ip netns exec {name} sh -ec '
                 ip link set lo up
                 ip link add under0 type veth peer name peer0
+                ip link set under0 addrgenmode none
+                ip link set peer0 addrgenmode none
                 ip link set under0 up
                 ip link set peer0 up
                 ip addr add 10.9.0.1/24 dev under0
                 ip -6 addr add fd09::1/64 dev under0 nodad
                 ip route add default via 10.9.0.254
                 ip -6 route add default via fd09::fe
-                for f in /proc/sys/net/ipv6/conf/under0 /proc/sys/net/ipv6/conf/peer0; do
-                    echo 0 > $f/accept_dad; done'"
+'"
         ));
         namespace
     }

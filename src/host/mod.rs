@@ -105,7 +105,8 @@ pub enum HostError {
         kind: String,
     },
     /// Another's route sits where one of ours belongs.
-    #[error("the route to {prefix} is taken by `{owner}`; remove it: ip route del {owner}")]
+    #[error("the route to {prefix} is taken by `{owner}`; remove it: ip {}route del {owner}",
+        if prefix.addr().is_ipv4() { "" } else { "-6 " })]
     RouteTaken {
         /// The prefix that cannot be routed into the overlay.
         prefix: IpNet,
