@@ -219,6 +219,13 @@ fn ipv6_is_missed_only_where_it_is_wanted() {
         assert_eq!(report.changes, []);
         assert_eq!(report.warnings.len(), 1, "{report:?}");
 
+        // Off on the whole machine: routes are possible all the same.
+        sh("echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; ip -6 route flush proto 72");
+        let report = host.ensure(&v4_alone).await.unwrap();
+        assert!(report.changes.iter().all(|c| c.to_string().starts_with("route unreachable fd42:")), "{report:?}");
+        assert_eq!(host.ensure(&v4_alone).await.unwrap().changes, []);
+        sh("for d in all lo under0; do echo 0 > /proc/sys/net/ipv6/conf/$d/disable_ipv6; done");
+
         let too_small = Desired { mtu: 1230, ..desired() };
         sh("echo 0 > /proc/sys/net/ipv6/conf/mesh0/disable_ipv6");
         let error = host.ensure(&too_small).await.unwrap_err();

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::ensure::device_names;
-use super::netlink::{Address, Link, Route, TABLE_LOCAL};
+use super::facts::{Address, Link, Route, TABLE_LOCAL};
 use super::port::{self, Owner};
 use super::prefixes::PrefixSet;
 use super::{Host, HostError, OWNER_ALIAS, ROUTE_PROTOCOL};
@@ -258,7 +258,7 @@ const KERNEL_PROTOCOL: u8 = 2;
 
 #[cfg(test)]
 mod tests {
-    use super::super::netlink::{TABLE_MAIN, UNICAST};
+    use super::super::facts::{TABLE_MAIN, UNICAST};
     use super::*;
 
     fn link(index: u32, name: &str, kind: Option<&str>, is_tun: bool, alias: Option<&str>) -> Link {

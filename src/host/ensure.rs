@@ -20,7 +20,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::netlink::{Address, Link, Netlink, Request, Route, TABLE_MAIN, UNICAST, UNREACHABLE};
+use super::facts::{Address, Link, Route, TABLE_MAIN, UNICAST, UNREACHABLE};
+use super::netlink::{Netlink, Request};
 use super::prefixes::PrefixSet;
 use super::sysctl::{self, Ipv6};
 use super::{Host, HostError, OWNER_ALIAS, ROUTE_PROTOCOL};
@@ -141,12 +142,11 @@ impl Run<'_> {
         let changes_before = self.report.changes.len();
         self.set_up_link(&link).await;
         let ipv6 = self.check_ipv6();
+        let addresses = self.add_addresses(link.index, ipv6).await?;
         if self.report.changes.len() > changes_before {
-            // Switching a device, or IPv6 on it, takes routes along.
+            // Switching a device, or IPv6 on it, takes routes along; an address that goes takes their source.
             have = self.our_routes().await?;
         }
-
-        let addresses = self.add_addresses(link.index, ipv6).await?;
 
         let into_tun: Vec<Route> =
             tun_routes(self.desired, link.index).into_iter().filter(|r| ipv6 || r.dst.addr().is_ipv4()).collect();

@@ -8,6 +8,7 @@
 mod clash;
 mod cleanup;
 mod ensure;
+mod facts;
 mod netlink;
 mod port;
 mod prefixes;
@@ -35,7 +36,8 @@ pub const OWNER_ALIAS: &str = "meshd";
 /// The machine that meshd runs on, as far as it is reached through netlink.
 ///
 /// Lives in the network namespace of the thread that opened it, and on the tokio runtime it was opened in, which needs
-/// I/O and time enabled. A connection that breaks is opened anew with the next call.
+/// I/O and time enabled. A connection that breaks is opened anew with the next call. One meshd a namespace: a second one
+/// would take the first one's routes for leftovers.
 pub struct Host {
     netlink: netlink::Netlink,
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fmt, io};
 
-use super::netlink::Link;
+use super::facts::Link;
 
 /// Tries to bind the port as a stranger would: without SO_REUSEPORT, under which two processes would share it silently.
 pub(super) fn probe(ip: IpAddr, port: u16) -> io::Result<()> {

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use ipnet::IpNet;
 use rtnetlink::packet_route::address::AddressFlags;
 
-use super::netlink::{Address, Link, Route, TABLE_MAIN, UNICAST};
+use super::facts::{Address, Link, Route, TABLE_MAIN, UNICAST};
 use super::{Host, HostError, OWNER_ALIAS, ROUTE_PROTOCOL};
 
 /// One entry of `node-ip`.
@@ -30,7 +30,8 @@ impl FromStr for NodeIp {
     }
 }
 
-/// An underlay address and the link it is on.
+/// An underlay address and the link that it is carried over: the one it is set on, but for an address on a loopback or
+/// dummy device, as machines with routed addresses have, the one of the default route.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Underlay {
     /// The address.
@@ -175,19 +176,19 @@ impl Machine {
     fn source_of(&self, route: &Route) -> Option<Underlay> {
         let index = route.oif?;
         if let Some(address) = route.src.and_then(|ip| self.addresses.iter().find(|a| a.ip == ip)) {
-            return self.underlay(address);
+            return self.underlay(address, index);
         }
         let usable = || self.of_interface(index).filter(|a| a.ip.is_ipv4() == route.dst.addr().is_ipv4());
         let beside_gateway =
             |a: &&Address| route.gateway.is_some_and(|g| a.net().is_some_and(|n: IpNet| n.contains(&g)));
         let chosen = usable().find(beside_gateway).or_else(|| usable().next())?;
-        self.underlay(chosen)
+        self.underlay(chosen, index)
     }
 
     fn by_address(&self, ip: IpAddr) -> Result<Underlay, UnderlayError> {
         let address = self.addresses.iter().find(|a| a.ip == ip);
         address
-            .and_then(|a| self.underlay(a))
+            .and_then(|a| self.underlay(a, self.carrier(a)))
             .ok_or_else(|| UnderlayError::NotAssigned { ip, candidates: self.candidates() })
     }
 
@@ -196,8 +197,11 @@ impl Machine {
             return Err(UnderlayError::NoInterface { name: name.to_owned(), candidates: self.candidates() });
         };
         let first = |v4: bool| self.of_interface(link.index).find(|a| a.ip.is_ipv4() == v4);
-        let found: Vec<Underlay> =
-            [first(true), first(false)].into_iter().flatten().filter_map(|a| self.underlay(a)).collect();
+        let found: Vec<Underlay> = [first(true), first(false)]
+            .into_iter()
+            .flatten()
+            .filter_map(|a| self.underlay(a, self.carrier(a)))
+            .collect();
         if found.is_empty() {
             return Err(UnderlayError::NoAddress { name: name.to_owned(), candidates: self.candidates() });
         }
@@ -217,9 +221,16 @@ impl Machine {
         Candidates(self.addresses.iter().filter(|a| lasting(a) && !a.ip.is_loopback()).filter_map(of).collect())
     }
 
-    fn underlay(&self, address: &Address) -> Option<Underlay> {
-        let link = self.links.iter().find(|l| l.index == address.index)?;
-        Some(Underlay { ip: address.ip, ifindex: link.index, ifname: link.name.clone(), mtu: link.mtu })
+    /// The index of the link that the address is carried over.
+    fn carrier(&self, address: &Address) -> u32 {
+        let internal = self.links.iter().any(|l| l.index == address.index && l.internal);
+        let out = self.defaults.iter().filter(|_| internal).find(|r| r.dst.addr().is_ipv4() == address.ip.is_ipv4());
+        out.and_then(|r| r.oif).unwrap_or(address.index)
+    }
+
+    fn underlay(&self, address: &Address, index: u32) -> Option<Underlay> {
+        let link = self.links.iter().find(|l| l.index == index)?;
+        Some(Underlay { ip: address.ip, ifindex: index, ifname: link.name.clone(), mtu: link.mtu })
     }
 }
 
@@ -306,7 +317,17 @@ mod tests {
     fn auto_heeds_the_source_of_the_route() {
         let mut machine = usual();
         machine.defaults[0].src = Some("192.168.7.2".parse().unwrap());
-        assert_eq!(ips(machine.resolve(&[]))[0], "192.168.7.2 eth1 9000");
+        assert_eq!(ips(machine.resolve(&[]))[0], "192.168.7.2 eth0 1500", "sent through the route's link");
+    }
+
+    #[test]
+    fn a_routed_address_is_carried_over_the_link_of_the_default_route() {
+        let mut machine = usual();
+        machine.links[0].internal = true;
+        machine.addresses.push(Address::ours(1, "198.51.100.7".parse().unwrap()));
+        assert_eq!(ips(machine.resolve(&entries(&["198.51.100.7"]))), ["198.51.100.7 eth0 1500"]);
+        machine.defaults.clear();
+        assert_eq!(ips(machine.resolve(&entries(&["198.51.100.7"]))), ["198.51.100.7 lo 65536"]);
     }
 
     #[test]
