@@ -1,1 +1,158 @@
-//! host
+//! The machine around the data plane: the TUN device's address, MTU and settings, routes, clashes, the underlay.
+//!
+//! Owns everything that is done through netlink and `/proc/sys/net`, and what it left there: the device that carries
+//! the alias [`OWNER_ALIAS`] and the routes that carry [`ROUTE_PROTOCOL`]; nothing else is ever changed or removed. It
+//! does not create the device (`io` does), knows no peers and no packets, and never reads `/sys`, which may belong to
+//! another network namespace.
+
+mod clash;
+mod cleanup;
+mod ensure;
+mod facts;
+mod netlink;
+mod port;
+mod prefixes;
+mod sysctl;
+mod underlay;
+mod watch;
+
+use std::io;
+
+use ipnet::IpNet;
+
+pub use clash::{Clash, ClashKind, Preflight, Refused};
+pub use cleanup::CleanupReport;
+pub use ensure::{Change, Desired, Report};
+pub use prefixes::union;
+pub use underlay::{NodeIp, Underlay, UnderlayError, overlay_mtu};
+pub use watch::Watch;
+
+/// The route protocol number that marks a route as meshd's (`ip route show proto 72`).
+pub const ROUTE_PROTOCOL: u8 = 72;
+
+/// The alias that marks a device as meshd's (`ip link show`).
+pub const OWNER_ALIAS: &str = "meshd";
+
+/// The machine that meshd runs on, as far as it is reached through netlink.
+///
+/// Lives in the network namespace of the thread that opened it, and on the tokio runtime it was opened in, which needs
+/// I/O and time enabled. A connection that breaks is opened anew with the next call. One meshd a namespace: a second one
+/// would take the first one's routes for leftovers.
+pub struct Host {
+    netlink: netlink::Netlink,
+}
+
+impl Host {
+    /// Opens a connection to the kernel. Needs no privilege; most changes then need CAP_NET_ADMIN.
+    pub fn open() -> Result<Self, HostError> {
+        Ok(Host { netlink: netlink::Netlink::open()? })
+    }
+
+    /// Packets that the kernel dropped before meshd read them from the device, because its queue was full; since the
+    /// device was made.
+    pub async fn tun_drops(&self, tun: &str) -> Result<u64, HostError> {
+        match self.netlink.link(tun).await? {
+            Some(link) => Ok(link.tx_dropped),
+            None => Err(HostError::NoDevice { tun: tun.to_owned() }),
+        }
+    }
+}
+
+/// Why the machine could not be read or brought to the desired state.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// No netlink socket.
+    #[error("cannot open a netlink socket: {source}")]
+    Open {
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// Not permitted.
+    #[error("cannot {doing}: {source}; run meshd as root or give it CAP_NET_ADMIN")]
+    Denied {
+        /// What was tried.
+        doing: String,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused.
+    #[error("cannot {doing}: {source}")]
+    Kernel {
+        /// What was tried.
+        doing: String,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel's answer did not arrive.
+    #[error("cannot {doing}: the kernel's answer was lost; the next try opens a new netlink socket")]
+    Lost {
+        /// What was tried.
+        doing: String,
+    },
+    /// The device is gone.
+    #[error("there is no device {tun}; it was deleted or renamed, and has to be created again")]
+    NoDevice {
+        /// Its name.
+        tun: String,
+    },
+    /// The device is another one.
+    #[error("{tun} is {kind}, not a TUN device; choose another name (`tun:` in the config)")]
+    NotTun {
+        /// Its name.
+        tun: String,
+        /// What it is.
+        kind: String,
+    },
+    /// Another's route sits where one of ours belongs.
+    #[error("the route to {prefix} is taken by `{owner}`; remove it: ip {}route del {owner}",
+        if prefix.addr().is_ipv4() { "" } else { "-6 " })]
+    RouteTaken {
+        /// The prefix that cannot be routed into the overlay.
+        prefix: IpNet,
+        /// The route in the way.
+        owner: String,
+    },
+    /// IPv6 is wanted and switched off.
+    #[error("{tun} cannot have an IPv6 address: IPv6 is off {place}; {fix}, or leave IPv6 subnets out")]
+    Ipv6Off {
+        /// The device.
+        tun: String,
+        /// Where it is off.
+        place: &'static str,
+        /// How to switch it on.
+        fix: String,
+    },
+    /// IPv6 is wanted over a link that is too small for it.
+    #[error(
+        "{tun} cannot have an IPv6 address: its MTU is {mtu}, and IPv6 needs 1280 (RFC 8200 §5); \
+         raise the underlay's MTU, or leave IPv6 subnets out"
+    )]
+    MtuBelowIpv6 {
+        /// The device.
+        tun: String,
+        /// Its MTU.
+        mtu: u32,
+    },
+}
+
+impl HostError {
+    fn refused(doing: String, source: io::Error) -> Self {
+        if source.kind() == io::ErrorKind::PermissionDenied {
+            HostError::Denied { doing, source }
+        } else {
+            HostError::Kernel { doing, source }
+        }
+    }
+
+    fn raw_os_error(&self) -> Option<i32> {
+        match self {
+            HostError::Open { source } | HostError::Denied { source, .. } | HostError::Kernel { source, .. } => {
+                source.raw_os_error()
+            }
+            _ => None,
+        }
+    }
+}
