@@ -59,7 +59,9 @@ impl NodesFile {
     pub fn poll(&mut self) -> Result<Option<NodeList>, NodesFileError> {
         let clock = SystemTime::now();
         let now = Sight::of(std::fs::metadata(&self.path));
-        if self.content.is_some() && !now.is_news(self.seen.as_ref(), clock) || self.seen.as_ref() == Some(&now) {
+        // Whoever starts cannot wait, and there is no former list that half a new one could replace.
+        let first = self.seen.is_none() && self.content.is_none();
+        if !first && !now.is_news(self.seen.as_ref(), clock) {
             return Ok(None);
         }
         self.read(now, clock)
@@ -242,6 +244,8 @@ mod tests {
         assert!(matches!(nodes.poll(), Err(NodesFileError::Read(error)) if error.is_missing()));
         assert!(nodes.poll().unwrap().is_none());
         fs::write(&path, GOOD).unwrap();
+        assert!(nodes.poll().unwrap().is_none(), "may be half written");
+        rest();
         assert!(nodes.poll().unwrap().is_some());
     }
 
