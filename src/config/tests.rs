@@ -199,6 +199,14 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
 }
 
 #[test]
+fn a_log_filter_on_which_tracing_would_panic_is_refused() {
+    for filter in ["\u{2028}\u{ff10}=", "é=info"] {
+        assert!(Config::parse(&sources("", &[], &[("log", filter)])).is_err(), "{filter:?}");
+    }
+    assert!(Config::parse(&sources("", &[], &[("log", "e=info")])).is_ok());
+}
+
+#[test]
 fn a_file_that_is_no_configuration_is_refused() {
     assert_eq!(message("port: 1\nport: 2\n"), "c.yaml:2:1: duplicate key `port`; keep one of them");
     assert_eq!(message("- port\n"), "c.yaml:1:1: a configuration is lines of `key: value`, but here is a list");
@@ -248,6 +256,11 @@ proptest! {
     #[test]
     fn no_yaml_like_text_makes_the_parser_panic(text in "([a-z-]{1,9}|port|node-ip|[:,\\[\\]{}&*!|>'\"#~ \n0-9<-]){0,40}") {
         let _ = parse(&text);
+    }
+
+    #[test]
+    fn no_log_filter_makes_the_parser_panic(filter in "[a-z:=,\\[\\]{}\". *\\\\0-9$/-]{0,40}") {
+        let _ = Config::parse(&sources("", &[], &[("log", &filter)]));
     }
 
     #[test]

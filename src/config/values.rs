@@ -286,7 +286,8 @@ pub(crate) fn log(text: &str) -> Read<String> {
     const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
     const WANTED: &str =
         "use error, warn, info, debug, trace, off, or a tracing filter such as `info,meshd::host=debug`";
-    if text.trim().is_empty() {
+    // tracing-subscriber 0.3.23 slices behind `=` and the like by bytes, and panics on some text that is not ASCII.
+    if text.trim().is_empty() || !text.is_ascii() || text.len() > 1024 {
         return Err(WANTED.into());
     }
     // `debgu` is a valid filter: everything from a module of that name. Nobody means that.
