@@ -6,6 +6,7 @@ pub mod control;
 pub mod daemon;
 pub mod engine;
 pub mod host;
+
 pub mod io;
 pub mod node;
 pub mod sys;

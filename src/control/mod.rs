@@ -4,5 +4,6 @@
 //! them knows the engine: whoever applies a list turns it into tables.
 
 pub mod nodes_file;
+pub mod plan;
 pub mod reconcile;
 pub mod source;

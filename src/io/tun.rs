@@ -18,9 +18,12 @@ pub enum TunError {
     NoDevice,
     /// Not permitted.
     #[error(
-        "no permission to make the TUN device {0}: meshd needs CAP_NET_ADMIN; run it as root, or through its systemd unit"
+        "no permission to make the TUN device {0}: meshd needs CAP_NET_ADMIN; run it as root, or give it that capability"
     )]
     Denied(String),
+    /// Offload headers are refused.
+    #[error("the TUN device {0} cannot have offload headers; `io: tokio` does without")]
+    NoOffload(String),
     /// Another process uses the device.
     #[error("the TUN device {0} is in use by another process: stop that, or set another name with `tun:`")]
     Busy(String),
@@ -46,20 +49,17 @@ pub struct TunDevice {
 }
 
 impl TunDevice {
-    /// Opens `name` with so many queues, makes it stay when meshd ends, and switches on what it can offload.
+    /// Opens `name` with so many queues, and switches on what it can offload.
     pub fn open(name: &str, queues: usize) -> Result<Self, TunError> {
         let open = |_| tun::open_queue(name).map(|file| TunQueue { file }).map_err(|error| explain(name, error));
         let queues = (0..queues.max(1)).map(open).collect::<Result<Vec<_>, _>>()?;
-        let first = queues.first().map(TunQueue::as_fd).ok_or_else(|| TunError::Busy(name.to_owned()))?;
-        tun::set_persist(first, true).map_err(|error| explain(name, error))?;
+        let Some(TunQueue { file: first }) = queues.first() else { return Err(TunError::Busy(name.to_owned())) };
         let tcp = tun::F_CSUM | tun::F_TSO4 | tun::F_TSO6 | tun::F_TSO_ECN;
         let mut reasons = Vec::new();
         let uso = tun::set_offload(first, tcp | tun::F_USO4 | tun::F_USO6);
         if let Err(error) = &uso {
-            reasons.push((
-                "tun_uso",
-                format!("the kernel refuses UDP segmentation on a TUN device (Linux 6.2 has it): {error}"),
-            ));
+            let reason = format!("the kernel refuses UDP segmentation on a TUN device (Linux 6.2 has it): {error}");
+            reasons.push(("tun_uso", reason));
         }
         let tso = if uso.is_ok() { Ok(()) } else { tun::set_offload(first, tcp) };
         if let Err(error) = &tso {
@@ -71,10 +71,11 @@ impl TunDevice {
     }
 }
 
-fn explain(name: &str, error: io::Error) -> TunError {
+pub(super) fn explain(name: &str, error: io::Error) -> TunError {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => TunError::NoDevice,
         Some(libc::EPERM | libc::EACCES) => TunError::Denied(name.to_owned()),
+        Some(libc::EINVAL) => TunError::NoOffload(name.to_owned()),
         Some(libc::EBUSY) => TunError::Busy(name.to_owned()),
         _ => TunError::Io { name: name.to_owned(), source: error },
     }
@@ -93,6 +94,12 @@ impl TunQueue {
     /// To wait for it.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Has the device stay when meshd ends: with it routes would go, and traffic for the mesh would leave by another
+    /// way, in clear.
+    pub fn keep_device(&self) -> io::Result<()> {
+        tun::set_persist(&self.file, true)
     }
 
     /// Reads one frame, offload header first.

@@ -18,6 +18,7 @@ use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{Stats, WorkerStats};
 use crate::engine::tables::Tables;
 use crate::sys::poll::{self, PollFd};
+use crate::sys::udp::Meta;
 
 /// Room for one frame: the offload header and the longest IP packet.
 const FRAME: usize = 10 + 65_535;
@@ -148,6 +149,24 @@ fn receive_and_write(
     now_ms: u64,
     stats: &WorkerStats,
 ) -> bool {
+    let more = take_in(port, inbound, tables, now_ms, stats);
+    for unit in inbound.units() {
+        let written = tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
+        inbound.written(unit, written);
+    }
+    stats.flow.tun_writes.add(inbound.units().len() as u64);
+    inbound.clear();
+    more
+}
+
+/// Receives a batch and takes it through the engine, up to what is to be written. Returns whether there may be more.
+pub(super) fn take_in(
+    port: &mut UdpPort,
+    inbound: &mut Inbound,
+    tables: &Tables,
+    now_ms: u64,
+    stats: &WorkerStats,
+) -> bool {
     let buffers = match port.receive() {
         Ok(buffers) => buffers,
         // an error that was pending on the socket is fetched by this; what is wrong shows at the next send
@@ -158,23 +177,11 @@ fn receive_and_write(
     for index in 0..buffers {
         let Some(meta) = port.meta(index) else { continue };
         let Some(source) = meta.source else { continue };
-        let received = Received {
-            at: meta.at,
-            len: meta.len,
-            segment_len: meta.segment_len,
-            source,
-            tos: meta.tos,
-            truncated: meta.truncated,
-        };
+        let Meta { at, len, segment_len, tos, truncated, .. } = meta;
+        let received = Received { at, len, segment_len, source, tos, truncated };
         inbound.push(tables, now_ms, port.arena_mut(), received);
     }
     inbound.finish(port.arena_mut());
-    for unit in inbound.units() {
-        let written = tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
-        inbound.written(unit, written);
-    }
-    stats.flow.tun_writes.add(inbound.units().len() as u64);
-    inbound.clear();
     buffers > 0
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::check;
@@ -52,13 +52,13 @@ pub fn open_queue(name: &str) -> io::Result<File> {
 }
 
 /// Sets what the device (all its queues) hands over undone: an or of the `F_` values.
-pub fn set_offload(queue: BorrowedFd<'_>, features: u32) -> io::Result<()> {
+pub fn set_offload(queue: &impl AsRawFd, features: u32) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
     check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(features)) }).map(drop)
 }
 
 /// Whether the device stays when the last queue is closed.
-pub fn set_persist(queue: BorrowedFd<'_>, persist: bool) -> io::Result<()> {
+pub fn set_persist(queue: &impl AsRawFd, persist: bool) -> io::Result<()> {
     // SAFETY: TUNSETPERSIST takes its argument by value.
     check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETPERSIST, libc::c_ulong::from(persist)) }).map(drop)
 }

@@ -1,0 +1,246 @@
+//! What a node list means for this node: the peer table, the routes, the addresses, the MTU.
+//!
+//! Pure: configuration, list and underlay in, one plan out. Does not know how any of it is put into effect.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::config::{Config, Mtu, OverlayAddress};
+use crate::engine::stats::PeerStats;
+use crate::engine::tables::{Local, PeerSpec};
+use crate::node::{Mac, Node, NodeList, NodeName};
+
+/// What VXLAN costs over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14.
+pub const OVERHEAD_V4: u32 = 50;
+/// What it costs over IPv6, whose header is 20 bytes longer.
+pub const OVERHEAD_V6: u32 = 70;
+/// IPv6 does not work below (RFC 8200 §5).
+const V6_MIN_MTU: u32 = 1280;
+
+/// One of this node's underlay addresses and the MTU of its link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Carrier {
+    /// The address.
+    pub ip: IpAddr,
+    /// The link's MTU.
+    pub mtu: u32,
+}
+
+/// Everything that follows from a node list.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// This node's VTEP MAC.
+    pub mac: Mac,
+    /// Overlay addresses of the TUN device.
+    pub overlay: Vec<IpAddr>,
+    /// The TUN device's MTU.
+    pub mtu: u32,
+    /// This node's subnets.
+    pub own_subnets: Vec<IpNet>,
+    /// All nodes' subnets.
+    pub subnets: Vec<IpNet>,
+    /// What the engine knows of this node.
+    pub local: Local,
+    /// What the engine knows of the others.
+    pub peers: Vec<PeerSpec>,
+    /// Things that somebody should know.
+    pub warnings: Vec<String>,
+}
+
+/// Why a node list does not fit this node.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// `address` names an address that is not this node's to give.
+    #[error("`address: {0}` lies in no subnet of this node: choose one of its subnets' addresses, or `first`")]
+    AddressNotOurs(IpAddr),
+    /// No room for an inner packet.
+    #[error("the underlay's MTU of {0} leaves less than 576 bytes for the overlay; raise it")]
+    UnderlayTooSmall(u32),
+    /// IPv6 subnets need 1,280 bytes.
+    #[error("the overlay has IPv6 subnets, which need an MTU of 1280 (RFC 8200 §5), but it is {0}: raise the underlay's MTU or `mtu`, or leave IPv6 subnets out")]
+    MtuBelowIpv6(u32),
+}
+
+/// Works out what `list` means for the node `own`, which is carried by `carriers`. `known` are the counters of peers by
+/// name: those of a peer that stays are kept, those of a new one are added.
+pub fn plan(
+    config: &Config,
+    list: &NodeList,
+    own: &Node,
+    carriers: &[Carrier],
+    known: &mut HashMap<NodeName, Arc<PeerStats>>,
+    workers: usize,
+) -> Result<Plan, PlanError> {
+    let mut warnings = Vec::new();
+    let mut ways = Vec::new();
+    for node in list.nodes.iter().filter(|node| node.name != own.name) {
+        match way(node, carriers) {
+            Some(way) => ways.push((node, way)),
+            None => warnings.push(format!(
+                "node {} cannot be reached: its underlay has no address of a family that this node's node-ip has",
+                node.name
+            )),
+        }
+    }
+    let room = |carrier: &Carrier| carrier.mtu.saturating_sub(overhead(carrier.ip));
+    let fits_all = ways.iter().map(|(_, (_, carrier))| room(carrier)).min();
+    let path = fits_all.or_else(|| carriers.iter().map(room).min()).unwrap_or(0).min(u32::from(u16::MAX));
+    let mtu = match config.mtu {
+        Mtu::Auto => path,
+        Mtu::Fixed(mtu) => u32::from(mtu.get()),
+    };
+    if path < 576 {
+        return Err(PlanError::UnderlayTooSmall(carriers.iter().map(|c| c.mtu).min().unwrap_or(0)));
+    }
+    let subnets: Vec<IpNet> = list.nodes.iter().flat_map(|node| node.subnets.iter().copied()).collect();
+    if mtu < V6_MIN_MTU && subnets.iter().any(|net| matches!(net, IpNet::V6(_))) {
+        return Err(PlanError::MtuBelowIpv6(mtu));
+    }
+    if mtu > path {
+        warnings.push(format!(
+            "`mtu: {mtu}` is more than the underlay carries ({path}): longer packets are answered with \
+             Fragmentation Needed; `mtu: auto` fits"
+        ));
+    }
+
+    let overlay = overlay_addresses(&config.address, own)?;
+    let addresses = carriers.iter().map(|carrier| carrier.ip).chain(overlay.iter().copied()).collect();
+    let local = Local { mac: own.mac, vni: config.vni, subnets: own.subnets.clone(), addresses, mtu: mtu as u16 };
+    let peers: Vec<PeerSpec> = ways
+        .into_iter()
+        .map(|(node, (endpoint, carrier))| PeerSpec {
+            name: node.name.clone(),
+            endpoint,
+            underlay: node.underlay_ips().collect(),
+            mac: node.mac,
+            subnets: node.subnets.clone(),
+            mtu: room(&carrier).min(u32::from(u16::MAX)) as u16,
+            stats: known.entry(node.name.clone()).or_insert_with(|| Arc::new(PeerStats::new(workers))).clone(),
+        })
+        .collect();
+    known.retain(|name, _| peers.binary_search_by(|peer| peer.name.cmp(name)).is_ok());
+    let own_subnets = own.subnets.clone();
+    Ok(Plan { mac: own.mac, overlay, mtu, own_subnets, subnets, local, peers, warnings })
+}
+
+/// How a node is reached: the first of its addresses of a family that we have.
+fn way(node: &Node, carriers: &[Carrier]) -> Option<(std::net::SocketAddr, Carrier)> {
+    node.underlay.iter().find_map(|endpoint| {
+        let carrier = carriers.iter().find(|carrier| carrier.ip.is_ipv4() == endpoint.is_ipv4())?;
+        Some((*endpoint, *carrier))
+    })
+}
+
+fn overhead(ip: IpAddr) -> u32 {
+    if ip.is_ipv6() { OVERHEAD_V6 } else { OVERHEAD_V4 }
+}
+
+fn overlay_addresses(wanted: &OverlayAddress, own: &Node) -> Result<Vec<IpAddr>, PlanError> {
+    let first_of = |v6: bool| own.subnets.iter().find(|net| matches!(net, IpNet::V6(_)) == v6);
+    let network = || [false, true].into_iter().filter_map(first_of);
+    match wanted {
+        OverlayAddress::Network => Ok(network().map(IpNet::network).collect()),
+        OverlayAddress::First => Ok(network().map(first_address).collect()),
+        OverlayAddress::Given(given) => {
+            let stray = given.iter().find(|ip| !own.subnets.iter().any(|net| net.contains(*ip)));
+            stray.map_or_else(|| Ok(given.clone()), |ip| Err(PlanError::AddressNotOurs(*ip)))
+        }
+    }
+}
+
+/// Network + 1; of a subnet that is a single address, that one.
+fn first_address(net: &IpNet) -> IpAddr {
+    match net {
+        IpNet::V4(net) if net.prefix_len() < 32 => Ipv4Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
+        IpNet::V6(net) if net.prefix_len() < 128 => Ipv6Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
+        _ => net.network(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Sources;
+    use crate::control::nodes_file;
+
+    const LIST: &str = "nodes:
+  - {name: a, underlay: [10.9.0.1, 'fd00::1'], subnets: [10.42.1.0/24, 'fd42:0:0:1::/64']}
+  - {name: b, underlay: 10.9.0.2, subnets: [10.42.2.0/24]}
+  - {name: c, underlay: 'fd00::3', subnets: ['fd42:0:0:3::/64']}
+";
+
+    fn config(text: &str) -> Config {
+        let file = Some(("test.yaml".into(), text.as_bytes().to_vec()));
+        let sources = Sources { file, env: Vec::new(), flags: Vec::new(), hostname: "a".to_owned() };
+        Config::parse(&sources).unwrap()
+    }
+
+    fn make(config_text: &str, list: &str, carriers: &[(&str, u32)]) -> Result<Plan, PlanError> {
+        let config = config(config_text);
+        let list = nodes_file::parse(list.as_bytes(), config.port).unwrap();
+        let own = list.get(&config.node_name).unwrap();
+        let carriers: Vec<_> =
+            carriers.iter().map(|(ip, mtu)| Carrier { ip: ip.parse().unwrap(), mtu: *mtu }).collect();
+        plan(&config, &list, own, &carriers, &mut HashMap::new(), 2)
+    }
+
+    #[test]
+    fn the_mtu_is_the_smallest_that_fits_every_peer() {
+        let both = [("10.9.0.1", 1500), ("fd00::1", 1500)];
+        let plan = make("", LIST, &both).unwrap();
+        assert_eq!(plan.mtu, 1430);
+        assert_eq!(plan.peers.iter().map(|p| p.mtu).collect::<Vec<_>>(), [1450, 1430]);
+        assert_eq!(plan.overlay, ["10.42.1.1".parse::<IpAddr>().unwrap(), "fd42:0:0:1::1".parse().unwrap()]);
+        assert!(plan.warnings.is_empty());
+        let jumbo = make("", &LIST.replace("  - {name: c, underlay: 'fd00::3', subnets: ['fd42:0:0:3::/64']}\n", ""), &[("10.9.0.1", 9000)]);
+        assert_eq!(jumbo.unwrap().mtu, 8950);
+    }
+
+    #[test]
+    fn a_peer_of_another_family_is_named() {
+        let plan = make("", LIST, &[("10.9.0.1", 1500)]).unwrap();
+        assert_eq!(plan.peers.len(), 1);
+        assert!(plan.warnings[0].contains("node c cannot be reached"), "{:?}", plan.warnings);
+        assert_eq!(plan.subnets.len(), 4, "its subnets are still the mesh's: they must not leave by another way");
+    }
+
+    #[test]
+    fn a_fixed_mtu_stands_and_warns_when_it_does_not_fit() {
+        assert!(make("mtu: 1400", LIST, &[("10.9.0.1", 1500)]).unwrap().warnings.len() == 1);
+        let plan = make("mtu: 1500", LIST, &[("10.9.0.1", 1500)]).unwrap();
+        assert_eq!((plan.mtu, plan.peers[0].mtu), (1500, 1450));
+        assert!(plan.warnings.iter().any(|w| w.contains("more than the underlay carries")));
+        assert_eq!(make("mtu: 1200", LIST, &[("10.9.0.1", 1500)]).unwrap_err(), PlanError::MtuBelowIpv6(1200));
+        assert_eq!(make("", LIST, &[("10.9.0.1", 600)]).unwrap_err(), PlanError::UnderlayTooSmall(600));
+    }
+
+    #[test]
+    fn overlay_addresses() {
+        let ips = |text: &str| make(text, LIST, &[("10.9.0.1", 1500)]).map(|p| p.overlay);
+        assert_eq!(ips("address: network").unwrap()[0], "10.42.1.0".parse::<IpAddr>().unwrap());
+        assert_eq!(ips("address: 10.42.1.77").unwrap(), ["10.42.1.77".parse::<IpAddr>().unwrap()]);
+        let foreign = "10.42.2.1".parse().unwrap();
+        assert_eq!(ips("address: 10.42.2.1").unwrap_err(), PlanError::AddressNotOurs(foreign));
+        let single = LIST.replace("10.42.1.0/24", "10.42.1.9/32");
+        let plan = make("", &single, &[("10.9.0.1", 1500)]).unwrap();
+        assert_eq!(plan.overlay[0], "10.42.1.9".parse::<IpAddr>().unwrap());
+    }
+
+    #[test]
+    fn counters_of_a_peer_that_stays_are_kept() {
+        let config = config("");
+        let list = nodes_file::parse(LIST.as_bytes(), config.port).unwrap();
+        let own = list.get(&config.node_name).unwrap();
+        let carriers = [Carrier { ip: "10.9.0.1".parse().unwrap(), mtu: 1500 }];
+        let mut known = HashMap::new();
+        let first = plan(&config, &list, own, &carriers, &mut known, 1).unwrap();
+        let second = plan(&config, &list, own, &carriers, &mut known, 1).unwrap();
+        assert!(Arc::ptr_eq(&first.peers[0].stats, &second.peers[0].stats));
+        let alone = NodeList { nodes: vec![own.clone()] };
+        plan(&config, &alone, own, &carriers, &mut known, 1).unwrap();
+        assert!(known.is_empty());
+    }
+}

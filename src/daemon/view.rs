@@ -1,0 +1,271 @@
+//! What the admin socket shows, read out of what the daemon shares.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio::sync::Notify;
+
+use super::data_plane::Facts;
+use crate::admin::protocol::{
+    BatchesView, Encryption, JourneyView, NodeRole, NodeState, NodeView, OffloadsView, PeerState, PeerView, Role,
+    StatsView, StatusView, TrafficView,
+};
+use crate::admin::server::Mesh;
+use crate::engine::drop::{Direction, Drop};
+use crate::engine::stats::{Flow, Stats};
+use crate::engine::tables::{Peer, Tables};
+use crate::node::{NodeList, NodeName};
+use crate::sys::udp;
+
+/// What daemon and admin socket share.
+pub(super) struct Shared {
+    pub node: NodeName,
+    pub tun: String,
+    pub port: u16,
+    pub started: Instant,
+    pub tables: Arc<ArcSwap<Tables>>,
+    pub stats: Stats,
+    pub list: ArcSwap<NodeList>,
+    pub facts: Mutex<Option<Facts>>,
+    pub overlay: Mutex<Vec<std::net::IpAddr>>,
+    pub tun_drops: AtomicU64,
+    problems: Mutex<BTreeMap<Concern, String>>,
+    held: Mutex<Option<NodeList>>,
+    pub accept: Notify,
+}
+
+/// What can be wrong; one line each in `status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Concern {
+    Nodes,
+    HeldBack,
+    Underlay,
+    Plan,
+    Host,
+    Device,
+    Config,
+}
+
+impl Shared {
+    pub(super) fn new(node: NodeName, tun: String, port: u16, tables: Tables, stats: Stats) -> Self {
+        Shared {
+            node,
+            tun,
+            port,
+            started: Instant::now(),
+            tables: Arc::new(ArcSwap::from_pointee(tables)),
+            stats,
+            list: ArcSwap::default(),
+            facts: Mutex::default(),
+            overlay: Mutex::default(),
+            tun_drops: AtomicU64::new(0),
+            problems: Mutex::default(),
+            held: Mutex::default(),
+            accept: Notify::new(),
+        }
+    }
+
+    /// Something is wrong; it is logged when it is news.
+    pub(super) fn problem(&self, concern: Concern, message: String) {
+        let mut problems = lock(&self.problems);
+        if problems.get(&concern) != Some(&message) {
+            tracing::warn!("{message}");
+            problems.insert(concern, message);
+        }
+    }
+
+    /// A concern is settled.
+    pub(super) fn settled(&self, concern: Concern) {
+        if let Some(message) = lock(&self.problems).remove(&concern) {
+            tracing::info!("settled: {message}");
+        }
+    }
+
+    pub(super) fn has_problem(&self, concern: Concern) -> bool {
+        lock(&self.problems).contains_key(&concern)
+    }
+
+    pub(super) fn hold(&self, list: Option<NodeList>) {
+        *lock(&self.held) = list;
+    }
+
+    pub(super) fn take_held(&self) -> Option<NodeList> {
+        lock(&self.held).take()
+    }
+
+    fn peer(&self, peer: &Peer, now_ms: u64) -> PeerView {
+        let (spec, stats) = (&peer.spec, &peer.spec.stats);
+        PeerView {
+            name: spec.name.to_string(),
+            endpoint: spec.endpoint,
+            subnets: spec.subnets.clone(),
+            mac: spec.mac.to_string(),
+            public_key: None,
+            encryption: Encryption::None,
+            state: PeerState::Unknown,
+            last_seen_ms: stats.last_seen().map(|seen| now_ms.saturating_sub(seen)),
+            rtt_us: None,
+            path_mtu: u32::from(spec.mtu),
+            tx_packets: stats.sum(|flow| flow.tx_packets.get()),
+            tx_bytes: stats.sum(|flow| flow.tx_bytes.get()),
+            rx_packets: stats.sum(|flow| flow.rx_packets.get()),
+            rx_bytes: stats.sum(|flow| flow.rx_bytes.get()),
+        }
+    }
+}
+
+impl Mesh for Shared {
+    fn peers(&self) -> Vec<PeerView> {
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        self.tables.load().peers().iter().map(|peer| self.peer(peer, now_ms)).collect()
+    }
+
+    fn stats(&self) -> StatsView {
+        let sum = |read: fn(&Flow) -> u64| self.stats.sum(|worker| read(&worker.flow));
+        let facts = lock(&self.facts).clone();
+        let drops_of = |reason: Drop| self.stats.sum(|worker| worker.drops(reason));
+        let dropped = |direction| {
+            Drop::ALL.iter().filter(|reason| reason.direction() == direction).map(|reason| drops_of(*reason)).sum()
+        };
+        let mut drops: BTreeMap<String, u64> =
+            Drop::ALL.iter().map(|reason| (reason.name().to_owned(), drops_of(*reason))).collect();
+        let overflow = facts.iter().flat_map(|facts| facts.receivers.iter());
+        let overflow = overflow.map(|socket| u64::from(udp::drops(socket.as_fd()).unwrap_or(0))).sum();
+        drops.insert("udp_queue_overflow".to_owned(), overflow);
+        drops.insert("tun_queue_overflow".to_owned(), self.tun_drops.load(Ordering::Relaxed));
+        let tun = TrafficView {
+            rx_packets: sum(|f| f.tun_rx_packets.get()),
+            rx_bytes: sum(|f| f.tun_rx_bytes.get()),
+            tx_packets: sum(|f| f.tun_tx_packets.get()),
+            tx_bytes: sum(|f| f.tun_tx_bytes.get()),
+        };
+        let udp = TrafficView {
+            rx_packets: sum(|f| f.udp_rx_packets.get()),
+            rx_bytes: sum(|f| f.udp_rx_bytes.get()),
+            tx_packets: sum(|f| f.udp_tx_packets.get()),
+            tx_bytes: sum(|f| f.udp_tx_bytes.get()),
+        };
+        let outbound = JourneyView {
+            entered: tun.rx_packets,
+            originated: sum(|f| f.originated_outbound.get()),
+            out: udp.tx_packets,
+            dropped: dropped(Direction::Outbound),
+            consumed: 0,
+        };
+        let inbound = JourneyView {
+            entered: udp.rx_packets,
+            originated: sum(|f| f.originated_inbound.get()),
+            out: tun.tx_packets,
+            dropped: dropped(Direction::Inbound),
+            consumed: 0,
+        };
+        StatsView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.node.to_string(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            io: facts.as_ref().map_or("none", |facts| facts.io).to_owned(),
+            workers: facts.as_ref().map_or(0, |facts| facts.workers as u32),
+            offloads: facts.as_ref().map(offloads).unwrap_or_default(),
+            offload_reasons: facts.as_ref().map(offload_reasons).unwrap_or_default(),
+            tun,
+            udp,
+            drops,
+            originated: outbound.originated + inbound.originated,
+            consumed: outbound.consumed + inbound.consumed,
+            outbound,
+            inbound,
+            batches: BatchesView {
+                tun_reads: sum(|f| f.tun_reads.get()),
+                tun_read_packets: tun.rx_packets,
+                udp_recv_calls: sum(|f| f.udp_recv_calls.get()),
+                udp_recv_datagrams: udp.rx_packets,
+                udp_send_calls: sum(|f| f.udp_send_calls.get()),
+                udp_send_datagrams: udp.tx_packets,
+                tun_writes: sum(|f| f.tun_writes.get()),
+                tun_write_segments: tun.tx_packets,
+            },
+            partial_csum_in: sum(|f| f.partial_csum_in.get()),
+        }
+    }
+
+    fn status(&self) -> StatusView {
+        let tables = self.tables.load();
+        let local = tables.local();
+        let reasons: Vec<String> = lock(&self.problems).values().cloned().collect();
+        StatusView {
+            node: self.node.to_string(),
+            role: Role::Run,
+            overlay_addresses: lock(&self.overlay).clone(),
+            vtep_mac: local.mac.to_string(),
+            public_key: None,
+            mtu: u32::from(local.mtu),
+            ready: reasons.is_empty(),
+            reasons,
+            tun: self.tun.clone(),
+            io: lock(&self.facts).as_ref().map_or("none", |facts| facts.io).to_owned(),
+            port: self.port,
+            vni: local.vni.get(),
+            peers: tables.peers().len() as u64,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        }
+    }
+
+    fn nodes(&self) -> Vec<NodeView> {
+        let view = |node: &crate::node::Node| NodeView {
+            name: node.name.to_string(),
+            id: node.name.to_string(),
+            role: NodeRole::Agent,
+            state: NodeState::Ready,
+            underlay: node.underlay_ips().collect(),
+            subnets: node.subnets.clone(),
+            labels: BTreeMap::new(),
+            taints: Vec::new(),
+            joined_at: None,
+            last_heartbeat: None,
+        };
+        self.list.load().nodes.iter().map(view).collect()
+    }
+
+    fn accept_nodes(&self) -> Result<String, String> {
+        let nodes = lock(&self.held).as_ref().map(|list| list.nodes.len());
+        let Some(nodes) = nodes else {
+            return Err("no node list is held back: there is nothing to accept".to_owned());
+        };
+        self.accept.notify_one();
+        Ok(format!("accepted: the node list with {nodes} nodes is being applied"))
+    }
+}
+
+fn offloads(facts: &Facts) -> OffloadsView {
+    OffloadsView {
+        tun_tso: facts.accepts.tso,
+        tun_uso: facts.accepts.uso,
+        udp_gso: !facts.offloads.no_gso.load(Ordering::Relaxed) && !facts.offloads.gso_failed.load(Ordering::Relaxed),
+        udp_gro: !facts.offloads.no_gro.load(Ordering::Relaxed),
+    }
+}
+
+fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {
+    let mut reasons: BTreeMap<String, String> =
+        facts.reasons.iter().map(|(offload, why)| ((*offload).to_owned(), why.clone())).collect();
+    let mut add = |set: bool, offload: &str, why: &str| {
+        if set {
+            reasons.insert(offload.to_owned(), why.to_owned());
+        }
+    };
+    let offloads = &facts.offloads;
+    add(offloads.no_gso.load(Ordering::Relaxed), "udp_gso", "the kernel does not know UDP_SEGMENT (Linux 4.18 has it)");
+    let failed = "a segmented send failed where the same datagrams alone left: the link's driver cannot be trusted with it";
+    add(offloads.gso_failed.load(Ordering::Relaxed), "udp_gso", failed);
+    add(offloads.no_gro.load(Ordering::Relaxed), "udp_gro", "the kernel does not know UDP_GRO (Linux 5.0 has it)");
+    reasons
+}
+
+/// A panic while a lock was held leaves plain data behind, which is still good to show.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
