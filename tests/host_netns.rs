@@ -84,6 +84,9 @@ fn what_others_take_away_comes_back() {
             "ip addr add 10.42.1.77/24 dev mesh0",
             "ip addr add 10.42.1.1/16 dev mesh0",
             "ip -6 addr del fd42:0:0:1::1/128 dev mesh0; ip -6 addr add fd42:0:0:1::1/64 dev mesh0",
+            // The address that goes takes the source of the route along, which was right until then.
+            "ip -6 addr del fd42:0:0:1::1/128 dev mesh0; ip -6 addr add fd42:0:0:1::1/64 dev mesh0; \
+             ip -6 route replace fd42::/48 dev mesh0 proto 72 src fd42:0:0:1::1",
             "ip -6 addr add fe80::5/64 dev mesh0",
             "ip route del 10.42.0.0/16 dev mesh0",
             "ip route replace 10.42.0.0/16 dev mesh0",
