@@ -11,16 +11,17 @@
 //! A test runs its own binary again inside the namespace, since a namespace belongs to a process. Without root or
 //! /dev/net/tun it prints SKIPPED and the reason.
 
-use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+mod clash;
+mod harness;
+
+use std::io::Read;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use meshd::host::{
-    Change, Clash, ClashKind, Desired, Host, HostError, Preflight, Refused, Report, UnderlayError, Watch, overlay_mtu,
-    union,
-};
+use harness::{assert_same, in_namespace, ip, nets, sh, succeeds, tun, whole_state};
+use meshd::host::{Change, Desired, Host, HostError, Report, UnderlayError, Watch, overlay_mtu, union};
 use socket2::{Domain, Socket, Type};
 
 #[test]
@@ -84,6 +85,9 @@ fn what_others_take_away_comes_back() {
             "ip addr add 10.42.1.77/24 dev mesh0",
             "ip addr add 10.42.1.1/16 dev mesh0",
             "ip -6 addr del fd42:0:0:1::1/128 dev mesh0; ip -6 addr add fd42:0:0:1::1/64 dev mesh0",
+            // The address that goes takes the source of the route along, which was right until then.
+            "ip -6 addr del fd42:0:0:1::1/128 dev mesh0; ip -6 addr add fd42:0:0:1::1/64 dev mesh0; \
+             ip -6 route replace fd42::/48 dev mesh0 proto 72 src fd42:0:0:1::1",
             "ip -6 addr add fe80::5/64 dev mesh0",
             "ip route del 10.42.0.0/16 dev mesh0",
             "ip route replace 10.42.0.0/16 dev mesh0",
@@ -123,6 +127,61 @@ fn without_device_the_cluster_is_unreachable() {
         sh("ip link del mesh0");
         assert!(!succeeds("ip route get 10.42.2.1"));
         assert!(!succeeds("ip -6 route get fd42:0:0:2::1"));
+    });
+}
+
+#[test]
+fn not_one_packet_leaves_by_another_way_meanwhile() {
+    in_namespace("not_one_packet_leaves_by_another_way_meanwhile", async || {
+        // Without these a packet that leaves would wait for a neighbour's answer instead of being counted.
+        sh("ip neigh add 10.9.0.254 lladdr 02:00:00:00:00:01 dev under0; \
+            ip neigh add fd09::fe lladdr 02:00:00:00:00:01 dev under0");
+        let host = Host::open().unwrap();
+        let sockets = ["0.0.0.0:0", "[::]:0"].map(|a| std::net::UdpSocket::bind(a).unwrap());
+        let send = move || {
+            for target in ["10.42.2.1:9", "10.42.200.1:9", "[fd42:0:0:2::1]:9"] {
+                let socket = &sockets[usize::from(target.starts_with('['))];
+                socket.send_to(b"secret", target).ok();
+            }
+        };
+        let mut wiretap = Wiretap::new();
+        send();
+        assert_eq!(wiretap.seen(b"secret").len(), 6, "positive control: without meshd all three leave, and arrive");
+
+        let wide = desired();
+        let narrow = Desired {
+            addresses: vec![ip("10.42.7.1"), ip("fd42:0:0:7::1")],
+            routes: nets(&["10.42.2.0/24", "10.42.200.0/24", "10.42.7.0/24", "fd42:0:0:2::/64", "fd42:0:0:7::/64"]),
+            own_subnets: nets(&["10.42.7.0/24", "fd42:0:0:7::/64"]),
+            ..desired()
+        };
+        tun();
+        host.ensure(&wide).await.unwrap();
+        let (stop, mut rounds) = (Arc::new(AtomicBool::new(false)), 0);
+        let stopped = Arc::clone(&stop);
+        let sender = std::thread::spawn(move || {
+            let mut sent = 0_u64;
+            while !stopped.load(Ordering::Relaxed) {
+                send();
+                sent += 3;
+            }
+            sent
+        });
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            host.ensure(&narrow).await.unwrap();
+            host.ensure(&wide).await.unwrap();
+            sh("ip addr flush dev mesh0; ip link set mesh0 down");
+            host.ensure(&wide).await.unwrap();
+            sh("ip link del mesh0; ip tuntap add mode tun name mesh0 multi_queue vnet_hdr");
+            host.ensure(&wide).await.unwrap();
+            rounds += 1;
+        }
+        stop.store(true, Ordering::Relaxed);
+        let sent = sender.join().unwrap();
+        assert!(sent > 1000 && rounds > 2, "{sent} packets, {rounds} rounds");
+        let leaked = wiretap.seen(b"secret");
+        assert!(leaked.is_empty(), "{} of {sent} packets in {rounds} rounds: {:?}", leaked.len(), leaked.first());
     });
 }
 
@@ -258,129 +317,6 @@ fn a_thousand_scattered_subnets_take_less_than_two_seconds() {
         eprintln!("1,000 subnets: {first:?}, again {second:?}");
         assert!(first < Duration::from_secs(2), "{first:?}");
         assert!(second < Duration::from_secs(1), "{second:?}");
-    });
-}
-
-#[test]
-fn a_clean_machine_and_our_leftovers_pass_preflight() {
-    in_namespace("a_clean_machine_and_our_leftovers_pass_preflight", async || {
-        let host = Host::open().unwrap();
-        assert_eq!(clashes(&host, &preflight()).await, []);
-        tun();
-        host.ensure(&desired()).await.unwrap();
-        // A bridge for the local pods, and routes that are less specific.
-        sh("ip link add cni0 type bridge; ip addr add 10.42.1.1/24 dev cni0; ip link set cni0 up");
-        sh("ip route add 10.0.0.0/8 via 10.9.0.254; ip route add 10.42.1.128/25 dev cni0");
-        assert_eq!(clashes(&host, &preflight()).await, []);
-    });
-}
-
-#[test]
-fn a_device_that_is_not_ours_clashes() {
-    in_namespace("a_device_that_is_not_ours_clashes", async || {
-        let host = Host::open().unwrap();
-        for (make, kind) in [
-            ("ip link add mesh0 type bridge", "a bridge device"),
-            ("ip tuntap add mode tun name mesh0", "a TUN device"),
-            ("ip tuntap add mode tap name mesh0", "a TAP device"),
-        ] {
-            sh(make);
-            let clash = only(clashes(&host, &preflight()).await);
-            assert_eq!(clash.kind, ClashKind::Device);
-            assert!(clash.owner.contains(kind), "{clash}");
-            assert!(clash.fix.contains("ip link del mesh0"), "{clash}");
-            sh("ip link del mesh0");
-        }
-        sh("ip link add mesh0 type bridge");
-        let before = whole_state();
-        assert!(matches!(host.ensure(&desired()).await, Err(HostError::NotTun { .. })));
-        assert_eq!(sh("ip link show mesh0"), before.lines().take(2).fold(String::new(), |all, l| all + l + "\n"));
-    });
-}
-
-#[test]
-fn a_taken_port_names_its_owner() {
-    in_namespace("a_taken_port_names_its_owner", async || {
-        let host = Host::open().unwrap();
-
-        let me = format!("(process {})", std::process::id());
-        for bind in ["10.9.0.1", "0.0.0.0", "::"] {
-            let holder = hold(ip(bind), 8472);
-            let clash = only(clashes(&host, &preflight()).await);
-            assert_eq!(clash.kind, ClashKind::Port);
-            assert!(clash.what.contains("8472") && clash.what.contains("10.9.0.1"), "{clash}");
-            assert!(clash.owner.contains("host_netns") && clash.owner.contains(&me), "{bind}: {clash}");
-            assert!(clash.fix.contains("kill ") && clash.fix.contains("`port:`"), "{clash}");
-            drop(holder);
-        }
-        assert_eq!(clashes(&host, &preflight()).await, []);
-
-        sh("ip link add flannel.1 type vxlan id 1 dstport 8472 local 10.9.0.1 dev under0 nolearning");
-        sh(
-            "ip link add other.2 type vxlan id 2 dstport 4789 dev under0; ip link set other.2 up; ip link set flannel.1 up",
-        );
-        let clash = only(clashes(&host, &preflight()).await);
-        assert_eq!(clash.owner, "it belongs to flannel.1 (kernel VXLAN device)");
-        assert!(clash.fix.contains("ip link del flannel.1"), "{clash}");
-        assert_eq!(clashes(&host, &Preflight { port: 8473, ..preflight() }).await, []);
-        sh("ip link del flannel.1");
-        assert_eq!(clashes(&host, &preflight()).await, []);
-
-        let v6 = Preflight { node_ips: vec![ip("fd09::1")], ..preflight() };
-        assert_eq!(clashes(&host, &v6).await, []);
-        let _holder = hold(ip("fd09::1"), 8472);
-        let clash = only(clashes(&host, &v6).await);
-        assert!(clash.owner.contains(&me), "{clash}");
-    });
-}
-
-#[test]
-fn a_foreign_node_ip_lists_the_ones_there_are() {
-    in_namespace("a_foreign_node_ip_lists_the_ones_there_are", async || {
-        let host = Host::open().unwrap();
-        let wrong = Preflight { node_ips: vec![ip("10.9.0.77")], ..preflight() };
-        let clash = only(clashes(&host, &wrong).await);
-        assert_eq!(clash.kind, ClashKind::NodeIp);
-        assert!(clash.owner.contains("10.9.0.1 (under0)"), "{clash}");
-
-        sh("ip addr add 10.42.7.1/32 dev lo");
-        let inside = Preflight { node_ips: vec![ip("10.42.7.1")], ..preflight() };
-        let clash = only(clashes(&host, &inside).await);
-        assert_eq!(clash.kind, ClashKind::UnderlayInside);
-        assert!(clash.what.contains("10.42.7.1") && clash.what.contains("10.42.0.0/16"), "{clash}");
-    });
-}
-
-#[test]
-fn routes_and_addresses_inside_the_overlay_clash() {
-    in_namespace("routes_and_addresses_inside_the_overlay_clash", async || {
-        let host = Host::open().unwrap();
-        for (route, fix) in [
-            ("10.42.0.0/16 via 10.9.0.254", "ip route del 10.42.0.0/16 via 10.9.0.254 dev under0 proto boot"),
-            ("10.42.2.0/24 via 10.9.0.2 proto bird", "ip route del 10.42.2.0/24 via 10.9.0.2 dev under0 proto bird"),
-            ("10.42.2.0/24 dev under0 table 77", "ip route del 10.42.2.0/24 dev under0 table 77 proto boot"),
-            ("blackhole 10.42.3.0/24", "ip route del blackhole 10.42.3.0/24 proto boot"),
-            (
-                "fd42:0:0:2::/64 via fd09::2",
-                "ip -6 route del fd42:0:0:2::/64 via fd09::2 dev under0 proto boot metric 1024",
-            ),
-        ] {
-            sh(&format!("ip route add {route}"));
-            let clash = only(clashes(&host, &preflight()).await);
-            assert_eq!(clash.kind, ClashKind::Route);
-            assert!(clash.fix.starts_with(fix), "{clash}");
-            sh(fix);
-            assert_eq!(clashes(&host, &preflight()).await, [], "the fix fixes it: {fix}");
-        }
-        for address in ["10.42.2.5/24", "fd42:0:0:2::5/64"] {
-            sh(&format!("ip addr add {address} dev under0 nodad"));
-            let clash = only(clashes(&host, &preflight()).await);
-            assert_eq!(clash.kind, ClashKind::Address);
-            let fix = format!("ip addr del {address} dev under0");
-            assert!(clash.fix.starts_with(&fix), "{clash}");
-            sh(&fix);
-            assert_eq!(clashes(&host, &preflight()).await, []);
-        }
     });
 }
 
@@ -549,143 +485,28 @@ fn desired() -> Desired {
     }
 }
 
-fn preflight() -> Preflight {
-    let Desired { tun, routes, own_subnets, .. } = desired();
-    Preflight { tun, port: 8472, node_ips: vec![ip("10.9.0.1")], prefixes: routes, own_subnets }
-}
+/// Sees every frame that any device of the namespace sends or receives.
+struct Wiretap(Socket);
 
-async fn clashes(host: &Host, preflight: &Preflight) -> Vec<Clash> {
-    match host.preflight(preflight).await {
-        Ok(()) => Vec::new(),
-        Err(Refused::Clashes(clashes)) => clashes,
-        Err(Refused::Host(e)) => panic!("{e}"),
+impl Wiretap {
+    fn new() -> Self {
+        let all = i32::from(u16::to_be(0x0003)); // ETH_P_ALL
+        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(all.into())).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        Wiretap(socket)
     }
-}
 
-#[track_caller]
-fn only(clashes: Vec<Clash>) -> Clash {
-    assert_eq!(clashes.len(), 1, "{clashes:#?}");
-    clashes.into_iter().next().unwrap()
-}
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
-}
-
-fn nets<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &[&str]) -> Vec<T> {
-    text.iter().map(|t| t.parse().unwrap()).collect()
-}
-
-/// A TUN device as meshd makes it.
-fn tun() {
-    sh("ip tuntap add mode tun name mesh0 multi_queue vnet_hdr");
-}
-
-/// All that `ensure` may touch, and what it may not. Without what changes by itself: counters and lifetimes.
-fn whole_state() -> String {
-    sh("ip link show dev mesh0 2>/dev/null; ip -o addr show | sed 's/ valid_lft.*//'; \
-        ip route show table all; ip -6 route show table all | sed 's/ expires [0-9]*sec//'; \
-        grep -s . /proc/sys/net/ipv[46]/conf/mesh0/* | grep -v 'stable_secret\\|/disable_ipv6'; true")
-}
-
-/// Shows the difference alone, the state being long.
-#[track_caller]
-fn assert_same(before: &str, context: &str) {
-    let now = whole_state();
-    let only_in =
-        |a: &str, b: &str| a.lines().filter(|l| !b.lines().any(|m| m == *l)).map(str::to_owned).collect::<Vec<_>>();
-    let (gone, new) = (only_in(before, &now), only_in(&now, before));
-    assert!(now == before, "{context}\ngone: {gone:#?}\nnew: {new:#?}");
-}
-
-#[track_caller]
-fn sh(command: &str) -> String {
-    let output = Command::new("sh").arg("-c").arg(command).output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{command}\n{text}{}", String::from_utf8_lossy(&output.stderr));
-    text
-}
-
-fn succeeds(command: &str) -> bool {
-    Command::new("sh").arg("-c").arg(command).output().unwrap().status.success()
-}
-
-/// Holds a UDP port as meshd's workers do, shared with whoever says SO_REUSEPORT too.
-fn hold(ip: IpAddr, port: u16) -> Socket {
-    let socket = Socket::new(Domain::for_address(SocketAddr::new(ip, port)), Type::DGRAM, None).unwrap();
-    socket.set_reuse_port(true).unwrap();
-    socket.bind(&SocketAddr::new(ip, port).into()).unwrap();
-    socket
-}
-
-/// Runs `body` in a namespace of its own: makes the namespace and runs this binary, for this test alone, inside it.
-fn in_namespace(test: &str, body: impl AsyncFnOnce()) {
-    if std::env::var_os(INSIDE).is_some() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(body());
-        return;
-    }
-    if let Some(reason) = why_not() {
-        eprintln!("SKIPPED {test}: {reason}");
-        return;
-    }
-    let namespace = Namespace::new(test);
-    let output = Command::new("ip")
-        .args(["netns", "exec", &namespace.0])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(INSIDE, "1")
-        .output()
-        .unwrap();
-    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    eprint!("{err}");
-    assert!(output.status.success() && out.contains("1 passed"), "{out}");
-}
-
-fn why_not() -> Option<&'static str> {
-    if std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() != 0) {
-        return Some("needs root");
-    }
-    if !Path::new("/dev/net/tun").exists() {
-        return Some("there is no /dev/net/tun");
-    }
-    if !succeeds("ip netns list") {
-        return Some("needs iproute2");
-    }
-    None
-}
-
-/// A network namespace with an underlay, removed when dropped.
-struct Namespace(String);
-
-impl Namespace {
-    fn new(test: &str) -> Self {
-        let namespace = Namespace(format!("meshd-host-{}-{test}", std::process::id()));
-        let name = &namespace.0;
-        sh(&format!("ip netns add {name}"));
-        sh(&format!(
-            "ip netns exec {name} sh -ec '
-                ip link set lo up
-                ip link add under0 type veth peer name peer0
-                ip link set under0 addrgenmode none
-                ip link set peer0 addrgenmode none
-                ip link set under0 up
-                ip link set peer0 up
-                ip addr add 10.9.0.1/24 dev under0
-                ip -6 addr add fd09::1/64 dev under0 nodad
-                ip route add default via 10.9.0.254
-                ip -6 route add default via fd09::fe
-'"
-        ));
-        namespace
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        Command::new("ip").args(["netns", "del", &self.0]).status().ok();
+    /// The frames since the last call that carry this.
+    fn seen(&mut self, payload: &[u8]) -> Vec<String> {
+        let mut buffer = [0; 2048];
+        let mut seen = Vec::new();
+        while let Ok(length) = self.0.read(&mut buffer) {
+            if buffer[..length].windows(payload.len()).any(|w| w == payload) {
+                seen.push(buffer[..length].iter().map(|b| format!("{b:02x}")).collect());
+            }
+        }
+        seen
     }
 }
 
 const UNPRIVILEGED: &str = "MESHD_HOST_TEST_UNPRIVILEGED";
-const INSIDE: &str = "MESHD_HOST_TEST_INSIDE";
