@@ -57,9 +57,8 @@ busy() { # TEXT CMD…: runs CMD quietly with a progress line; its log is shown 
     shift
     log=$(mktemp "${LAB:-${TMPDIR:-/tmp}}/meshd-log-XXXXXX") || return 1
     [ -n "$CLEAR" ] || printf '   ..  %s\n' "$text"
-    "$@" >"$log" 2>&1 </dev/null &
-    local pid=$!
-    remember "$pid"
+    background "$@" >"$log" 2>&1
+    local pid=$LAST
     while [ -n "$CLEAR" ] && kill -0 "$pid" 2>/dev/null; do
         printf '%s   ..  %s %ss' "$CLEAR" "$text" $((SECONDS - t0))
         sleep 0.2
@@ -170,6 +169,14 @@ have_kernel_vxlan() { # in a namespace of its own
 
 # ---------------------------------------------- processes and taking down
 
+background() { # CMD…: in a process group of its own, so that all it starts ends with it; LAST is its pid
+    set -m
+    "$@" </dev/null &
+    LAST=$!
+    set +m
+    remember "$LAST"
+}
+
 start_time() { # PID
     local s
     s=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
@@ -194,16 +201,24 @@ proc_state() { # PID
     printf '%s' "${s%% *}"
 }
 
+signal() { # SIGNAL PID: the whole group where it leads one
+    local s
+    s=$(cat "/proc/$2/stat" 2>/dev/null) || return 0
+    s=${s##*) }
+    # shellcheck disable=SC2086
+    if [ "$(set -- $s; echo "$3")" = "$2" ]; then kill "-$1" -- "-$2"; else kill "-$1" "$2"; fi 2>/dev/null
+}
+
 # shellcheck disable=SC2120
 end_processes() { # [PID…]: these of ours, or all; TERM, and KILL after five seconds
     local p end=$((SECONDS + 5)) mine=()
     for p in "${PIDS[@]}"; do
         [ $# = 0 ] || [[ " $* " == *" ${p%%:*} "* ]] || continue
-        running "$p" && mine+=("$p") && kill -TERM "${p%%:*}" 2>/dev/null
+        running "$p" && mine+=("$p") && signal TERM "${p%%:*}"
     done
     for p in "${mine[@]}"; do
         while running "$p" && [ $SECONDS -lt $end ]; do sleep 0.05; done
-        running "$p" && kill -KILL "${p%%:*}" 2>/dev/null
+        running "$p" && signal KILL "${p%%:*}"
         wait "${p%%:*}" 2>/dev/null
         forget "${p%%:*}"
     done
@@ -482,7 +497,6 @@ ctl() { # NODE ARGS…: meshctl of that node
 meshd_ready() { # NODE…: waits for each; shows the log of one that does not come up
     local n
     for n; do
-        # the socket appears when meshd has started; a meshd that ended will not make one
         if ! wait_for 10 test -S "$LAB/$n/meshd.sock" || ! load 20 "$LAB/$n/status" "$MESHCTL" --socket "$LAB/$n/meshd.sock" status --wait 15s; then
             printf '%smeshd on node %s did not come up.%s Its status and log:\n' "$RED" "$n" "$PLAIN" >&2
             cat "$LAB/$n/status" "$LAB/$n/status.err" 2>/dev/null >&2
