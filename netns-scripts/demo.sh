@@ -81,7 +81,7 @@ for n in a b c; do
     i=$((i + 1))
     { node_add $n $i && plug $n; } || broken "no namespace for node $n"
 done
-node_add x 4 && plug x || broken "no namespace for x"
+{ node_add x 4 && plug x; } || broken "no namespace for x"
 write_nodes 4 a b c
 for n in a b c; do start_meshd $n 4; done
 meshd_ready a b c || broken "the mesh did not come up"
@@ -149,6 +149,7 @@ if have_kernel_vxlan; then
     sent=5
 else
     note "no kernel VXLAN device here: x sends a bare VXLAN header"
+    # shellcheck disable=SC2016
     on x bash -c 'for i in 1 2 3 4 5; do printf "\x08\0\0\0\0\0\x01\0" >/dev/udp/$1/8472; done' bash "$(underlay a)"
     sent=5
 fi
@@ -188,7 +189,7 @@ ctl a peers | sed 's/^/   /' || broken "meshctl peers"
 
 if [ -n "$keep_wanted" ]; then
     {
-        printf 'process %s\n' "${PIDS[@]}"
+        for p in "${PIDS[@]}"; do ! running "$p" || printf 'process %s\n' "$p"; done
         printf 'namespace %s\n' "${NSS[@]}"
         printf 'directory %s\n' "$LAB"
     } >"$KEPT"

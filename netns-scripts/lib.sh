@@ -212,9 +212,13 @@ signal() { # SIGNAL PID: the whole group where it leads one
 # shellcheck disable=SC2120
 end_processes() { # [PID…]: these of ours, or all; TERM, and KILL after five seconds
     local p end=$((SECONDS + 5)) mine=()
+    if [ $# = 0 ]; then # a signal may have come between start and remember
+        for p in $(jobs -p); do [[ " ${PIDS[*]}" == *" $p:"* ]] || remember "$p"; done
+    fi
     for p in "${PIDS[@]}"; do
         [ $# = 0 ] || [[ " $* " == *" ${p%%:*} "* ]] || continue
-        running "$p" && mine+=("$p") && signal TERM "${p%%:*}"
+        mine+=("$p")
+        running "$p" && signal TERM "${p%%:*}"
     done
     for p in "${mine[@]}"; do
         while running "$p" && [ $SECONDS -lt $end ]; do sleep 0.05; done
@@ -222,7 +226,6 @@ end_processes() { # [PID…]: these of ours, or all; TERM, and KILL after five s
         wait "${p%%:*}" 2>/dev/null
         forget "${p%%:*}"
     done
-    [ $# -gt 0 ] || PIDS=()
 }
 
 take_down() { # processes and namespaces; the scratch directory stays
