@@ -122,19 +122,23 @@ up_kvxlan() {
 }
 up_meshd() {
     write_nodes "$outer" a b
-    MESHD_CPU=${PIN:+0} start_meshd a "$outer" "${EXTRA[@]}"
-    MESHD_CPU=${PIN:+1} start_meshd b "$outer" "${EXTRA[@]}"
+    PIN_CPU=${PIN:+0} start_meshd a "$outer" "${EXTRA[@]}"
+    PIN_CPU=${PIN:+1} start_meshd b "$outer" "${EXTRA[@]}"
     meshd_ready a b
 }
 
 # A plug-in is sourced for each measurement and defines up(), after which OA can
 # reach OB; down() if something outlives its processes. It finds NSA NSB (namespaces),
-# UA UB (underlay), OA OB (overlay, may be changed), ULDEV, WORK (scratch), and
+# UA UB (underlay), OA OB (overlay, may be changed), ULDEV, PROFILE, WORK (scratch), and
 # daemon NS CMD…, inA CMD…, inB CMD…, wait_for SECS CMD….
 plug_in() { # NAME
     NSA=$RUN-a NSB=$RUN-b ULDEV=ul0 WORK=$LAB/plug-in
-    UA=$(underlay a "$outer") UB=$(underlay b "$outer") OA=$(overlay a "$inner") OB=$(overlay b "$inner")
-    export NSA NSB ULDEV WORK UA UB OA OB
+    UA=$(underlay a "$outer") UB=$(underlay b "$outer") OA=10.244.1.1 OB=10.244.2.1 PROFILE=$p
+    export NSA NSB ULDEV WORK UA UB OA OB PROFILE
+    if [ "$from $inner" != "nodes 4" ]; then
+        warn "plug-ins are measured from the nodes, over IPv4"
+        return 1
+    fi
     mkdir -p "$WORK"
     unset -f up
     down() { :; }

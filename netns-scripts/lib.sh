@@ -24,12 +24,14 @@ PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin
 TARGET=${CARGO_TARGET_DIR:-$ROOT/target}
 MESHD=${MESHD:-$TARGET/release/meshd}
 MESHCTL=${MESHCTL:-$TARGET/release/meshctl}
-RUN=${RUN:-meshd-$$}   # prefix of every namespace
+unset "${!MESHD_@}"    # meshd reads its keys from there too: none of the caller's here
+RUN=meshd-$$           # prefix of every namespace
 LAB=                   # scratch directory, made by lab_begin
 UL_MTU=1500
 NSS=()                 # namespaces that are ours
 PIDS=()                # PID:START-TIME of processes that are ours
 declare -A NODE=()     # name -> number
+declare -A DAEMON=()
 
 # ---------------------------------------------------------------- messages
 
@@ -93,9 +95,10 @@ missing_packages() { # CMD:PKG[,PKG]…: prints the packages of those commands t
 apt_install() { # PKG…
     # shellcheck disable=SC2016
     busy "installing $*" env DEBIAN_FRONTEND=noninteractive sh -c '
-        [ -n "$1" ] || apt-get -qq update || exit 1
+        apt() { timeout -k 5 900 apt-get -qq -o Acquire::Retries=2 -o Acquire::http::Timeout=20 "$@"; }
+        [ -n "$1" ] || apt update || exit 1
         shift
-        apt-get -qq -y --no-install-recommends install "$@"' sh "${APT_UPDATED:-}" "$@" || return 1
+        apt -y --no-install-recommends install "$@"' sh "${APT_UPDATED:-}" "$@" || return 1
     APT_UPDATED=1
     hash -r
 }
@@ -232,6 +235,8 @@ take_down() { # processes and namespaces; the scratch directory stays
     local n
     # shellcheck disable=SC2119
     end_processes
+    for n in "${!DAEMON[@]}"; do rm -f "$LAB/$n/meshd.sock"; done
+    DAEMON=()
     for n in "${NSS[@]}"; do ip netns del "$n" 2>/dev/null; done
     NSS=()
     NODE=()
@@ -477,7 +482,7 @@ write_nodes() { # OUTER(4|6) NODE…: the node list of all meshd nodes, replaced
     } >"$LAB/nodes.yaml.new" && mv "$LAB/nodes.yaml.new" "$LAB/nodes.yaml"
 }
 
-start_meshd() { # NODE OUTER(4|6) [CONFIG LINE…]; set MESHD_CPU to pin it
+start_meshd() { # NODE OUTER(4|6) [CONFIG LINE…]; set PIN_CPU to pin it
     local n=$1 outer=$2 pin=() line
     shift 2
     mkdir -p "$LAB/$n"
@@ -487,8 +492,9 @@ start_meshd() { # NODE OUTER(4|6) [CONFIG LINE…]; set MESHD_CPU to pin it
         [ "${OVERLAY_HOST:-1}" = 1 ] || echo "address: network"
         for line; do [ -z "$line" ] || printf '%s\n' "$line"; done
     } >"$LAB/$n/config.yaml"
-    [ -z "${MESHD_CPU:-}" ] || pin=(taskset -c "$MESHD_CPU")
+    [ -z "${PIN_CPU:-}" ] || pin=(taskset -c "$PIN_CPU")
     spawn "$n" "$LAB/$n/meshd.log" "${pin[@]}" "$MESHD" run --config "$LAB/$n/config.yaml"
+    DAEMON[$n]=$LAST
 }
 
 ctl() { # NODE ARGS…: meshctl of that node
@@ -497,10 +503,13 @@ ctl() { # NODE ARGS…: meshctl of that node
     "$MESHCTL" --socket "$LAB/$n/meshd.sock" "$@"
 }
 
+listens_or_ended() { [ -S "$LAB/$1/meshd.sock" ] || ! kill -0 "${DAEMON[$1]}" 2>/dev/null; }
+
 meshd_ready() { # NODE…: waits for each; shows the log of one that does not come up
     local n
     for n; do
-        if ! wait_for 10 test -S "$LAB/$n/meshd.sock" || ! load 20 "$LAB/$n/status" "$MESHCTL" --socket "$LAB/$n/meshd.sock" status --wait 15s; then
+        wait_for 10 listens_or_ended "$n"
+        if ! load 20 "$LAB/$n/status" "$MESHCTL" --socket "$LAB/$n/meshd.sock" status --wait 15s; then
             printf '%smeshd on node %s did not come up.%s Its status and log:\n' "$RED" "$n" "$PLAIN" >&2
             cat "$LAB/$n/status" "$LAB/$n/status.err" 2>/dev/null >&2
             tail -n 30 "$LAB/$n/meshd.log" >&2
