@@ -64,7 +64,8 @@ for s; do
     3) results+=("$(printf '%-7s %4d s  skipped' "$s" $((SECONDS - t0)))") ;;
     *)
         results+=("$(printf '%-7s %4d s  %sFAILED%s' "$s" $((SECONDS - t0)) "$RED" "$PLAIN")")
-        printf '\n%s\n' "${results[@]}"
+        printf '\n'
+        printf '%s\n' "${results[@]}"
         printf '\n%sFAILED%s at %s after %d s; its output stands above\n' "$RED" "$PLAIN" "$s" $((SECONDS - t_all))
         exit 1
         ;;
