@@ -53,11 +53,8 @@ pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
 
     let mut daemon = Daemon::start(config, ended).await?;
     let options = &daemon.config;
-    let socket = SocketOptions {
-        path: options.socket.clone(),
-        mode: options.socket_mode,
-        group: options.socket_group.clone(),
-    };
+    let socket =
+        SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
 
@@ -149,9 +146,8 @@ impl Daemon {
         let path = config.nodes_file.clone().ok_or_else(|| anyhow!("no nodes-file is set"))?;
         let mut nodes_file = NodesFile::new(path, config.port);
         let list = nodes_file.load()?;
-        let own = nodes_file::own(&list, &config.node_name)
-            .with_context(|| nodes_file.path().display().to_string())?
-            .clone();
+        let own =
+            nodes_file::own(&list, &config.node_name).with_context(|| nodes_file.path().display().to_string())?.clone();
         let underlays = resolve(&host, &config, &own).await?;
 
         let workers = match config.workers {
@@ -426,7 +422,11 @@ fn shortened(all: &[String]) -> String {
     match all {
         [] => "nothing".to_owned(),
         [few @ ..] if few.len() <= 4 => few.join(", "),
-        many => format!("{} and {} more prefixes", many.iter().take(3).cloned().collect::<Vec<_>>().join(", "), many.len() - 3),
+        many => format!(
+            "{} and {} more prefixes",
+            many.iter().take(3).cloned().collect::<Vec<_>>().join(", "),
+            many.len() - 3
+        ),
     }
 }
 

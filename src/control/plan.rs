@@ -60,7 +60,9 @@ pub enum PlanError {
     #[error("the underlay's MTU of {0} leaves less than 576 bytes for the overlay; raise it")]
     UnderlayTooSmall(u32),
     /// IPv6 subnets need 1,280 bytes.
-    #[error("the overlay has IPv6 subnets, which need an MTU of 1280 (RFC 8200 §5), but it is {0}: raise the underlay's MTU or `mtu`, or leave IPv6 subnets out")]
+    #[error(
+        "the overlay has IPv6 subnets, which need an MTU of 1280 (RFC 8200 §5), but it is {0}: raise the underlay's MTU or `mtu`, or leave IPv6 subnets out"
+    )]
     MtuBelowIpv6(u32),
 }
 
@@ -195,7 +197,11 @@ mod tests {
         assert_eq!(plan.peers.iter().map(|p| p.mtu).collect::<Vec<_>>(), [1450, 1430]);
         assert_eq!(plan.overlay, ["10.42.1.1".parse::<IpAddr>().unwrap(), "fd42:0:0:1::1".parse().unwrap()]);
         assert!(plan.warnings.is_empty());
-        let jumbo = make("", &LIST.replace("  - {name: c, underlay: 'fd00::3', subnets: ['fd42:0:0:3::/64']}\n", ""), &[("10.9.0.1", 9000)]);
+        let jumbo = make(
+            "",
+            &LIST.replace("  - {name: c, underlay: 'fd00::3', subnets: ['fd42:0:0:3::/64']}\n", ""),
+            &[("10.9.0.1", 9000)],
+        );
         assert_eq!(jumbo.unwrap().mtu, 8950);
     }
 

@@ -259,7 +259,8 @@ fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {
     };
     let offloads = &facts.offloads;
     add(offloads.no_gso.load(Ordering::Relaxed), "udp_gso", "the kernel does not know UDP_SEGMENT (Linux 4.18 has it)");
-    let failed = "a segmented send failed where the same datagrams alone left: the link's driver cannot be trusted with it";
+    let failed =
+        "a segmented send failed where the same datagrams alone left: the link's driver cannot be trusted with it";
     add(offloads.gso_failed.load(Ordering::Relaxed), "udp_gso", failed);
     add(offloads.no_gro.load(Ordering::Relaxed), "udp_gro", "the kernel does not know UDP_GRO (Linux 5.0 has it)");
     reasons
