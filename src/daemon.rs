@@ -393,10 +393,8 @@ impl Daemon {
         if changes.live.contains(&"log") {
             logging.filter(&new.log);
         }
-        if changes.live.contains(&"nodes-file") {
-            if let Some(path) = &new.nodes_file {
-                self.nodes_file = NodesFile::new(path.clone(), self.config.port);
-            }
+        if let Some(path) = new.nodes_file.as_ref().filter(|_| changes.live.contains(&"nodes-file")) {
+            self.nodes_file = NodesFile::new(path.clone(), self.config.port);
         }
         if changes.restart.is_empty() {
             self.config = new;
@@ -421,7 +419,7 @@ impl Daemon {
 fn shortened(all: &[String]) -> String {
     match all {
         [] => "nothing".to_owned(),
-        [few @ ..] if few.len() <= 4 => few.join(", "),
+        few if few.len() <= 4 => few.join(", "),
         many => format!(
             "{} and {} more prefixes",
             many.iter().take(3).cloned().collect::<Vec<_>>().join(", "),

@@ -87,12 +87,11 @@ impl Inbound {
                 break;
             }
         }
-        if packets > 0 {
-            if let Some(flow) = tables.peer(peer).and_then(|peer| peer.spec.stats.worker(self.worker)) {
-                flow.rx_packets.add(packets);
-                flow.rx_bytes.add(bytes);
-                flow.last_seen.set(now_ms + 1);
-            }
+        let flow = tables.peer(peer).and_then(|peer| peer.spec.stats.worker(self.worker));
+        if let Some(flow) = flow.filter(|_| packets > 0) {
+            flow.rx_packets.add(packets);
+            flow.rx_bytes.add(bytes);
+            flow.last_seen.set(now_ms + 1);
         }
     }
 

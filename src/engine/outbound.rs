@@ -169,7 +169,10 @@ impl Outbound {
         };
         if longest > usize::from(peer.spec.mtu) {
             return match self.does_not_fit(route, now_ms, &packet, offload, arena, start) {
-                Some(()) => Ok(self.count(packets, all_bytes)),
+                Some(()) => {
+                    self.count(packets, all_bytes);
+                    Ok(())
+                }
                 None => Err(drop(Drop::PacketTooBig)),
             };
         }
@@ -304,7 +307,7 @@ impl Outbound {
             let more = if last { 0 } else { ip::V4_MF };
             let mut head = ip::V4 {
                 total_len: ((header.len() + part.len()) as u16).into(),
-                flags_offset: (flags | more | offset + (index * room / 8) as u16).into(),
+                flags_offset: (flags | more | (offset + (index * room / 8) as u16)).into(),
                 checksum: [0; 2],
                 ..*fixed
             };

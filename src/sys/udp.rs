@@ -195,8 +195,10 @@ impl<'d> Sending<'_, 'd> {
 
 /// Writes one control message as CMSG_FIRSTHDR, CMSG_DATA and CMSG_SPACE of cmsg(3) lay it out, and returns its space.
 fn put_control(control: &mut Control, at: usize, level: i32, kind: i32, data: &[u8]) -> usize {
-    // SAFETY: both are pure computations on the length.
-    let (length, space) = unsafe { (libc::CMSG_LEN(data.len() as u32), libc::CMSG_SPACE(data.len() as u32)) };
+    // SAFETY: a pure computation on the length.
+    let length = unsafe { libc::CMSG_LEN(data.len() as u32) };
+    // SAFETY: likewise.
+    let space = unsafe { libc::CMSG_SPACE(data.len() as u32) };
     let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: level, cmsg_type: kind };
     let data_at = at + length as usize - data.len();
     if at + space as usize <= CONTROL_LEN {
@@ -251,8 +253,11 @@ pub struct Meta {
 impl RecvBatch {
     /// So many buffers. Memory is touched only where something was received.
     pub fn new(buffers: usize) -> Self {
-        // SAFETY: sockaddr_storage, iovec and mmsghdr are plain data, for which all bits zero is a value.
-        let (name, part, header) = unsafe { (zeroed(), zeroed(), zeroed()) };
+        // SAFETY: sockaddr_storage is plain data, for which all bits zero is a value.
+        let name = unsafe { zeroed() };
+        // SAFETY: likewise mmsghdr.
+        let header = unsafe { zeroed() };
+        let part = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         RecvBatch {
             arena: vec![0; buffers * STRIDE],
             names: vec![name; buffers],
@@ -312,8 +317,9 @@ impl RecvBatch {
         };
         // SAFETY: the header was filled by recvmmsg, which set msg_controllen to the bytes that it wrote to msg_control,
         // memory of this struct; CMSG_FIRSTHDR and CMSG_NXTHDR stay within those (cmsg(3)).
-        let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header.msg_hdr).as_ref() };
-        while let Some(message) = next {
+        let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header.msg_hdr) };
+        // SAFETY: null, or a control message that the kernel wrote there.
+        while let Some(message) = unsafe { next.as_ref() } {
             // SAFETY: as above; the kernel aligns control messages.
             let data = unsafe { libc::CMSG_DATA(message) };
             match (message.cmsg_level, message.cmsg_type) {
@@ -333,7 +339,7 @@ impl RecvBatch {
                 _ => {}
             }
             // SAFETY: as above.
-            next = unsafe { libc::CMSG_NXTHDR(&raw const header.msg_hdr, message).as_ref() };
+            next = unsafe { libc::CMSG_NXTHDR(&raw const header.msg_hdr, message) };
         }
         Some(meta)
     }
