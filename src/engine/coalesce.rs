@@ -362,7 +362,7 @@ impl Unit {
             let (header, options) = ip::V4::mut_from_prefix(ip_header).ok()?;
             header.total_len = total.into();
             header.checksum = [0; 2];
-            header.checksum = Sum::default().add(header.as_bytes()).add(options).finish();
+            header.checksum = Sum::default().bytes(header.as_bytes()).bytes(options).finish();
         }
         let pseudo = self.packet.pseudo_sum(length).fold();
         let gso_type = if tcp {
@@ -457,11 +457,11 @@ fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {
 #[inline]
 fn verify(packet: &Packet, bytes: &[u8], segment: &Segment) -> Checksum {
     let Some((header, rest)) = bytes.split_at_checked(usize::from(packet.header_len)) else { return Checksum::Wrong };
-    if !packet.is_v6() && !Sum::default().add(header).is_valid() {
+    if !packet.is_v6() && !Sum::default().bytes(header).is_valid() {
         return Checksum::Wrong;
     }
     let pseudo = packet.pseudo_sum(packet.payload_len());
-    if pseudo.add(rest).is_valid() {
+    if pseudo.bytes(rest).is_valid() {
         Checksum::Valid
     } else if is_pseudo_sum(pseudo, packet, segment) {
         Checksum::Unfinished

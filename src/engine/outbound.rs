@@ -319,8 +319,8 @@ impl Outbound {
             if index > 0 {
                 keep_copied_options(slab.get_mut(at + ENCAPSULATION + ip::V4_MIN_LEN..)?);
             }
-            let sum = Sum::default().add(head.as_bytes());
-            head.checksum = sum.add(slab.get(at + ENCAPSULATION + ip::V4_MIN_LEN..)?).finish();
+            let sum = Sum::default().bytes(head.as_bytes());
+            head.checksum = sum.bytes(slab.get(at + ENCAPSULATION + ip::V4_MIN_LEN..)?).finish();
             let place = slab.get_mut(at + ENCAPSULATION..)?.get_mut(..ip::V4_MIN_LEN)?;
             place.copy_from_slice(head.as_bytes());
             let header_len = ENCAPSULATION + header.len();

@@ -99,7 +99,7 @@ impl Offload {
 #[inline]
 pub fn complete_checksum(packet: &Packet, bytes: &mut [u8], start: usize, offset: usize) -> Option<()> {
     let covered = bytes.get_mut(start..usize::from(packet.total_len))?;
-    let check = Sum::default().add(covered).finish();
+    let check = Sum::default().bytes(covered).finish();
     let check = if packet.protocol == protocol::UDP { no_zero(check) } else { check };
     covered.get_mut(offset..offset + 2)?.copy_from_slice(&check);
     Some(())
@@ -139,7 +139,7 @@ impl<'a> Segmenter<'a> {
             let (header, options) = ip::V4::ref_from_prefix(ip_header).ok()?;
             id = header.id.get();
             let fixed = ip::V4 { total_len: 0.into(), id: 0.into(), checksum: [0; 2], ..*header };
-            ip_sum = Sum::default().add(fixed.as_bytes()).add(options);
+            ip_sum = Sum::default().bytes(fixed.as_bytes()).bytes(options);
         }
         let pseudo = packet.pseudo_sum(0);
         let (mut sequence, mut tcp_flags) = (0, 0);
@@ -147,9 +147,9 @@ impl<'a> Segmenter<'a> {
             let (header, options) = Tcp::ref_from_prefix(transport_header).ok()?;
             (sequence, tcp_flags) = (header.sequence.get(), header.flags);
             let fixed = Tcp { sequence: 0.into(), flags: 0, checksum: [0; 2], ..*header };
-            pseudo.add(fixed.as_bytes()).add(options)
+            pseudo.bytes(fixed.as_bytes()).bytes(options)
         } else {
-            pseudo.add(transport_header.get(..4)?)
+            pseudo.bytes(transport_header.get(..4)?)
         };
         Some(Segmenter { headers, gso, v6, tcp, transport, ip_sum, id, transport_sum, sequence, flags: tcp_flags })
     }
@@ -179,7 +179,7 @@ impl<'a> Segmenter<'a> {
             put(ip_header, 10, check)?;
         }
         let length = total - self.transport as u16;
-        let sum = self.transport_sum.add(payload).add_u16(length);
+        let sum = self.transport_sum.bytes(payload).add_u16(length);
         if self.tcp {
             let sequence = self.sequence.wrapping_add((index * self.gso.size) as u32).to_be_bytes();
             let mut tcp_flags = self.flags;
@@ -189,7 +189,7 @@ impl<'a> Segmenter<'a> {
             if index + 1 < self.gso.segments() {
                 tcp_flags &= !(flags::FIN | flags::PSH);
             }
-            let check = sum.add(&sequence).add_bytes([0, tcp_flags]).finish();
+            let check = sum.bytes(&sequence).add_bytes([0, tcp_flags]).finish();
             put(transport, 4, sequence)?;
             put(transport, 13, [tcp_flags])?;
             put(transport, transport::TCP_CHECKSUM, check)?;

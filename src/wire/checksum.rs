@@ -14,7 +14,7 @@ pub struct Sum(u64);
 impl Sum {
     /// Adds the bytes of `data`.
     #[inline]
-    pub fn add(self, data: &[u8]) -> Sum {
+    pub fn bytes(self, data: &[u8]) -> Sum {
         Sum(self.0 + sum(data))
     }
 
@@ -65,7 +65,7 @@ impl Sum {
     /// The pseudo-header of upper layers over IPv6 (RFC 8200 §8.1), for lengths below 64 KiB.
     #[inline]
     pub fn pseudo_v6(src: &Ipv6Addr, dst: &Ipv6Addr, protocol: u8, length: u16) -> Sum {
-        Sum::default().add(&src.octets()).add(&dst.octets()).add_u16(u16::from(protocol)).add_u16(length)
+        Sum::default().bytes(&src.octets()).bytes(&dst.octets()).add_u16(u16::from(protocol)).add_u16(length)
     }
 }
 
@@ -137,29 +137,29 @@ mod tests {
     #[test]
     fn the_example_of_rfc_1071_section_3() {
         let data = [0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7];
-        assert_eq!(Sum::default().add(&data).fold(), [0xdd, 0xf2]);
-        assert_eq!(Sum::default().add(&data).finish(), [0x22, 0x0d]);
+        assert_eq!(Sum::default().bytes(&data).fold(), [0xdd, 0xf2]);
+        assert_eq!(Sum::default().bytes(&data).finish(), [0x22, 0x0d]);
     }
 
     #[test]
     fn every_length_agrees_with_the_definition() {
         let data: Vec<u8> = (0..70_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 23) as u8).collect();
         for len in (0..300).chain([1398, 1399, 1448, 65_535, 70_000]) {
-            assert_eq!(Sum::default().add(&data[..len]).fold(), slow(&data[..len]), "{len}");
+            assert_eq!(Sum::default().bytes(&data[..len]).fold(), slow(&data[..len]), "{len}");
         }
         let ones = vec![0xff; LANES_HOLD + 33];
-        assert_eq!(Sum::default().add(&ones).fold(), slow(&ones));
+        assert_eq!(Sum::default().bytes(&ones).fold(), slow(&ones));
     }
 
     #[test]
     fn parts_add_up_and_a_stored_checksum_validates() {
         let mut data = *b"\x45\x00\x00\x73\x00\x00\x40\x00\x40\x11\x00\x00\xc0\xa8\x00\x01\xc0\xa8\x00\xc7";
-        let check = Sum::default().add(&data[..10]).add(&data[10..]).finish();
+        let check = Sum::default().bytes(&data[..10]).bytes(&data[10..]).finish();
         assert_eq!(check, [0xb8, 0x61]);
         data[10..12].copy_from_slice(&check);
-        assert!(Sum::default().add(&data).is_valid());
+        assert!(Sum::default().bytes(&data).is_valid());
         data[3] ^= 1;
-        assert!(!Sum::default().add(&data).is_valid());
+        assert!(!Sum::default().bytes(&data).is_valid());
     }
 
     #[test]

@@ -70,10 +70,10 @@ pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Optio
             ]);
             put(header, 12, &from.octets())?;
             put(header, 16, &to.octets())?;
-            let check = Sum::default().add(header).finish();
+            let check = Sum::default().bytes(header).finish();
             put(header, 10, &check)?;
             write_message(message, DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED, u32::from(mtu), quote)?;
-            let check = Sum::default().add(message).finish();
+            let check = Sum::default().bytes(message).finish();
             put(message, 2, &check)?;
             Some(length)
         }
@@ -88,7 +88,7 @@ pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Optio
             put(header, 24, &to.octets())?;
             write_message(message, PACKET_TOO_BIG, 0, u32::from(mtu), quote)?;
             let pseudo = Sum::pseudo_v6(&from, &to, ip::protocol::ICMPV6, payload as u16);
-            let check = pseudo.add(message).finish();
+            let check = pseudo.bytes(message).finish();
             put(message, 2, &check)?;
             Some(ip::V6_LEN + payload)
         }
@@ -136,8 +136,8 @@ mod tests {
         assert_eq!(&out[28..n], udp);
         let parsed = etherparse::SlicedPacket::from_ip(&out[..n]).unwrap();
         assert!(matches!(parsed.transport, Some(etherparse::TransportSlice::Icmpv4(_))));
-        assert!(Sum::default().add(&out[..20]).is_valid());
-        assert!(Sum::default().add(&out[20..n]).is_valid());
+        assert!(Sum::default().bytes(&out[..20]).is_valid());
+        assert!(Sum::default().bytes(&out[20..n]).is_valid());
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         assert_eq!(n, 1280);
         assert_eq!(&out[40..42], &[2, 0]);
         assert_eq!(&out[44..48], &[0, 0, 5, 0]);
-        assert!(Sum::pseudo_v6(&b, &a, 58, 1240).add(&out[40..n]).is_valid());
+        assert!(Sum::pseudo_v6(&b, &a, 58, 1240).bytes(&out[40..n]).is_valid());
     }
 
     #[test]
