@@ -18,11 +18,14 @@ use crate::engine::stats::Stats;
 use crate::engine::tables::Tables;
 use crate::io::plain::Plain;
 use crate::io::tun::{TunDevice, TunError};
-use crate::io::udp::{UdpError, UdpOffloads, UdpPort};
+use crate::io::udp::{self, UdpError, UdpOffloads, UdpPort};
 use crate::io::worker::{Worker, WorkerError};
 
 /// Sending sockets of each worker and address family: so many outer source ports spread a node pair's flows.
 const SENDERS: u16 = 8;
+
+/// Reserved source ports of one address.
+type Sources = Vec<(Socket, u16)>;
 
 /// What the data plane is made of.
 pub(super) struct Parts {
@@ -111,8 +114,9 @@ impl DataPlane {
         };
         let mut receivers = Vec::new();
         let mut workers = Vec::new();
+        let sources = reserve(parts)?;
         for (index, tun) in std::mem::take(&mut device.queues).into_iter().enumerate() {
-            let ports = open_ports(parts, &offloads)?;
+            let ports = open_ports(parts, &sources, &offloads)?;
             receivers.extend(ports.iter().filter_map(|port| port.watch().ok()));
             let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
             plane.stops.push(stop);
@@ -137,7 +141,7 @@ impl DataPlane {
         offloads: Arc<UdpOffloads>,
         mut reasons: Vec<(&'static str, String)>,
     ) -> Result<Self, StartError> {
-        let ports = open_ports(parts, &offloads)?;
+        let ports = open_ports(parts, &reserve(parts)?, &offloads)?;
         let receivers = ports.iter().filter_map(|port| port.watch().ok()).collect();
         let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
         let plain = Plain {
@@ -191,9 +195,17 @@ impl Drop for DataPlane {
     }
 }
 
-fn open_ports(parts: &Parts, offloads: &Arc<UdpOffloads>) -> Result<Vec<UdpPort>, UdpError> {
-    let open = |ip: &IpAddr| UdpPort::open(SocketAddr::new(*ip, parts.port), SENDERS, offloads);
-    parts.addresses.iter().map(open).collect()
+/// The outer source ports on each of the node's addresses.
+fn reserve(parts: &Parts) -> Result<Vec<Sources>, UdpError> {
+    parts.addresses.iter().map(|ip| udp::reserve(*ip, SENDERS)).collect()
+}
+
+fn open_ports(parts: &Parts, sources: &[Sources], offloads: &Arc<UdpOffloads>) -> Result<Vec<UdpPort>, UdpError> {
+    let open = |(ip, sources): (&IpAddr, &Sources)| {
+        let ports: Vec<u16> = sources.iter().map(|(_, port)| *port).collect();
+        UdpPort::open(SocketAddr::new(*ip, parts.port), &ports, offloads)
+    };
+    parts.addresses.iter().zip(sources).map(open).collect()
 }
 
 /// A thread that tells when its work ends without having been stopped, however it does.

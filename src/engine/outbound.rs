@@ -16,7 +16,7 @@ use super::drop::Drop;
 use super::segment::{self, Gso, Offload, Segmenter};
 use super::stats::{Flow, Stats, WorkerStats};
 use super::tables::{ENCAPSULATION, Peer, Tables};
-use super::tx_batch::{Key, MAX_BYTES, MAX_SEGMENTS, Piece, Run, TxBatch};
+use super::tx_batch::{Key, Piece, Run, TxBatch};
 use crate::wire::checksum::Sum;
 use crate::wire::icmp;
 use crate::wire::ip::{self, Packet};
@@ -208,44 +208,32 @@ impl Outbound {
         *arena.get_mut(at..start)?.first_chunk_mut()? = peer.header(packet.is_v6());
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
-        self.batch.open(key, peer.spec.endpoint, packet.tos, len, 1).push(len, inner, &[piece]);
+        self.batch.open(key, peer.spec.endpoint, packet.tos, len).push(len, inner, &[piece]);
         Some(())
     }
 
-    /// A super-packet: for each segment headers into the slab, payload where it is. What does not fit one send goes as
-    /// equal parts.
+    /// A super-packet: for each segment headers into the slab, payload where it is. Segments fill up runs, also across
+    /// super-packets: a 64 KiB one does not fit one send, and its rest goes with the next.
     #[inline]
     fn segment(&mut self, route: Route<'_>, packet: &Packet, gso: Gso, bytes: &[u8], start: usize) -> Option<()> {
         let Route { peer, key } = route;
         let segmenter = Segmenter::new(packet, gso, bytes)?;
         let encapsulation = peer.header(packet.is_v6());
         let header_len = ENCAPSULATION + gso.header_len;
-        let (segments, full) = (gso.segments(), header_len + gso.size);
-        let fit = (MAX_BYTES / full).clamp(1, MAX_SEGMENTS);
-        let part = segments.div_ceil(segments.div_ceil(fit));
         let payload = bytes.get(gso.header_len..)?;
-        let mut index = 0;
-        while index < segments {
-            let end = (index + part).min(segments);
-            // the last segment of all may be short: a part of that one alone is a run of its own length
-            let first_len = header_len + segmenter.payload_len(index);
-            self.batch.open(key, peer.spec.endpoint, packet.tos, first_len, end - index);
-            while index < end {
-                let from = index * gso.size;
-                let len = segmenter.payload_len(index);
-                let slab = self.batch.slab_mut();
-                let at = slab.len();
-                slab.extend_from_slice(&encapsulation);
-                segmenter.write(index, payload.get(from..from + len)?, slab)?;
-                let pieces = [
-                    Piece::Header { at: at as u32, len: header_len as u32 },
-                    Piece::Payload { at: (start + gso.header_len + from) as u32, len: len as u32 },
-                ];
-                let whole = header_len + len;
-                let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole, 1);
-                run.push(whole, gso.header_len + len, &pieces);
-                index += 1;
-            }
+        for index in 0..gso.segments() {
+            let (from, len) = (index * gso.size, segmenter.payload_len(index));
+            let slab = self.batch.slab_mut();
+            let at = slab.len();
+            slab.extend_from_slice(&encapsulation);
+            segmenter.write(index, payload.get(from..from + len)?, slab)?;
+            let pieces = [
+                Piece::Header { at: at as u32, len: header_len as u32 },
+                Piece::Payload { at: (start + gso.header_len + from) as u32, len: len as u32 },
+            ];
+            let whole = header_len + len;
+            let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole);
+            run.push(whole, gso.header_len + len, &pieces);
         }
         Some(())
     }
@@ -329,7 +317,7 @@ impl Outbound {
                 Piece::Payload { at: (start + header.len() + index * room) as u32, len: part.len() as u32 },
             ];
             let whole = header_len + part.len();
-            let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole, 1);
+            let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole);
             run.push(whole, header.len() + part.len(), &pieces);
             made += 1;
         }

@@ -102,14 +102,12 @@ impl Run {
         })
     }
 
-    fn takes(&self, tos: u8, len: usize, count: usize) -> bool {
-        let bytes = self.bytes as usize + len * count;
-        let short_tail = len < usize::from(self.segment_len) && count == 1;
+    fn takes(&self, tos: u8, len: usize) -> bool {
         !self.closed
             && self.tos == tos
-            && (len == usize::from(self.segment_len) || short_tail)
-            && usize::from(self.segments) + count <= MAX_SEGMENTS
-            && bytes <= MAX_BYTES
+            && len <= usize::from(self.segment_len)
+            && usize::from(self.segments) < MAX_SEGMENTS
+            && self.bytes as usize + len <= MAX_BYTES
     }
 }
 
@@ -144,14 +142,14 @@ impl TxBatch {
         self.slab.clear();
     }
 
-    /// A run that takes `count` more datagrams of `len` bytes: the last one of this key, or a new one.
+    /// A run that takes one more datagram of `len` bytes: the last one of this key, or a new one.
     ///
     /// Only the last run of a key is looked at, so that a datagram never overtakes an earlier one.
     #[inline]
-    pub fn open(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize, count: usize) -> &mut Run {
+    pub fn open(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize) -> &mut Run {
         let last = self.runs().iter().rposition(|run| run.key == key);
         let index = match last {
-            Some(index) if self.runs().get(index).is_some_and(|run| run.takes(tos, len, count)) => index,
+            Some(index) if self.runs().get(index).is_some_and(|run| run.takes(tos, len)) => index,
             _ => self.add(key, endpoint, tos, len),
         };
         // add() and rposition() give indices of runs that exist
@@ -202,7 +200,7 @@ mod tests {
     fn add(batch: &mut TxBatch, socket: u16, tos: u8, len: usize) {
         let endpoint = "10.0.0.1:1".parse().unwrap();
         let piece = Piece::Payload { at: 0, len: len as u32 };
-        batch.open(key(socket), endpoint, tos, len, 1).push(len, len, &[piece]);
+        batch.open(key(socket), endpoint, tos, len).push(len, len, &[piece]);
     }
 
     fn shape(batch: &TxBatch) -> Vec<(u16, u8, u16, u16)> {

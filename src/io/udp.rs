@@ -2,7 +2,7 @@
 //! ports carry the entropy of the inner flows (RFC 7348 §5).
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,6 +59,7 @@ pub struct UdpPort {
     /// For each run how many datagrams left, and why others did not.
     outcomes: Vec<(u16, Option<Drop>)>,
     mean_len: usize,
+    v6: bool,
 }
 
 struct Sender {
@@ -67,8 +68,12 @@ struct Sender {
 }
 
 impl UdpPort {
-    /// Opens the sockets: the receiver on `address`, shared with the other workers', and `senders` ones to send from.
-    pub fn open(address: SocketAddr, senders: u16, offloads: &Arc<UdpOffloads>) -> Result<Self, UdpError> {
+    /// Opens the sockets: the receiver on `address`, and one to send from for each of `source_ports`, all shared with the
+    /// other workers' of the same ports.
+    ///
+    /// A flow must have the same outer source port whichever worker sends it: the receiver spreads by it, and a flow
+    /// whose port changed would move to another worker there, and could be reordered.
+    pub fn open(address: SocketAddr, source_ports: &[u16], offloads: &Arc<UdpOffloads>) -> Result<Self, UdpError> {
         let fail = |what| move |source| UdpError { what, address, source };
         let receiver = open(address).map_err(fail("open a socket"))?;
         receiver.set_reuse_port(true).map_err(fail("share the port"))?;
@@ -80,9 +85,12 @@ impl UdpPort {
             offloads.no_gro.store(true, Ordering::Relaxed);
         }
         let mut pool = Vec::new();
-        for _ in 0..senders.max(1) {
+        for port in source_ports {
+            let address = SocketAddr::new(address.ip(), *port);
+            let fail = |what| move |source| UdpError { what, address, source };
             let socket = open(address).map_err(fail("open a socket"))?;
-            socket.bind(&SocketAddr::new(address.ip(), 0).into()).map_err(fail("send"))?;
+            socket.set_reuse_port(true).map_err(fail("share the port"))?;
+            socket.bind(&address.into()).map_err(fail("send"))?;
             udp::discard_received(socket.as_fd()).map_err(fail("filter what a sending socket receives"))?;
             udp::set(socket.as_fd(), Opt::SendBuffer(SEND_BUFFER)).ok();
             let gso = udp::knows_segment(socket.as_fd());
@@ -100,6 +108,7 @@ impl UdpPort {
             owners: Vec::new(),
             outcomes: Vec::new(),
             mean_len: 2048,
+            v6: address.is_ipv6(),
         })
     }
 
@@ -253,8 +262,23 @@ impl UdpPort {
     }
 
     fn is_v6(&self) -> bool {
-        self.receiver.domain().is_ok_and(|domain| domain == Domain::IPV6)
+        self.v6
     }
+}
+
+/// Reserves so many outer source ports on this address: sockets that hold the ports until workers share them.
+pub fn reserve(address: IpAddr, ports: u16) -> Result<Vec<(Socket, u16)>, UdpError> {
+    let any = SocketAddr::new(address, 0);
+    let fail = |source| UdpError { what: "reserve a source port", address: any, source };
+    let one = |_| {
+        let socket = open(any)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&any.into())?;
+        udp::discard_received(socket.as_fd())?;
+        let port = socket.local_addr()?.as_socket().map_or(0, |address| address.port());
+        Ok((socket, port))
+    };
+    (0..ports.max(1)).map(one).collect::<io::Result<_>>().map_err(fail)
 }
 
 fn open(address: SocketAddr) -> io::Result<Socket> {
