@@ -494,3 +494,6 @@ pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize
     let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size > 0)?;
     is_unfinished(packet, bytes, &segment).then_some(size)
 }
+
+#[cfg(test)]
+mod tests;

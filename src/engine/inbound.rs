@@ -269,3 +269,6 @@ fn set_tos(bytes: &mut [u8], old: u8, new: u8) -> Option<()> {
     *bytes.get_mut(10..12)?.first_chunk_mut()? = (!(sum as u16)).to_be_bytes();
     Some(())
 }
+
+#[cfg(test)]
+mod tests;
