@@ -431,6 +431,7 @@ fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
         && a_tcp.window == b_tcp.window
         && same(a, b, 0..4)
         && same(a, b, 8..13)
+        && a_tcp.urgent == b_tcp.urgent
         && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
 }
 

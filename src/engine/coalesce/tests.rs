@@ -119,6 +119,15 @@ fn headers_that_differ_are_kept_apart() {
 }
 
 #[test]
+fn an_urgent_pointer_without_the_flag_is_kept() {
+    differs(tcp_run(false, 3), |f| {
+        if let Transport::Tcp { urgent, .. } = &mut f.transport {
+            *urgent = 5;
+        }
+    });
+}
+
+#[test]
 fn packets_of_two_peers_are_kept_apart() {
     // both may send from their own address only, so that one flow from two peers is a fault: joined it must not be
     let mut node = Receiving::new(mesh(1));
@@ -386,6 +395,7 @@ enum What {
     Tos(u8),
     Ttl(u8),
     Window(u16),
+    Urgent(u16),
     Id(u16),
     Unfinished,
     Corrupt,
@@ -403,6 +413,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (0u8..4).prop_map(What::Tos),
         1 => (60u8..64).prop_map(What::Ttl),
         1 => (500u16..503).prop_map(What::Window),
+        1 => (0u16..3).prop_map(What::Urgent),
         1 => any::<u16>().prop_map(What::Id),
         3 => Just(What::Unfinished),
         1 => Just(What::Corrupt),
@@ -469,9 +480,10 @@ proptest! {
                 What::Fragment if !facts.is_v6() => facts.flags_offset = 0x2000,
                 _ => {}
             }
-            if let Transport::Tcp { window, acknowledgement, .. } = &mut facts.transport {
+            if let Transport::Tcp { window, urgent, acknowledgement, .. } = &mut facts.transport {
                 match what {
                     What::Window(new) => *window = new,
+                    What::Urgent(new) => *urgent = new,
                     What::Ack(new) => *acknowledgement = new,
                     _ => {}
                 }
