@@ -178,11 +178,17 @@ impl Coalescer {
                 return checksum == Checksum::Unfinished;
             }
         }
+        self.next_is_last_of(hash);
+        self.start(offer, bytes, Some(segment))
+    }
+
+    /// The next unit to be started is the last of the flow with this hash.
+    #[inline]
+    fn next_is_last_of(&mut self, hash: u32) {
         let slot = FlowSlot { generation: self.generation, hash, unit: self.used as u32 };
         if let Some(place) = self.flows.get_mut(hash as usize % FLOW_SLOTS) {
             *place = slot;
         }
-        self.start(offer, bytes, Some(segment))
     }
 
     /// Takes a super-packet with an unfinished checksum, to be cut into segments of `size` payload bytes. Returns how
@@ -191,6 +197,7 @@ impl Coalescer {
         let Offer { at, packet, .. } = offer;
         let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
         let segment = read_transport(packet, bytes).map(|segment| Segment { may_lead: false, ..segment });
+        self.next_is_last_of(classify::flow_hash(packet, classify::ports(packet, bytes)));
         let takes = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
         if let (Some(segment), false) = (&segment, takes) {
             return self.cut(offer, bytes, segment, size.max(1)).unwrap_or(0);

@@ -325,6 +325,21 @@ fn nothing_overtakes_a_fragment() {
 }
 
 #[test]
+fn nothing_overtakes_an_uncut_super_packet() {
+    for v6 in [false, true] {
+        let one = Facts { check: Check::Pseudo, id: 0, ..udp(v6, 2, 1, payload(500)) };
+        let many = Facts { payload: payload(5000), ..one.clone() };
+        let last = Facts { payload: vec![1; 500], ..one.clone() };
+        let mut node = Receiving::new(mesh(1));
+        node.take(&one.bytes());
+        node.push(&Buffer { segment_len: Some(500), ..Buffer::one(2, 1, &many.bytes()) });
+        node.take(&last.bytes());
+        let packets: Vec<_> = node.flush().into_iter().map(|w| w.packet).collect();
+        assert_eq!(packets, [one.bytes(), many.bytes(), last.bytes()]);
+    }
+}
+
+#[test]
 fn the_next_batch_starts_anew() {
     let mut node = Receiving::new(mesh(1));
     for facts in tcp_run(false, 3) {
