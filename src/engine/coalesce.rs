@@ -492,6 +492,12 @@ fn is_pseudo_sum(pseudo: Sum, packet: &Packet, segment: &Segment) -> bool {
     segment.checksum == sum || (packet.protocol == protocol::UDP && segment.checksum == segment::no_zero(sum))
 }
 
+/// Whether a UDP datagram's checksum was never computed.
+pub fn unfinished_udp(packet: &Packet, bytes: &[u8]) -> bool {
+    let segment = read_transport(packet, bytes).filter(|_| !packet.fragment && packet.protocol == protocol::UDP);
+    segment.is_some_and(|segment| is_unfinished(packet, bytes, &segment))
+}
+
 /// Whether a packet is longer than `mtu` and its checksum was never computed: a super-packet of a kernel whose virtual
 /// link never cut it. Returns the payload bytes of the segments that it is to be cut into.
 pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize> {

@@ -290,6 +290,36 @@ fn uncut(facts: &Facts, segment_len: Option<u16>) -> Buffer {
 }
 
 #[test]
+fn an_uncut_udp_super_packet_is_one_frame() {
+    for v6 in [false, true] {
+        for (size, len) in [(1000, 9500), (500, 1000), (100, 150)] {
+            let facts = Facts { check: Check::Pseudo, ..udp(v6, 2, 1, payload(len)) };
+            let mut node = Receiving::new(mesh(1));
+            node.push(&uncut(&facts, Some(size)));
+            let count = len.div_ceil(size.into()) as u16;
+            let expected = Written { vnet: facts.gso(size), packet: facts.bytes(), segments: count };
+            assert_eq!(node.flush(), [expected], "{len} in {size}");
+            assert_eq!(node.stats.sum(|w| w.flow.partial_csum_in.get()), u64::from(count));
+            assert_eq!(node.stats.sum(|w| w.flow.tun_tx_packets.get()), u64::from(count));
+            let bytes = len + usize::from(count) * facts.header_len();
+            assert_eq!(node.stats.sum(|w| w.flow.tun_tx_bytes.get()), bytes as u64);
+        }
+    }
+}
+
+#[test]
+fn a_corrupt_uncut_packet_is_not_flagged() {
+    for check in [Check::Corrupt, Check::Field([0x12, 0x34])] {
+        let datagram = Facts { check, ..udp(false, 2, 1, payload(9500)) };
+        let stream = Facts { check, ..tcp(false, 2, 1, payload(9500)) };
+        for (facts, segment_len) in [(datagram, Some(1000)), (stream, None)] {
+            let expected = Written { vnet: VnetHdr::default(), packet: facts.bytes(), segments: 1 };
+            assert_eq!(accepted(&uncut(&facts, segment_len)), [expected]);
+        }
+    }
+}
+
+#[test]
 fn an_uncut_tcp_super_packet_gets_segments_of_the_overlay_mtu() {
     for v6 in [false, true] {
         let facts = Facts { check: Check::Pseudo, ..tcp(v6, 2, 1, payload(9500)) };
@@ -323,6 +353,36 @@ fn an_unfinished_packet_with_a_corrupt_header_is_not_flagged() {
     packet[8] = 63;
     let written = accepted(&Buffer::one(2, 1, &packet));
     assert_eq!(written, [Written { vnet: VnetHdr::default(), packet, segments: 1 }]);
+}
+
+#[test]
+fn a_device_without_offloads_gets_finished_packets() {
+    for uso_only_missing in [false, true] {
+        let accepts = Accepts { tso: uso_only_missing, uso: false };
+        for v6 in [false, true] {
+            for facts in [tcp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(900))] {
+                let facts = Facts { check: Check::Pseudo, ..facts };
+                let is_udp = facts.transport == Transport::Udp;
+                if uso_only_missing && !is_udp {
+                    continue;
+                }
+                let size = if is_udp { 400 } else { MTU - facts.header_len() as u16 };
+                let mut node = Receiving::with(mesh(1), accepts);
+                node.push(&uncut(&facts, is_udp.then_some(size)));
+                let written = node.flush();
+                assert!(written.iter().all(|w| w.vnet == VnetHdr::default() && w.segments == 1));
+                let packets: Vec<_> = written.into_iter().map(|w| w.packet).collect();
+                assert_eq!(packets, bytes_of(&facts.segments(size.into())));
+                packets.iter().for_each(|packet| assert_sound(packet));
+            }
+            let right = udp(v6, 2, 1, payload(100));
+            let mut node = Receiving::with(mesh(1), Accepts { tso: false, uso: false });
+            node.take(&Facts { check: Check::Pseudo, ..right.clone() }.bytes());
+            node.take(&right.bytes());
+            let packets: Vec<_> = node.flush().into_iter().map(|w| w.packet).collect();
+            assert_eq!(packets, [right.bytes(), right.bytes()]);
+        }
+    }
 }
 
 mod hostile {
