@@ -505,7 +505,8 @@ pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize
         return None;
     }
     let segment = read_transport(packet, bytes)?;
-    let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size > 0)?;
+    // a kernel's segments are mostly payload: less would let one datagram become thousands of headers
+    let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size >= segment.header_len)?;
     is_unfinished(packet, bytes, &segment).then_some(size)
 }
 

@@ -385,6 +385,14 @@ fn a_device_without_offloads_gets_finished_packets() {
     }
 }
 
+#[test]
+fn headers_longer_than_the_path_do_not_make_segments_of_a_byte() {
+    let facts = tcp(true, 2, 1, payload(20_000));
+    let padding = std::iter::once(164).chain(std::iter::repeat_n(0, 1318)).collect();
+    let facts = Facts { extensions: vec![(60, padding)], check: Check::Pseudo, ..facts };
+    assert_eq!(accepted(&uncut(&facts, None))[0].segments, 1);
+}
+
 mod hostile {
     use proptest::prelude::*;
 
