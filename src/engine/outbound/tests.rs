@@ -209,6 +209,8 @@ fn each_lie_of_the_offload_header_is_refused() {
         bytes[at + 12] = words << 4;
         bytes
     };
+    let small = udp(true, 1, 2, payload(100));
+    let small4 = Facts { options: vec![1; 8], ..udp(false, 1, 2, payload(100)) };
     let fragment = Facts { flags_offset: 0x2000, ..t4.clone() };
     let lies: Vec<(&str, VnetHdr, Vec<u8>)> = vec![
         ("TCPv4 that is IPv6", hdr(1, 52, 1000, 40, 16), t6.bytes()),
@@ -235,6 +237,9 @@ fn each_lie_of_the_offload_header_is_refused() {
         ),
         ("a checksum beyond the end", VnetHdr::needs_csum(20, 115), udp(false, 1, 2, payload(100)).bytes()),
         ("a checksum far beyond the end", VnetHdr::needs_csum(0xffff, 0xffff), udp(false, 1, 2, payload(100)).bytes()),
+        ("a checksum over the IPv6 header", VnetHdr::needs_csum(20, 16), small.bytes()),
+        ("a checksum over the IPv4 header", VnetHdr::needs_csum(0, 10), small.bytes()),
+        ("a checksum over IPv4 options", VnetHdr::needs_csum(20, 6), small4.bytes()),
     ];
     for (lie, vnet, packet) in lies {
         println!("{lie}");
