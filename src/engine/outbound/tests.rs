@@ -193,6 +193,15 @@ fn peers_and_outer_tos_are_kept_apart() {
     assert_eq!(shape, [(two.clone(), 0, 1), ("10.9.0.3:8472".into(), 0, 2), (two, 0x2a, 1)]);
 }
 
+#[test]
+fn a_super_packet_without_payload_is_one_datagram() {
+    let facts = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, Vec::new()) };
+    let mut node = Sending::new(mesh(1));
+    (0..3).for_each(|_| node.push(facts.gso(1000), &facts.bytes()));
+    let right = Facts { check: Check::Right, ..facts };
+    assert_eq!(node.packets(), vec![right.bytes(); 3]);
+}
+
 fn with_flags(vnet: VnetHdr, flags: u8) -> VnetHdr {
     let mut vnet = vnet;
     vnet.flags = flags;
