@@ -391,3 +391,6 @@ fn keep_copied_options(options: &mut [u8]) {
         at += len;
     }
 }
+
+#[cfg(test)]
+mod tests;
