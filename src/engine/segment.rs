@@ -63,7 +63,9 @@ impl Offload {
         let expected = match vnet.gso_type & !vnet_hdr::GSO_ECN {
             vnet_hdr::GSO_NONE if !needs_csum => return Ok(Offload::None),
             vnet_hdr::GSO_NONE => {
-                let inside = start >= ip::V4_MIN_LEN && start + offset + 2 <= usize::from(packet.total_len);
+                // inside the transport: the addresses were or will be checked, nothing may be written over them
+                let inside =
+                    start >= usize::from(packet.header_len) && start + offset + 2 <= usize::from(packet.total_len);
                 return if inside { Ok(Offload::Checksum { start, offset }) } else { Err(BadOffload) };
             }
             vnet_hdr::GSO_TCPV4 if !packet.is_v6() => (protocol::TCP, transport::TCP_CHECKSUM),
