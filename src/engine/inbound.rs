@@ -18,7 +18,7 @@ use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, PeerIndex, Tables};
 use crate::wire::ip::{self, Packet};
-use crate::wire::{ethernet, vxlan};
+use crate::wire::{ethernet, transport, vxlan};
 
 /// One received buffer.
 #[derive(Debug, Clone, Copy)]
@@ -226,7 +226,9 @@ fn super_size(packet: &Packet, bytes: &[u8], mtu: u16, len: usize, received: Rec
     }
     let inner_udp = packet.protocol == ip::protocol::UDP && !packet.fragment && len == received.len;
     match received.segment_len {
-        Some(size) if inner_udp && usize::from(size) < len => Some(usize::from(size)),
+        Some(size) if inner_udp && transport::UDP_LEN + usize::from(size) < usize::from(packet.payload_len()) => {
+            Some(usize::from(size))
+        }
         _ => coalesce::unfinished_super(packet, bytes, mtu),
     }
 }
