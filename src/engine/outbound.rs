@@ -243,7 +243,8 @@ impl Outbound {
                 ];
                 let whole = header_len + len;
                 let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole, 1);
-                run.push(whole, gso.header_len + len, &pieces);
+                // a piece without bytes would look like a datagram of its own
+                run.push(whole, gso.header_len + len, if len == 0 { &pieces[..1] } else { &pieces });
                 index += 1;
             }
         }
