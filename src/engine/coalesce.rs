@@ -192,6 +192,8 @@ impl Coalescer {
         let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
         let segment = read_transport(packet, bytes).map(|segment| Segment { may_lead: false, ..segment });
         let takes = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
+        // whatever comes later of its flow must not join what came before it
+        self.forget_flows();
         if let (Some(segment), false) = (&segment, takes) {
             return self.cut(offer, bytes, segment, size.max(1)).unwrap_or(0);
         }
