@@ -433,6 +433,8 @@ fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
         && a_tcp.window == b_tcp.window
         && same(a, b, 0..4)
         && same(a, b, 8..13)
+        // without URG it means nothing, and the kernel joins all the same; the one of the first would stand for all
+        && a_tcp.urgent == b_tcp.urgent
         && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
 }
 
