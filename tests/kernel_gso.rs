@@ -124,12 +124,15 @@ fn super_packets() -> Vec<Super> {
 }
 
 /// Where the engine does something else than the kernel on purpose.
-const STRICTER: [(&str, &str); 4] = [
+const STRICTER: [(&str, &str); 3] = [
     ("TCP v6 extension header", "rare, and not worth a rule of its own: packets pass singly"),
-    ("UDP without checksum", "a super-packet's segments all get a checksum: they would not be the packets that came"),
     ("TCP v4 urgent pointer without URG", "the first one's would stand for all: the segments would differ"),
-    ("TCP v4 leads with CWR", "CWR belongs to one segment; kernels differ by release"),
+    ("TCP v4 leads with CWR", "CWR belongs to one segment; older kernels join behind it"),
 ];
+
+/// Where the kernel joins too, but cuts again before the packets can be seen here: its own devices are told of a fixed id
+/// (`SKB_GSO_TCP_FIXEDID`), a TUN device cannot be. Ids of atomic packets have no meaning (RFC 6864 §4.1).
+const CUT_AGAIN: [&str; 2] = ["TCP v4 fixed id, DF", "TCP v4 id fixed, then counting"];
 
 #[test]
 fn joined_packets_are_those_of_the_kernel() {
@@ -155,33 +158,38 @@ fn joined_packets_are_those_of_the_kernel() {
             ip -6 route add fd71:2::/64 via fd71:9::2 dev va0
             ip -6 rule add iif vb0 lookup 100; ip -6 route add fd71:2::/64 dev out0 table 100");
         std::thread::sleep(Duration::from_millis(100));
-        let mut seen = BTreeSet::new();
+        let (mut seen, mut differences) = (BTreeSet::new(), Vec::new());
         for (name, packets) in streams() {
             let mut arrived = packets.clone();
             arrived.iter_mut().for_each(|packet| hop(packet, 2));
             let ours = shape(&join(&arrived));
             let stricter = STRICTER.iter().any(|(case, _)| *case == name);
+            let cut_again = CUT_AGAIN.contains(&name);
             // the kernel's timer may fire between two packets: once in a few times it does not
             let mut kernels = Vec::new();
             let agreed = (0..6).any(|_| {
                 drain(&mut output);
                 packets.iter().for_each(|packet| input.write_all(&reference::plain_frame(packet)).unwrap());
                 kernels = shape(&read(&mut output, None));
-                if stricter { kernels.len() < ours.len() } else { kernels == ours }
+                match (stricter, cut_again) {
+                    (true, _) => kernels.len() < ours.len(),
+                    (_, true) => kernels.len() > ours.len(),
+                    // the kernel lets a corrupt packet overtake those that it holds
+                    _ if name.ends_with("wrong checksum") => sorted(&kernels) == sorted(&ours),
+                    _ => kernels == ours,
+                }
             });
             let lengths =
                 |shapes: &[Shape]| shapes.iter().map(|(p, kind, size)| (p.len(), *kind, *size)).collect::<Vec<_>>();
             let (k, o) = (lengths(&kernels), lengths(&ours));
-            if stricter {
-                if !agreed {
-                    assert_eq!(kernels, ours, "{name}: neither as the kernel nor stricter: {k:?} {o:?}");
-                    eprintln!("{name}: this kernel is as strict as meshd");
-                }
-            } else {
-                assert!(agreed, "{name}: kernel {k:?}, meshd {o:?}\n{kernels:02x?}\n{ours:02x?}");
+            if !agreed && stricter && kernels == ours {
+                eprintln!("{name}: this kernel is as strict as meshd");
+            } else if !agreed {
+                differences.push(format!("{name}: kernel {k:?}, meshd {o:?}"));
             }
             seen.insert(name);
         }
+        assert!(differences.is_empty(), "{}", differences.join("\n"));
         assert!(STRICTER.iter().all(|(case, _)| seen.contains(*case)), "a case that does not exist");
         eprintln!(
             "{} streams are joined as the kernel does, {} on purpose not",
@@ -298,6 +306,12 @@ fn shape(frames: &[Vec<u8>]) -> Vec<Shape> {
         (packet, kind, if kind == 0 { 0 } else { u16::from_ne_bytes([frame[4], frame[5]]) })
     };
     frames.iter().map(one).collect()
+}
+
+fn sorted(shapes: &[Shape]) -> Vec<Shape> {
+    let mut shapes = shapes.to_vec();
+    shapes.sort();
+    shapes
 }
 
 fn tables(own: usize, other: usize) -> Tables {
