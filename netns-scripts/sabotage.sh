@@ -41,6 +41,12 @@ SABOTAGES=(
     "src/engine/coalesce.rs|ids do not matter|follows.then_some(Id { last: id, fixed })|(follows \|\| true).then_some(Id { last: id, fixed })"
     "src/engine/coalesce.rs|a short segment does not end a super-packet|self.closed = segment.payload < first.payload \|\| segment.ends();|self.closed = segment.ends();"
     "src/engine/coalesce.rs|differing TTL and TOS are joined|\&\& same_ip(packet, head, bytes)|"
+    "src/engine/coalesce.rs|differing urgent pointers are joined|\&\& a_tcp.urgent == b_tcp.urgent|"
+    "src/engine/coalesce.rs|joins what came before a super-packet|self.forget_flows();
+        if let (Some(segment), false)|if let (Some(segment), false)"
+    "src/engine/segment.rs|a checksum may lie in the IP header|start >= usize::from(packet.header_len)|start >= ip::V4_MIN_LEN"
+    "src/engine/inbound.rs|one datagram passes as a super-packet|inner_udp \&\& transport::UDP_LEN + usize::from(size) < usize::from(packet.payload_len())|inner_udp \&\& usize::from(size) < len"
+    "src/engine/outbound.rs|a piece without bytes|if len == 0 { \&pieces[..1] } else { \&pieces }|\&pieces"
     "src/engine/segment.rs|the id is not counted up|let id = self.id.wrapping_add(index as u16);|let id = self.id;"
     "src/engine/segment.rs|CWR on every segment|tcp_flags \&= !flags::CWR;|tcp_flags \&= 0xff;"
     "src/engine/segment.rs|FIN and PSH on every segment|tcp_flags \&= !(flags::FIN \| flags::PSH);|tcp_flags \&= 0xff;"
@@ -61,8 +67,8 @@ SABOTAGES=(
 
 test_copy() { # runs the tests of the copy; stops at the first test binary that fails
     # shellcheck disable=SC2086
-    (cd "$COPY" && CARGO_TARGET_DIR=$TARGET/sabotage/build CARGO_PROFILE_DEV_DEBUG=0 SIM_WALKS=400 timeout -k 5 600 \
-        $LOCK cargo test --locked "${TESTS[@]}" -- --test-threads=2)
+    (cd "$COPY" && CARGO_TARGET_DIR=$TARGET/sabotage/build CARGO_PROFILE_DEV_DEBUG=0 SIM_WALKS=400 \
+        $LOCK timeout -k 5 600 cargo test --locked "${TESTS[@]}" -- --test-threads=2)
 }
 
 step "A copy of the committed tree"
@@ -77,8 +83,13 @@ for sabotage in "${SABOTAGES[@]}"; do
     number=$((number + 1))
     [ $# = 0 ] || [[ " $* " == *" $number "* ]] || continue
     # fields are parted by a bare |; \| and \& stand for themselves
-    mapfile -t field < <(sed 's/\\|/\x01/g; s/\\&/\&/g; s/|/\n/g; s/\x01/|/g' <<<"$sabotage")
-    file=${field[0]} what=${field[1]} from=${field[2]} to=${field[3]:-}
+    text=${sabotage//'\|'/$'\x01'}
+    text=${text//'\&'/$'\x02'}
+    file=${text%%|*} text=${text#*|}
+    what=${text%%|*} text=${text#*|}
+    from=${text%%|*} to=${text#*|}
+    from=${from//$'\x01'/|} to=${to//$'\x01'/|}
+    from=${from//$'\x02'/'&'} to=${to//$'\x02'/'&'}
     cp "$COPY/$file" "$LAB/original"
     content=$(cat "$LAB/original"; printf x)
     content=${content%x}
