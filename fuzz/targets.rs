@@ -235,6 +235,9 @@ fn mend(packet: &mut [u8], source: (IpAddr, IpAddr), destination: (IpAddr, IpAdd
     }
 }
 
+/// Source, TOS, segment size, whether it was cut off, bytes.
+type Arrival = (IpAddr, u8, Option<u16>, bool, Vec<u8>);
+
 /// One node's engine with one peer, and the model of both.
 struct Mesh {
     view: View,
@@ -359,7 +362,7 @@ impl Mesh {
     }
 
     /// Datagrams through the journey in; the frames for the TUN device.
-    fn receive(&mut self, buffers: &[(IpAddr, u8, Option<u16>, bool, Vec<u8>)]) -> Vec<Vec<u8>> {
+    fn receive(&mut self, buffers: &[Arrival]) -> Vec<Vec<u8>> {
         let (mut arena, mut received, mut expected) = (Vec::new(), Vec::new(), Vec::new());
         for (from, tos, segment_len, truncated, bytes) in buffers {
             let at = arena.len();
