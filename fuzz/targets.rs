@@ -119,7 +119,7 @@ pub(crate) fn round_trip(data: &[u8]) {
     let options = if kind & 0x80 == 0 { vec![1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2] } else { Vec::new() };
     let mut tcp = TcpHead { ports: (40_000, 5201), sequence: u32::MAX - 3000, ack: 1, flags: ACK, window: 99, options };
     let mut frames = Vec::new();
-    for [change, size_hi, size_lo, flags, tos, ttl, gap, fill, id, frag] in rest.as_chunks().0.iter().take(60) {
+    for [change, size_hi, size_lo, flags, tos, ttl, gap, fill, id, frag] in rest.as_chunks().0.iter().take(40) {
         let room = 1450 - 20 - if v6 { 40 } else { 20 } - tcp.options.len();
         let size = usize::from(u16::from_be_bytes([*size_hi, *size_lo]));
         let step = (usize::from(*mss) * 6 + 1).min(room);
@@ -134,7 +134,7 @@ pub(crate) fn round_trip(data: &[u8]) {
             head.id = head.id.wrapping_add(u16::from(*id));
         }
         let cut = change & 0x60 == 0x60;
-        let len = if cut { size % 20_000 } else { size.min(step) };
+        let len = if cut { size % 5_000 } else { size.min(step) };
         let payload: Vec<u8> = (0..len).map(|i| fill.wrapping_add(i as u8)).collect();
         let body = if protocol == TCP { tcp.bytes(&payload) } else { reference::udp_bytes((7, 8), &payload) };
         let mut packet = head.packet(protocol, &body);

@@ -16,7 +16,8 @@
 #  =======+=====================+=====================+=======  br0
 #
 # Traffic, in turn over all pairs: TCP and UDP over IPv4 and IPv6, streams and small
-# packets, pings that must be cut, packets to nowhere. Each box is a network namespace,
+# packets, pings that must be cut or do not fit, foreign sources, datagrams that are no
+# VXLAN. Each box is a network namespace,
 # removed in the end. Exit code 0 only when nothing is unaccounted for.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -32,6 +33,7 @@ case $PACKETS$MINUTES in '' | *[!0-9]*) echo "usage: soak.sh [PACKETS | --minute
 need_root "$@"
 NODES=(a b c)
 ROUND=${ROUND:-4} # seconds
+JUNK=50         # datagrams a round that no meshd sent
 
 lab_begin
 need ip:iproute2 iperf3:iperf3 jq:jq ping:iputils-ping
@@ -45,7 +47,10 @@ for n in "${NODES[@]}"; do
     { node_add "$n" $i && plug "$n"; } || die "no namespace for node $n"
 done
 write_nodes 4 "${NODES[@]}"
-for n in "${NODES[@]}"; do start_meshd "$n" 4; done
+# a believes in more room than there is: its packets must be cut or answered
+start_meshd a 4 "mtu: 1500"
+for n in b c; do start_meshd $n 4; done
+for n in "${NODES[@]}"; do ip -n "$RUN-$n" addr add 192.0.2.1/32 dev lo; done
 meshd_ready "${NODES[@]}" || die "the mesh did not come up"
 for n in "${NODES[@]}"; do
     for port in 5201 5202 5203; do spawn "$n" /dev/null iperf3 -s -p $port; done
@@ -76,7 +81,11 @@ one_round() { # FROM TO
     start ping -n -q -i 0.01 -c $((ROUND * 50)) -s 56 "$v6"
     start ping -n -q -i 0.02 -c $((ROUND * 25)) -s 4000 "$v4"
     start ping -n -q -i 0.05 -c $((ROUND * 10)) -M "do" -s 4000 "$v4"
-    start ping -n -q -i 0.05 -W 1 -c $((ROUND * 10)) 10.42.200.1
+    start ping -n -q -i 0.05 -W 1 -c $((ROUND * 10)) -M "do" -s 1472 "$v4"
+    start ping -n -q -i 0.05 -W 1 -c $((ROUND * 10)) -I 192.0.2.1 "$v4"
+    # no VXLAN at all, from a member's address
+    # shellcheck disable=SC2016
+    start bash -c 'for i in $(seq "$1"); do printf nonsense >"/dev/udp/$2/8472"; done' bash $JUNK "$(underlay "$to")"
     for p in "${jobs[@]}"; do
         wait "$p" 2>/dev/null
         forget "$p"
@@ -133,7 +142,7 @@ for n in "${NODES[@]}"; do
     done
     note "drops of $n: $(jq -c '.drops | with_entries(select(.value > 0))' "$LAB/stats.$n")"
 done
-sent=$(sum_of .udp.tx_packets) received=$(sum_of .udp.rx_packets) overflow=$(sum_of .drops.udp_queue_overflow)
+sent=$(($(sum_of .udp.tx_packets) + round * JUNK)) received=$(sum_of .udp.rx_packets) overflow=$(sum_of .drops.udp_queue_overflow)
 link_drops() { # what the underlay's devices dropped
     {
         for n in "${NODES[@]}"; do ip -n "$RUN-$n" -s -j link show ul0; done
