@@ -87,7 +87,9 @@ pub fn plan(
             )),
         }
     }
-    let room = |carrier: &Carrier| carrier.mtu.saturating_sub(overhead(carrier.ip));
+    // an IPv4 packet has at most 65,535 bytes, whatever the link takes: the loopback device, which routed underlays use, says 65,536
+    let longest = |carrier: &Carrier| if carrier.ip.is_ipv4() { carrier.mtu.min(65_535) } else { carrier.mtu };
+    let room = |carrier: &Carrier| longest(carrier).saturating_sub(overhead(carrier.ip));
     let fits_all = ways.iter().map(|(_, (_, carrier))| room(carrier)).min();
     let path = fits_all.or_else(|| carriers.iter().map(room).min()).unwrap_or(0).min(u32::from(u16::MAX));
     let mtu = match config.mtu {
@@ -203,6 +205,13 @@ mod tests {
             &[("10.9.0.1", 9000)],
         );
         assert_eq!(jumbo.unwrap().mtu, 8950);
+    }
+
+    #[test]
+    fn no_link_takes_more_than_an_ip_packet() {
+        let alone = "nodes:\n  - {name: a, underlay: 10.9.0.1, subnets: 10.42.1.0/24}\n";
+        let plan = make("", alone, &[("10.9.0.1", 65_536)]).unwrap();
+        assert_eq!(plan.mtu, 65_485, "with 22 bytes of VXLAN and Ethernet it fills a UDP datagram of 65,507");
     }
 
     #[test]

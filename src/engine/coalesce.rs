@@ -178,11 +178,17 @@ impl Coalescer {
                 return checksum == Checksum::Unfinished;
             }
         }
+        self.next_is_last_of(hash);
+        self.start(offer, bytes, Some(segment))
+    }
+
+    /// The next unit to be started is the last of the flow with this hash.
+    #[inline]
+    fn next_is_last_of(&mut self, hash: u32) {
         let slot = FlowSlot { generation: self.generation, hash, unit: self.used as u32 };
         if let Some(place) = self.flows.get_mut(hash as usize % FLOW_SLOTS) {
             *place = slot;
         }
-        self.start(offer, bytes, Some(segment))
     }
 
     /// Takes a super-packet with an unfinished checksum, to be cut into segments of `size` payload bytes. Returns how
@@ -191,9 +197,8 @@ impl Coalescer {
         let Offer { at, packet, .. } = offer;
         let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
         let segment = read_transport(packet, bytes).map(|segment| Segment { may_lead: false, ..segment });
+        self.next_is_last_of(classify::flow_hash(packet, classify::ports(packet, bytes)));
         let takes = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
-        // whatever comes later of its flow must not join what came before it
-        self.forget_flows();
         if let (Some(segment), false) = (&segment, takes) {
             return self.cut(offer, bytes, segment, size.max(1)).unwrap_or(0);
         }
@@ -433,7 +438,6 @@ fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
         && a_tcp.window == b_tcp.window
         && same(a, b, 0..4)
         && same(a, b, 8..13)
-        // without URG it means nothing, and the kernel joins all the same; the one of the first would stand for all
         && a_tcp.urgent == b_tcp.urgent
         && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
 }
@@ -488,6 +492,12 @@ fn is_pseudo_sum(pseudo: Sum, packet: &Packet, segment: &Segment) -> bool {
     segment.checksum == sum || (packet.protocol == protocol::UDP && segment.checksum == segment::no_zero(sum))
 }
 
+/// Whether a UDP datagram's checksum was never computed.
+pub fn unfinished_udp(packet: &Packet, bytes: &[u8]) -> bool {
+    let segment = read_transport(packet, bytes).filter(|_| !packet.fragment && packet.protocol == protocol::UDP);
+    segment.is_some_and(|segment| is_unfinished(packet, bytes, &segment))
+}
+
 /// Whether a packet is longer than `mtu` and its checksum was never computed: a super-packet of a kernel whose virtual
 /// link never cut it. Returns the payload bytes of the segments that it is to be cut into.
 pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize> {
@@ -495,6 +505,10 @@ pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize
         return None;
     }
     let segment = read_transport(packet, bytes)?;
-    let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size > 0)?;
+    // a kernel's segments are mostly payload: less would let one datagram become thousands of headers
+    let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size >= segment.header_len)?;
     is_unfinished(packet, bytes, &segment).then_some(size)
 }
+
+#[cfg(test)]
+mod tests;

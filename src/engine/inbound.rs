@@ -17,8 +17,8 @@ use super::coalesce::{self, Accepts, Coalescer, Offer, Unit};
 use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, PeerIndex, Tables};
-use crate::wire::ip::{self, Packet};
-use crate::wire::{ethernet, transport, vxlan};
+use crate::wire::ip::{Packet, protocol};
+use crate::wire::{ethernet, vxlan};
 
 /// One received buffer.
 #[derive(Debug, Clone, Copy)]
@@ -221,15 +221,13 @@ fn is_one_frame(buffer: &[u8]) -> bool {
 /// The payload bytes of each segment, where the packet is a super-packet that was never cut.
 #[inline]
 fn super_size(packet: &Packet, bytes: &[u8], mtu: u16, len: usize, received: Received) -> Option<usize> {
-    if packet.total_len <= mtu {
-        return None;
-    }
-    let inner_udp = packet.protocol == ip::protocol::UDP && !packet.fragment && len == received.len;
-    match received.segment_len {
-        Some(size) if inner_udp && transport::UDP_LEN + usize::from(size) < usize::from(packet.payload_len()) => {
-            Some(usize::from(size))
+    match received.segment_len.map(usize::from) {
+        // a joined buffer that is one frame: UDP, however short it is, or it would become one datagram
+        Some(size) if packet.protocol == protocol::UDP && len == received.len && size > 0 && size < len => {
+            coalesce::unfinished_udp(packet, bytes).then_some(size)
         }
-        _ => coalesce::unfinished_super(packet, bytes, mtu),
+        _ if packet.total_len > mtu => coalesce::unfinished_super(packet, bytes, mtu),
+        _ => None,
     }
 }
 
@@ -271,3 +269,6 @@ fn set_tos(bytes: &mut [u8], old: u8, new: u8) -> Option<()> {
     *bytes.get_mut(10..12)?.first_chunk_mut()? = (!(sum as u16)).to_be_bytes();
     Some(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,4 +14,6 @@ pub mod outbound;
 pub mod segment;
 pub mod stats;
 pub mod tables;
+#[doc(hidden)]
+pub mod testing;
 pub mod tx_batch;

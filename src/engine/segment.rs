@@ -63,9 +63,8 @@ impl Offload {
         let expected = match vnet.gso_type & !vnet_hdr::GSO_ECN {
             vnet_hdr::GSO_NONE if !needs_csum => return Ok(Offload::None),
             vnet_hdr::GSO_NONE => {
-                // inside the transport: the addresses were or will be checked, nothing may be written over them
-                let inside =
-                    start >= usize::from(packet.header_len) && start + offset + 2 <= usize::from(packet.total_len);
+                let behind_ip = start >= usize::from(packet.header_len);
+                let inside = behind_ip && start + offset + 2 <= usize::from(packet.total_len);
                 return if inside { Ok(Offload::Checksum { start, offset }) } else { Err(BadOffload) };
             }
             vnet_hdr::GSO_TCPV4 if !packet.is_v6() => (protocol::TCP, transport::TCP_CHECKSUM),

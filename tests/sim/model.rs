@@ -158,10 +158,6 @@ impl View {
 
     /// Completes what a kernel never finished.
     fn finish(&self, mut packet: Vec<u8>, seen: &Look, inner_size: Option<usize>) -> Vec<Vec<u8>> {
-        let several = |size: usize| packet.len() > self.mtu && !seen.fragment && seen.l4 + 8 + size < packet.len();
-        if let (Some(size), UDP) = (inner_size.filter(|size| several(*size)), seen.protocol) {
-            return reference::cut(&packet, size);
-        }
         let header = if seen.protocol == TCP { 20 } else { 8 };
         if seen.fragment || !matches!(seen.protocol, TCP | UDP) || packet.len() < seen.l4 + header {
             return vec![packet];
@@ -174,8 +170,12 @@ impl View {
         if lies || !unfinished || reference::l4_sum(&packet, seen) == 0xffff || !header_is_good(&packet, seen) {
             return vec![packet];
         }
-        if packet.len() > self.mtu && seen.protocol == TCP {
-            return reference::cut(&packet, self.mtu - end);
+        match (seen.protocol, inner_size) {
+            (UDP, Some(size)) if end + size < packet.len() => return reference::cut(&packet, size),
+            (TCP, _) if packet.len() > self.mtu && self.mtu >= 2 * end => {
+                return reference::cut(&packet, self.mtu - end);
+            }
+            _ => {}
         }
         reference::finish_l4(&mut packet);
         vec![packet]
