@@ -42,11 +42,11 @@ SABOTAGES=(
     "src/engine/coalesce.rs|a short segment does not end a super-packet|self.closed = segment.payload < first.payload \|\| segment.ends();|self.closed = segment.ends();"
     "src/engine/coalesce.rs|differing TTL and TOS are joined|\&\& same_ip(packet, head, bytes)|"
     "src/engine/coalesce.rs|differing urgent pointers are joined|\&\& a_tcp.urgent == b_tcp.urgent|"
-    "src/engine/coalesce.rs|joins what came before a super-packet|self.forget_flows();
-        if let (Some(segment), false)|if let (Some(segment), false)"
+    "src/engine/coalesce.rs|joins what came before a super-packet|self.next_is_last_of(classify::flow_hash(packet, classify::ports(packet, bytes)));
+        let takes|let takes"
     "src/engine/segment.rs|a checksum may lie in the IP header|start >= usize::from(packet.header_len)|start >= ip::V4_MIN_LEN"
-    "src/engine/inbound.rs|one datagram passes as a super-packet|inner_udp \&\& transport::UDP_LEN + usize::from(size) < usize::from(packet.payload_len())|inner_udp \&\& usize::from(size) < len"
-    "src/engine/outbound.rs|a piece without bytes|if len == 0 { \&pieces[..1] } else { \&pieces }|\&pieces"
+    "src/engine/inbound.rs|a finished datagram passes as a super-packet|coalesce::unfinished_udp(packet, bytes).then_some(size)|Some(size)"
+    "src/engine/tx_batch.rs|an empty payload is a datagram|let count = count + rest.iter().skip(count).take_while(\|piece\| piece.len() == 0).count();|"
     "src/engine/segment.rs|the id is not counted up|let id = self.id.wrapping_add(index as u16);|let id = self.id;"
     "src/engine/segment.rs|CWR on every segment|tcp_flags \&= !flags::CWR;|tcp_flags \&= 0xff;"
     "src/engine/segment.rs|FIN and PSH on every segment|tcp_flags \&= !(flags::FIN \| flags::PSH);|tcp_flags \&= 0xff;"
