@@ -576,7 +576,7 @@ fn same_flows(sent: &[Vec<u8>], arrived: &[Vec<u8>]) -> Result<(), String> {
 /// Whether a kernel would join the datagram to the buffer (`udp_gro_receive`).
 fn grows(buffer: &Buffer, from: IpAddr, tos: u8, bytes: &[u8]) -> bool {
     let step = usize::from(buffer.segment_len.unwrap_or(buffer.bytes.len() as u16));
-    let whole = step > 0 && buffer.bytes.len() % step == 0 && !bytes.is_empty();
+    let whole = step > 0 && buffer.bytes.len().is_multiple_of(step) && !bytes.is_empty();
     let fits = buffer.bytes.len() + bytes.len() <= 65_000 && buffer.bytes.len() / step.max(1) < 64;
     buffer.from == from && buffer.tos == tos && whole && fits && bytes.len() <= step
 }
