@@ -1,0 +1,431 @@
+//! What the fuzz targets do with an input. The programs in `fuzz_targets/` and `tests/corpus.rs` share this file, so that
+//! every input that was ever interesting is tried again by a plain `cargo test`.
+//!
+//! The engine is not only asked not to panic: what comes out is held against the simulation's reference model.
+
+#![allow(dead_code, reason = "each fuzz program runs one of the targets")]
+
+#[path = "../tests/sim/model.rs"]
+mod model;
+#[path = "../tests/reference/mod.rs"]
+mod reference;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use meshd::admin::protocol::{Answer, Request};
+use meshd::config::{Config, Sources};
+use meshd::control::nodes_file;
+use meshd::engine::coalesce::Accepts;
+use meshd::engine::drop::{Direction, Drop};
+use meshd::engine::inbound::{Inbound, Received};
+use meshd::engine::outbound::{HEADROOM, Outbound, Sent};
+use meshd::engine::stats::{PeerStats, Stats};
+use meshd::engine::tables::{Local, PeerSpec, Tables};
+use meshd::engine::tx_batch::Piece;
+use meshd::node::{Mac, NodeName, Vni};
+use meshd::wire::checksum::Sum;
+use meshd::wire::icmp;
+use meshd::wire::ip::Packet;
+use model::{Fate, Peer, View};
+use reference::{ACK, Head, TCP, TcpHead, VNET, be16, look};
+
+/// The target of that name.
+pub(crate) fn target(name: &str) -> Option<fn(&[u8])> {
+    Some(match name {
+        "wire" => wire,
+        "outbound" => outbound,
+        "inbound" => inbound,
+        "round_trip" => round_trip,
+        "config" => config,
+        "nodes_file" => nodes_file,
+        "admin" => admin,
+        _ => return None,
+    })
+}
+
+pub(crate) const TARGETS: [&str; 7] = ["wire", "outbound", "inbound", "round_trip", "config", "nodes_file", "admin"];
+
+/// The parsers, each against the one that was written by the book.
+pub(crate) fn wire(data: &[u8]) {
+    let (parsed, seen) = (Packet::parse(data), look(data));
+    assert_eq!(parsed.is_ok(), seen.is_some(), "{parsed:?} {seen:?}");
+    assert_eq!(Sum::default().bytes(data).fold(), reference::sum(&[data]).to_be_bytes());
+    let (Ok(packet), Some(seen)) = (parsed, seen) else { return };
+    assert_eq!((packet.source, packet.destination), (seen.source, seen.destination));
+    assert_eq!((usize::from(packet.total_len), usize::from(packet.header_len)), (seen.total, seen.l4));
+    let facts = (packet.protocol, packet.tos, packet.fragment, packet.is_v6());
+    assert_eq!(facts, (seen.protocol, seen.tos, seen.fragment, seen.v6));
+    let mut out = [0; icmp::MAX_LEN];
+    if let Some(len) = icmp::too_big(&packet, data, 1280, &mut out) {
+        let answer = look(&out[..len]).expect("an answer is a packet");
+        assert_eq!((answer.total, answer.destination), (len, seen.source));
+    }
+}
+
+/// Frames out of a TUN device: `CONTROL LENGTH LENGTH BYTES…`, where CONTROL says how much of a frame is put right, so
+/// that the fuzzer gets past the gates without guessing addresses.
+pub(crate) fn outbound(data: &[u8]) {
+    let Some((&mtu, mut rest)) = data.split_first() else { return };
+    let mut mesh = Mesh::new([1450, 1280, 576, 9000][usize::from(mtu & 3)], mtu);
+    let mut frames = Vec::new();
+    while let Some(([control, hi, lo], behind)) = rest.split_first_chunk().filter(|_| frames.len() < 16) {
+        let len = usize::from(u16::from_be_bytes([*hi, *lo])).min(behind.len());
+        let (frame, behind) = behind.split_at(len);
+        rest = behind;
+        let mut frame = frame.to_vec();
+        if control & 1 == 1 {
+            mend(frame.get_mut(VNET..).unwrap_or_default(), mesh.own(), mesh.others(), control & 2 == 2);
+        }
+        frames.push(frame);
+    }
+    mesh.send(&frames);
+}
+
+/// Datagrams: `ACCEPTS (CONTROL TOS SEGMENT SEGMENT LENGTH LENGTH BYTES…)…`.
+pub(crate) fn inbound(data: &[u8]) {
+    let Some((&accepts, mut rest)) = data.split_first() else { return };
+    let mut mesh = Mesh::new(1450, accepts);
+    let mut buffers = Vec::new();
+    while let Some(([control, tos, s1, s2, hi, lo], behind)) = rest.split_first_chunk().filter(|_| buffers.len() < 32) {
+        let len = usize::from(u16::from_be_bytes([*hi, *lo])).min(behind.len());
+        let (bytes, behind) = behind.split_at(len);
+        rest = behind;
+        let mut bytes = bytes.to_vec();
+        if control & 1 == 1 {
+            mend(&mut bytes, mesh.others(), mesh.own(), control & 2 == 2);
+            let v6 = bytes.first().is_some_and(|byte| byte >> 4 == 6);
+            let mut whole = mesh.header_to_us(v6);
+            whole.append(&mut bytes);
+            bytes = whole;
+        }
+        let segment = u16::from_be_bytes([*s1, *s2]);
+        let segment_len = (segment > 0 && control & 4 == 4).then_some(segment);
+        let from = if control & 8 == 8 { "192.0.2.9" } else { "10.9.0.2" }.parse().unwrap();
+        buffers.push((from, *tos, segment_len, control & 0x70 == 0x70, bytes));
+    }
+    mesh.receive(&buffers);
+}
+
+/// A stream of one flow: cut by the sender, joined by the receiver, cut again. Ten bytes describe a packet.
+pub(crate) fn round_trip(data: &[u8]) {
+    let Some(([kind, mss, split], rest)) = data.split_first_chunk() else { return };
+    let v6 = kind & 1 == 1;
+    let protocol = if kind & 2 == 2 { 17 } else { TCP };
+    let mut sender = Mesh::new(1450, 0xff);
+    let mut receiver = Mesh::mirror(&sender, kind >> 2);
+    let [from, to] = [sender.own(), sender.others()].map(|(v4, six)| if v6 { six } else { v4 });
+    let mut head = Head::new(from, to);
+    let options = if kind & 0x80 == 0 { vec![1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 2] } else { Vec::new() };
+    let mut tcp = TcpHead { ports: (40_000, 5201), sequence: u32::MAX - 3000, ack: 1, flags: ACK, window: 99, options };
+    let mut frames = Vec::new();
+    for [change, size_hi, size_lo, flags, tos, ttl, gap, fill, id, frag] in rest.as_chunks().0.iter().take(40) {
+        let room = 1450 - 20 - if v6 { 40 } else { 20 } - tcp.options.len();
+        let size = usize::from(u16::from_be_bytes([*size_hi, *size_lo]));
+        let step = (usize::from(*mss) * 6 + 1).min(room);
+        tcp.flags = if change & 1 == 1 { *flags } else { ACK | flags & 8 };
+        head.tos = if change & 2 == 2 { *tos } else { 0 };
+        head.ttl = if change & 4 == 4 { *ttl } else { 64 };
+        head.frag = if *frag & 1 == 1 { 0 } else { 0x4000 };
+        if change & 8 == 8 {
+            tcp.sequence = tcp.sequence.wrapping_add(u32::from(*gap));
+        }
+        if change & 16 == 16 {
+            head.id = head.id.wrapping_add(u16::from(*id));
+        }
+        let cut = change & 0x60 == 0x60;
+        let len = if cut { size % 5_000 } else { size.min(step) };
+        let payload: Vec<u8> = (0..len).map(|i| fill.wrapping_add(i as u8)).collect();
+        let body = if protocol == TCP { tcp.bytes(&payload) } else { reference::udp_bytes((7, 8), &payload) };
+        let mut packet = head.packet(protocol, &body);
+        if protocol == TCP && change & 0x80 == 0x80 {
+            let urgent = look(&packet).unwrap().l4 + 19;
+            packet[urgent] = *gap; // an urgent pointer that means nothing
+        }
+        if cut && len > 0 {
+            frames.push(reference::super_frame(&mut packet, step, tcp.flags & 0x80 != 0));
+            head.id = head.id.wrapping_add(len.div_ceil(step) as u16);
+        } else {
+            reference::finish_l4(&mut packet);
+            frames.push(reference::plain_frame(&packet));
+            head.id = head.id.wrapping_add(u16::from(*frag & 2 == 0));
+        }
+        tcp.sequence = tcp.sequence.wrapping_add(len as u32);
+    }
+    let first = sender.send(&frames);
+    let split = usize::from(*split).max(1);
+    let (tos, from) = (0, "10.9.0.1".parse().unwrap());
+    let mut joined = Vec::new();
+    for batch in first.chunks(split) {
+        let buffers: Vec<_> = batch.iter().map(|datagram| (from, tos, None, false, datagram.clone())).collect();
+        joined.extend(receiver.receive(&buffers));
+    }
+    let second = sender.send(&joined);
+    assert_eq!(first.len(), second.len());
+    for (a, b) in first.iter().zip(&second) {
+        let plain = |datagram: &[u8]| {
+            let mut packet = datagram[22..].to_vec();
+            if !v6 && be16(&packet, 6) == 0x4000 {
+                packet[4..6].fill(0); // RFC 6864 §4.1: an atomic packet's id has no meaning
+                reference::finish_ip(&mut packet);
+            }
+            packet
+        };
+        assert_eq!(plain(a), plain(b));
+    }
+}
+
+/// A configuration file.
+pub(crate) fn config(data: &[u8]) {
+    let file = Some(("fuzz.yaml".into(), data.to_vec()));
+    match Config::parse(&Sources { file, hostname: "fuzz".to_owned(), ..Sources::default() }) {
+        Ok(config) => {
+            let same = config.live_changes(&config);
+            assert!(same.live.is_empty() && same.restart.is_empty());
+        }
+        Err(error) => assert!(!error.to_string().is_empty() && error.to_string().len() < 4096, "{error}"),
+    }
+}
+
+/// A node list.
+pub(crate) fn nodes_file(data: &[u8]) {
+    match nodes_file::parse(data, 8472.try_into().unwrap()) {
+        Ok(list) => {
+            assert!(list.nodes.windows(2).all(|pair| pair[0].name < pair[1].name));
+            let subnets: Vec<_> = list.nodes.iter().flat_map(|node| &node.subnets).collect();
+            let apart = |a: &ipnet::IpNet, b: &ipnet::IpNet| !a.contains(b) && !b.contains(a);
+            for (at, subnet) in subnets.iter().enumerate().take(50) {
+                assert!(subnets[..at].iter().all(|other| apart(subnet, other)));
+            }
+            assert!(list.nodes.iter().all(|node| !node.underlay.is_empty()));
+        }
+        Err(error) => assert!(!error.to_string().is_empty() && error.to_string().len() < 4096, "{error}"),
+    }
+}
+
+/// A request to the admin socket, and the same bytes as an answer.
+pub(crate) fn admin(data: &[u8]) {
+    match Request::from_line(data) {
+        Ok(request) => {
+            let line = request.to_line().expect("a request can be written");
+            assert_eq!(Request::from_line(line.as_bytes()), Ok(request));
+        }
+        Err(error) => assert!(error.message.len() < 1024, "{}", error.message),
+    }
+    _ = serde_json::from_slice::<Answer<serde_json::Value>>(data);
+}
+
+/// Puts addresses right, and the checksums where `deep`.
+fn mend(packet: &mut [u8], source: (IpAddr, IpAddr), destination: (IpAddr, IpAddr), deep: bool) {
+    let v6 = packet.first().is_some_and(|first| first >> 4 == 6);
+    let (from, to) = if v6 { (source.1, destination.1) } else { (source.0, destination.0) };
+    let octets = |ip: IpAddr| match ip {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let bytes = [octets(from), octets(to)].concat();
+    let at = if v6 { 8 } else { 12 };
+    if let Some(place) = packet.get_mut(at..at + bytes.len()) {
+        place.copy_from_slice(&bytes);
+    }
+    let fits = |seen: &reference::Look| !seen.fragment && matches!(seen.protocol, 6 | 17) && seen.total >= seen.l4 + 18;
+    if deep && look(packet).is_some_and(|seen| fits(&seen)) {
+        reference::finish_ip(packet);
+        reference::finish_l4(packet);
+    }
+}
+
+/// Source, TOS, segment size, whether it was cut off, bytes.
+type Arrival = (IpAddr, u8, Option<u16>, bool, Vec<u8>);
+
+/// One node's engine with one peer, and the model of both.
+struct Mesh {
+    view: View,
+    tables: Tables,
+    stats: Stats,
+    accepts: Accepts,
+    out: Outbound,
+    inn: Inbound,
+}
+
+impl Mesh {
+    fn new(mtu: u16, bits: u8) -> Self {
+        Mesh::between([1, 2], mtu, bits)
+    }
+
+    fn mirror(other: &Mesh, bits: u8) -> Self {
+        Mesh::between([2, 1], other.view.mtu as u16, bits)
+    }
+
+    fn between([own, other]: [u8; 2], mtu: u16, bits: u8) -> Self {
+        let subnets = |n: u8| {
+            let nets = [format!("10.42.{n}.0/24"), format!("fd42:0:0:{n}::/64")];
+            nets.iter().map(|net| net.parse().unwrap()).collect::<Vec<ipnet::IpNet>>()
+        };
+        let mac = |n| [2, 0, 0, 0, 0, n];
+        let underlay: IpAddr = [10, 9, 0, other].into();
+        let local = Local {
+            mac: Mac(mac(own)),
+            vni: Vni::DEFAULT,
+            subnets: subnets(own),
+            addresses: vec![[10, 9, 0, own].into()],
+            mtu,
+        };
+        let name: NodeName = "other".parse().unwrap();
+        let spec = PeerSpec {
+            name,
+            endpoint: (underlay, 8472).into(),
+            underlay: vec![underlay],
+            mac: Mac(mac(other)),
+            subnets: subnets(other),
+            mtu,
+            stats: Arc::new(PeerStats::new(1)),
+        };
+        let view = View {
+            mac: mac(own),
+            vni: 1,
+            subnets: subnets(own),
+            addresses: local.addresses.clone(),
+            mtu: usize::from(mtu),
+            peers: vec![Peer {
+                name: "other".to_owned(),
+                endpoint: spec.endpoint,
+                underlay: spec.underlay.clone(),
+                mac: mac(other),
+                subnets: subnets(other),
+                mtu: usize::from(mtu),
+            }],
+        };
+        let stats = Stats::new(1);
+        let accepts = Accepts { tso: bits & 4 != 0, uso: bits & 12 == 12 };
+        let (out, inn) = (Outbound::new(stats.clone(), 0, 4), Inbound::new(stats.clone(), 0, accepts));
+        Mesh { view, tables: Tables::new(local, vec![spec]), stats, accepts, out, inn }
+    }
+
+    fn host(subnets: &[ipnet::IpNet]) -> (IpAddr, IpAddr) {
+        (subnets[0].network(), subnets[1].network())
+    }
+
+    fn own(&self) -> (IpAddr, IpAddr) {
+        Mesh::host(&self.view.subnets)
+    }
+
+    fn others(&self) -> (IpAddr, IpAddr) {
+        Mesh::host(&self.view.peers[0].subnets)
+    }
+
+    fn header_to_us(&self, v6: bool) -> Vec<u8> {
+        let mut header = self.view.header(0, v6);
+        let (to, from) = (self.view.mac, self.view.peers[0].mac);
+        header[8..14].copy_from_slice(&to);
+        header[14..20].copy_from_slice(&from);
+        header
+    }
+
+    /// Frames through the journey out; the datagrams.
+    fn send(&mut self, frames: &[Vec<u8>]) -> Vec<Vec<u8>> {
+        let (mut arena, mut places, mut expected) = (vec![0xa5; 64], Vec::new(), Vec::new());
+        for frame in frames {
+            let at = (arena.len() + HEADROOM).next_multiple_of(64);
+            arena.resize(at, 0xa5);
+            arena.extend(frame);
+            places.push((at, frame.len()));
+            if let Fate::Sent { peer, packets, .. } = self.view.out(frame).fate {
+                let whole = |packet: Vec<u8>| [self.view.header(peer, packet[0] >> 4 == 6), packet].concat();
+                expected.extend(packets.into_iter().map(whole));
+            }
+        }
+        let out = &mut self.out;
+        for (at, len) in places {
+            out.push(&self.tables, 1, &mut arena, at, len);
+        }
+        let mut datagrams: Vec<Vec<u8>> = Vec::new();
+        for run in out.batch().runs() {
+            let gather = |pieces: &[Piece]| -> Vec<u8> {
+                pieces.iter().flat_map(|piece| piece.of(&arena, out.batch().slab()).iter().copied()).collect()
+            };
+            let of_run: Vec<_> = run.datagrams().map(gather).collect();
+            assert_eq!(of_run.len(), usize::from(run.segments));
+            assert_eq!(of_run.concat(), gather(run.pieces()));
+            assert!(run.segments <= 64 && run.bytes <= 65_507 && run.bytes as usize == of_run.concat().len());
+            datagrams.extend(of_run);
+            out.sent(&self.tables, run, Sent::All);
+        }
+        out.errors().for_each(|error| out.error_written(error, true));
+        out.clear();
+        self.balanced();
+        let (mut a, mut b) = (datagrams.clone(), expected);
+        a.sort();
+        b.sort();
+        assert_eq!(a, b);
+        datagrams
+    }
+
+    /// Datagrams through the journey in; the frames for the TUN device.
+    fn receive(&mut self, buffers: &[Arrival]) -> Vec<Vec<u8>> {
+        let (mut arena, mut received, mut expected) = (Vec::new(), Vec::new(), Vec::new());
+        for (from, tos, segment_len, truncated, bytes) in buffers {
+            let at = arena.len();
+            arena.extend(bytes);
+            arena.resize((at + bytes.len() + 64).next_multiple_of(64), 0x5a);
+            let (source, tos, segment_len, truncated) = (*from, *tos, *segment_len, *truncated);
+            received.push(Received { at, len: bytes.len(), segment_len, source, tos, truncated });
+            let one = |inner: &[u8]| look(inner).is_some_and(|seen| seen.total == inner.len());
+            let uncut =
+                segment_len.is_some_and(|size| usize::from(size) < bytes.len()) && bytes.get(22..).is_some_and(one);
+            let step = segment_len.filter(|_| !uncut).map_or(bytes.len(), usize::from).max(1);
+            let inner_size = segment_len.filter(|_| uncut).map(usize::from);
+            for datagram in bytes.chunks(step) {
+                if let (Ok((_, packets)), false) = (self.view.arrive(source, tos, datagram, inner_size), truncated) {
+                    expected.extend(packets);
+                }
+            }
+        }
+        for received in received {
+            self.inn.push(&self.tables, 1, &mut arena, received);
+        }
+        self.inn.finish(&mut arena);
+        let (mut frames, mut packets) = (Vec::new(), Vec::new());
+        for unit in self.inn.units() {
+            let frame: Vec<u8> =
+                unit.pieces().iter().flat_map(|piece| piece.of(&arena, self.inn.slab()).iter().copied()).collect();
+            assert!(frame[0] == 0 || self.accepts.tso);
+            assert!(frame[1] != 5 || self.accepts.uso);
+            let of_unit = reference::unwrap(&frame).expect("a kernel takes the frame");
+            assert_eq!(of_unit.len(), usize::from(unit.segments));
+            self.inn.written(unit, true);
+            packets.extend(of_unit);
+            frames.push(frame);
+        }
+        self.inn.clear();
+        self.balanced();
+        let plain = |packets: Vec<Vec<u8>>| {
+            let atomic = |p: &[u8]| look(p).is_some_and(|l| !l.v6 && l.df && reference::sum(&[&p[..l.l4]]) == 0xffff);
+            let one = |mut packet: Vec<u8>| {
+                if atomic(&packet) {
+                    packet[4..6].fill(0);
+                    reference::finish_ip(&mut packet);
+                }
+                packet
+            };
+            let mut packets: Vec<_> = packets.into_iter().map(one).collect();
+            packets.sort();
+            packets
+        };
+        assert_eq!(plain(packets), plain(expected));
+        frames
+    }
+
+    /// What went in is what came out plus the drops.
+    fn balanced(&self) {
+        let dropped = |direction| -> u64 {
+            let drops = Drop::ALL.iter().filter(|reason| reason.direction() == direction);
+            drops.map(|reason| self.stats.sum(|worker| worker.drops(*reason))).sum()
+        };
+        let flow = &self.stats.worker(0).unwrap().flow;
+        let entered = flow.tun_rx_packets.get() + flow.originated_outbound.get();
+        assert_eq!(entered, flow.udp_tx_packets.get() + dropped(Direction::Outbound));
+        let entered = flow.udp_rx_packets.get() + flow.originated_inbound.get();
+        assert_eq!(entered, flow.tun_tx_packets.get() + dropped(Direction::Inbound));
+    }
+}
