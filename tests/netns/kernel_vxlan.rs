@@ -101,7 +101,7 @@ fn a_capture_of_the_outer_packets_says_what_it_should() {
     // sixteen flows; DSCP EF with ECT(0) is 0xba
     for port in 0..16 {
         let (client, server) = (a.ns.udp(a.overlay(V4), 20_000 + port), b.ns.udp(b.overlay(V4), 0));
-        setsockopt(&client, sockopt::IpTos, &0xba).unwrap();
+        setsockopt(&client, sockopt::Ipv4Tos, &0xba).unwrap();
         client.send_to(b"a flow", server.local_addr().unwrap()).unwrap();
         server.recv(&mut [0; 16]).unwrap();
     }
