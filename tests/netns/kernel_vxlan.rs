@@ -6,7 +6,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::mesh::{Builder, V4, V6, has, has_kernel_vxlan, skipped, tshark};
 use crate::namespace::Namespace;
-use crate::traffic::{Capture, content, ping, tcp, udp};
+use crate::traffic::{Capture, content, ping, receive, tcp, udp};
 
 fn builder(story: &'static str) -> Option<Builder> {
     let builder = Builder::new(story)?;
@@ -82,7 +82,7 @@ fn udp_segmented(from: &Namespace, source: std::net::IpAddr, to: &Namespace, add
     assert_eq!(client.send_to(&data, server.local_addr().unwrap()).unwrap(), data.len());
     let mut buffer = vec![0; 65_536];
     for (number, piece) in data.chunks(SIZE).enumerate() {
-        let len = server.recv(&mut buffer).unwrap_or_else(|e| panic!("datagram {number} of {source}: {e}"));
+        let (len, _) = receive(&server, &mut buffer).unwrap_or_else(|e| panic!("datagram {number} of {source}: {e}"));
         assert!(buffer[..len] == *piece, "datagram {number}: {len} bytes, not {}, or others", piece.len());
     }
 }
@@ -103,7 +103,7 @@ fn a_capture_of_the_outer_packets_says_what_it_should() {
         let (client, server) = (a.ns.udp(a.overlay(V4), 20_000 + port), b.ns.udp(b.overlay(V4), 0));
         setsockopt(&client, sockopt::Ipv4Tos, &0xba).unwrap();
         client.send_to(b"a flow", server.local_addr().unwrap()).unwrap();
-        server.recv(&mut [0; 16]).unwrap();
+        receive(&server, &mut [0; 16]).unwrap();
     }
     ping(&a.ns, b.overlay(V6));
     tcp(&a.ns, &b.ns, b.overlay(V4), 100_000);

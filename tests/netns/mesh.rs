@@ -626,6 +626,7 @@ pub(crate) fn has_kernel_vxlan() -> bool {
 pub(crate) fn tshark(file: &Path, fields: &[&str]) -> Vec<Vec<String>> {
     let mut command = Command::new("tshark");
     command.arg("-r").arg(file).args(["-T", "fields", "-E", "occurrence=a", "-o", "udp.check_checksum:TRUE"]);
+    command.args(["-o", "tcp.check_checksum:TRUE"]);
     command.args(["-d", "udp.port==8472,vxlan"]);
     for field in fields {
         command.args(["-e", field]);

@@ -1,6 +1,6 @@
 //! Pods behind a bridge on each node: forwarded traffic, with the offloads of a virtual link.
 
-use crate::mesh::{Builder, V4, V6};
+use crate::mesh::{Builder, Node, V4, V6};
 use crate::traffic::{ping, tcp, udp};
 
 #[test]
@@ -29,8 +29,15 @@ fn pods_reach_pods_and_nodes() {
 #[test]
 fn a_node_answers_pods_from_its_underlay_address() {
     let Some(mesh) = Builder::new("a_node_answers_pods_from_its_underlay_address") else { return };
-    let mesh = mesh.pods().node("a").node("b").start();
+    let mesh = mesh.pods().node("a").node("b").build();
     let [a, b] = mesh.two(["a", "b"]);
+    let both = |node: &Node| format!("[\"{}\", \"{}\"]", node.underlay(V4), node.underlay(V6));
+    let entry = |node: &Node| node.entry().replace(&format!("\"{}\"", node.underlay(V4)), &both(node));
+    mesh.write_nodes(&format!("nodes:\n{}{}", entry(a), entry(b)));
+    for node in [a, b] {
+        node.set("node-ip", Some(&both(node)));
+    }
+    mesh.start();
     for family in [V4, V6] {
         let before = a.stats()["udp"]["rx_packets"].as_u64().unwrap();
         ping(a.pod(), b.underlay(family));

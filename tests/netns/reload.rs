@@ -26,10 +26,9 @@ fn peers_come_go_and_move_and_the_others_lose_nothing() {
     tcp(&a.ns, &c.ns, c.overlay(V4), 1 << 18);
 
     // moved: its underlay address is another one
-    c.ns.sh("ip addr add 10.9.0.77/24 dev ul0");
     c.set("node-ip", Some("10.9.0.77"));
     assert_eq!(c.stop(), 0);
-    c.ns.sh("ip addr del 10.9.0.3/24 dev ul0; ip route replace default via 10.9.0.254");
+    c.ns.sh("ip addr del 10.9.0.3/24 dev ul0; ip addr add 10.9.0.77/24 dev ul0; ip route replace default via 10.9.0.254");
     c.spawn();
     assert!(!pings(&a.ns, c.overlay(V4)), "positive control: the others still send to its old address");
     mesh.write_nodes(&(mesh.list(|node| node.name != "c") + &c.entry_at("10.9.0.77")));
@@ -71,7 +70,7 @@ fn a_broken_list_changes_nothing_and_says_so() {
         ("nodes:\n  - name: a\n    underlay: [\n", "nodes.yaml:"),
         (twice.as_str(), "overlap"),
         ("", "nodes"),
-        (mesh.list(|node| node.name == "b").as_str(), "no entry for this node"),
+        (mesh.list(|node| node.name == "b").as_str(), "no entry named a"),
     ] {
         mesh.write_nodes(bad);
         until("it is said", || a.reasons().contains("the former node list stays in use"));
@@ -131,18 +130,25 @@ fn sighup_applies_what_can_change_and_names_the_rest() {
     let pinging = Pinging::start(&a.ns, b.overlay(V4));
     assert!(!a.log().contains("INFO taken over"));
 
-    a.set("log", Some("debug"));
-    a.signal(Signal::SIGHUP);
-    until("the log level is taken over", || a.log().contains("taken over: log"));
-    a.set("log", Some("error"));
-    a.signal(Signal::SIGHUP);
+    let log_taken_over = || a.log().matches("taken over: log").count();
+    let has_mtu = |mtu: u32| a.ns.sh("ip link show mesh0").contains(&format!("mtu {mtu} "));
+    for (level, count) in [("debug", 1), ("error", 2)] {
+        a.set("log", Some(level));
+        a.signal(Signal::SIGHUP);
+        until("the log level is taken over", || log_taken_over() == count);
+    }
     a.set("mtu", Some("1400"));
     a.signal(Signal::SIGHUP);
-    until("the MTU is taken over", || a.ns.sh("ip link show mesh0").contains("mtu 1400"));
-    assert!(!a.log().contains("taken over: mtu"), "at level error that is not said");
-
+    until("the MTU is taken over", || has_mtu(1400));
+    a.set("mtu", Some("1390"));
     a.set("log", Some("info"));
     a.signal(Signal::SIGHUP);
+    until("the MTU is taken over again", || has_mtu(1390));
+    assert!(!a.log().contains("taken over: mtu"), "at level error that is not said");
+    a.set("mtu", None);
+    a.signal(Signal::SIGHUP);
+    until("but at level info it is", || a.log().contains("taken over: mtu") && has_mtu(1450));
+
     a.set("vni", Some("77"));
     a.signal(Signal::SIGHUP);
     until("what cannot change is named", || a.log().contains("`vni` cannot change while meshd runs"));

@@ -1,7 +1,7 @@
 //! Traffic between namespaces: pings, streams whose content is compared, datagrams.
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -115,11 +115,21 @@ pub(crate) fn udp(from: &Namespace, source: IpAddr, to: &Namespace, address: IpA
     for (seed, length) in (3..).zip(lengths) {
         let data = content(seed, *length);
         client.send_to(&data, target).unwrap_or_else(|e| panic!("{length} bytes: {e}"));
-        let (got, sender) = server.recv_from(&mut buffer).unwrap_or_else(|e| panic!("{length} bytes there: {e}"));
+        let (got, sender) = receive(&server, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes there: {e}"));
         assert!(buffer[..got] == data, "{length} bytes there: {got} others");
         server.send_to(&data, sender).unwrap();
-        let got = client.recv(&mut buffer).unwrap_or_else(|e| panic!("{length} bytes back: {e}"));
+        let (got, _) = receive(&client, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes back: {e}"));
         assert!(buffer[..got] == data, "{length} bytes back: {got} others");
+    }
+}
+
+/// The next datagram. A child of another test that ends may interrupt the wait.
+pub(crate) fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
     }
 }
 
