@@ -156,6 +156,7 @@ impl Daemon {
         };
         let mut known = HashMap::new();
         let plan = plan(&config, &list, &own, &carriers(&underlays), &mut known, workers)?;
+        plan.carries_its_ipv6()?;
         let desired = desired(&tun, &plan);
         host.preflight(&Preflight {
             tun: tun.clone(),
@@ -246,7 +247,10 @@ impl Daemon {
             Ok(plan) => plan,
             Err(error) => return self.shared.problem(Concern::Plan, error.to_string()),
         };
-        self.shared.settled(Concern::Plan);
+        match plan.carries_its_ipv6() {
+            Ok(()) => self.shared.settled(Concern::Plan),
+            Err(error) => self.shared.problem(Concern::Plan, format!("{error}; IPv4 goes on meanwhile")),
+        }
         self.desired = desired(&self.shared.tun, &plan);
         self.publish(plan, list, &own);
         self.ensure().await;
