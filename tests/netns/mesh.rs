@@ -542,10 +542,10 @@ impl Node {
 
 impl Drop for Node {
     fn drop(&mut self) {
-        self.daemon().take();
         if std::thread::panicking() && self.kind == Kind::Meshd {
-            eprintln!("--- log of meshd on {}\n{}", self.name, self.log());
+            eprintln!("--- stats and log of meshd on {}\n{}{}", self.name, self.ctl(&["stats"]).out, self.log());
         }
+        self.daemon().take();
     }
 }
 

@@ -57,9 +57,12 @@ fn pods_with_a_larger_mtu_are_told() {
     let Some(mesh) = Builder::new("pods_with_a_larger_mtu_are_told") else { return };
     let mesh = mesh.pods().node("a").node("b").start();
     let [a, b] = mesh.two(["a", "b"]);
-    let refused = a.pod().output(&format!("ping -n -c 2 -i 0.2 -W 2 -M do -s 1472 {}", b.pod_address(V4)));
-    let text = String::from_utf8_lossy(&refused.stdout).into_owned() + &String::from_utf8_lossy(&refused.stderr);
-    assert!(!refused.status.success() && text.contains("1450"), "{text}");
+    for (from, to) in [(a, b), (b, a)] {
+        let refused = from.pod().output(&format!("ping -n -c 2 -i 0.2 -W 2 -M do -s 1472 {}", to.pod_address(V4)));
+        let text = String::from_utf8_lossy(&refused.stdout).into_owned() + &String::from_utf8_lossy(&refused.stderr);
+        assert!(!refused.status.success() && text.contains("1450"), "{text}");
+    }
+    // both have learnt it, and cut their datagrams
     udp(a.pod(), a.pod_address(V4), b.pod(), b.pod_address(V4), &[1472, 9000]);
     for family in [V4, V6] {
         tcp(a.pod(), b.pod(), b.pod_address(family), 1 << 20);
