@@ -115,12 +115,17 @@ pub(crate) fn udp(from: &Namespace, source: IpAddr, to: &Namespace, address: IpA
     for (seed, length) in (3..).zip(lengths) {
         let data = content(seed, *length);
         client.send_to(&data, target).unwrap_or_else(|e| panic!("{length} bytes: {e}"));
-        let (got, sender) = receive(&server, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes there: {e}"));
+        let (got, sender) = receive(&server, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes there: {e}\n{}", kernel_counters(to)));
         assert!(buffer[..got] == data, "{length} bytes there: {got} others");
         server.send_to(&data, sender).unwrap();
-        let (got, _) = receive(&client, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes back: {e}"));
+        let (got, _) = receive(&client, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes back: {e}\n{}", kernel_counters(from)));
         assert!(buffer[..got] == data, "{length} bytes back: {got} others");
     }
+}
+
+/// Where the receiver's kernel may have thrown something away.
+fn kernel_counters(ns: &Namespace) -> String {
+    String::from_utf8_lossy(&ns.output("nstat -as | grep -E 'Reasm|Discard|Err' || true").stdout).into_owned()
 }
 
 /// The next datagram. A child of another test that ends may interrupt the wait.
