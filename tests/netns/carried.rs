@@ -59,7 +59,7 @@ fn tcp_over(profile: char) {
         tcp(&a.ns, &b.ns, b.overlay(family), 2 * MEGABYTE);
         udp(&a.ns, a.overlay(family), &b.ns, b.overlay(family), &[1, 1400, 9000]);
     }
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }
 
 #[track_caller]
@@ -73,5 +73,5 @@ fn everything_between(mesh: &Mesh, a: &str, b: &str) {
         // small, full, just over the MTU, several fragments
         udp(&a.ns, a.overlay(family), &b.ns, b.overlay(family), &[0, 1, 64, 1400, 1500, 9000, 60_000]);
     }
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }

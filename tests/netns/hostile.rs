@@ -80,7 +80,11 @@ fn bad_input() -> Vec<Bad> {
     all.push(bad("ARP", vxlan(&frame(OURS, 0x0806, &[0; 28])), "inner_not_ip"));
     all.push(bad("a VLAN tag", vxlan(&frame(OURS, 0x8100, &[0; 40])), "inner_not_ip"));
     all.push(bad("another VTEP's MAC", changed(13, 9), "bad_inner_mac"));
-    all.push(bad("IPv6 in an IPv4 frame", ipv4(&udp("fd42:0:0:2::1", "fd42:0:0:1::1", 7000, b"x")), "bad_inner_packet"));
+    all.push(bad(
+        "IPv6 in an IPv4 frame",
+        ipv4(&udp("fd42:0:0:2::1", "fd42:0:0:1::1", 7000, b"x")),
+        "bad_inner_packet",
+    ));
     for source in ["10.42.3.1", "10.42.1.9", "10.9.0.3", "192.0.2.1", "127.0.0.1"] {
         let inner = udp(source, "10.42.1.1", 7000, b"x");
         all.push(bad(format!("from {source}"), ipv4(&inner), "inner_source_not_allowed"));
@@ -139,7 +143,8 @@ fn each_is_counted(io: &str) {
         for (good, listener) in good.iter().zip(&listeners) {
             send(&attacker, good);
             let mut buffer = [0; 16];
-            let (len, _) = receive(listener, &mut buffer).unwrap_or_else(|e| panic!("the good packet after {after}: {e}"));
+            let (len, _) =
+                receive(listener, &mut buffer).unwrap_or_else(|e| panic!("the good packet after {after}: {e}"));
             assert_eq!(&buffer[..len], b"good", "{after}");
         }
     };

@@ -48,7 +48,7 @@ fn pods_behind_a_kernel_vxlan_device_talk_to_pods_of_ours() {
             tcp(from.pod(), to.pod(), to.pod_address(family), 2 << 20);
         }
     }
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }
 
 #[track_caller]
@@ -67,7 +67,7 @@ fn talk(mesh: &crate::mesh::Mesh, nodes: &[&str]) {
         }
         assert_eq!(node.drops("bad_inner_packet") + node.drops("bad_vxlan_header"), 0);
     }
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }
 
 /// Datagrams that the sender's kernel cuts out of one write (UDP_SEGMENT), as late as the path allows.
@@ -142,5 +142,5 @@ fn a_capture_of_the_outer_packets_says_what_it_should() {
     }
     assert_eq!(marked, 16);
     assert!(source_ports.len() > 2, "flows spread over source ports: {source_ports:?}");
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }

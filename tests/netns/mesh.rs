@@ -248,6 +248,21 @@ impl Mesh {
         }
     }
 
+    /// And the kernel agrees: each frame that it handed to a reader of the device or took from a writer was counted. Only
+    /// where no meshd was started twice, and none answered with an ICMP error.
+    #[track_caller]
+    pub(crate) fn balances_with_the_kernel(&self) {
+        self.balances();
+        for node in self.meshd() {
+            let device = node.ns.sh("grep mesh0: /proc/net/dev");
+            let counters: Vec<u64> = device.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
+            let (taken, handed) = (counters[1], counters[9]);
+            let batches = &node.stats()["batches"];
+            let counted = ["tun_writes", "tun_reads"].map(|what| batches[what].as_u64().unwrap());
+            assert_eq!([taken, handed], counted, "{}: frames written and read: {device}", node.name);
+        }
+    }
+
     /// Static neighbour, FDB entry and on-link route for each other node, as flannel makes them.
     fn make_kernel_nodes(&self, underlay_mtu: u32) {
         for node in self.nodes.iter().filter(|node| node.kind == Kind::Kernel) {
@@ -532,11 +547,9 @@ impl Node {
 
     /// Everything in the namespace that meshd might change, without what changes by itself.
     pub(crate) fn host_state(&self) -> String {
-        self.ns.sh(
-            "ip -o link show | sed 's/ state [A-Z]*//'; ip -o addr show | sed 's/ valid_lft.*//'; \
+        self.ns.sh("ip -o link show | sed 's/ state [A-Z]*//'; ip -o addr show | sed 's/ valid_lft.*//'; \
              ip route show table all; ip -6 route show table all | sed 's/ expires [0-9]*sec//'; \
-             ss -Hlnuapt | sed 's/ *users:.*//' | sort",
-        )
+             ss -Hlnuapt | sed 's/ *users:.*//' | sort")
     }
 }
 
@@ -618,7 +631,9 @@ pub(crate) fn has(tool: &str) -> bool {
 
 /// Whether this kernel has VXLAN devices.
 pub(crate) fn has_kernel_vxlan() -> bool {
-    let ns = Namespace::new(format!("meshd-{}-vx-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
+    let ns = Namespace::new(
+        format!("meshd-{}-vx-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""),
+    );
     ns.succeeds("ip link add vx type vxlan id 1 dstport 8472")
 }
 

@@ -21,7 +21,7 @@ fn pods_reach_pods_and_nodes() {
     let batches = c.stats()["batches"].clone();
     let of = |what: &str| batches[what].as_u64().unwrap();
     assert!(of("udp_send_calls") * 2 < of("tun_read_packets"), "{batches:#}");
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }
 
 /// The request goes by the underlay, since the address is one of the underlay; the answer, from that address to a pod,
@@ -45,5 +45,5 @@ fn a_node_answers_pods_from_its_underlay_address() {
         tcp(a.pod(), &b.ns, b.underlay(family), 1 << 20);
     }
     assert_eq!(a.drops("inner_source_not_allowed") + b.drops("source_not_ours"), 0);
-    mesh.balances();
+    mesh.balances_with_the_kernel();
 }

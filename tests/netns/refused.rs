@@ -29,7 +29,8 @@ fn wrong_files_are_exit_2_and_name_the_line() {
         assert_eq!(a.host_state(), clean);
     }
     mesh.write_nodes(&good);
-    for (key, value, said) in [("prot", "1", "did you mean `port`"), ("port", "0", "port"), ("vni", "17000000", "vni")] {
+    for (key, value, said) in [("prot", "1", "did you mean `port`"), ("port", "0", "port"), ("vni", "17000000", "vni")]
+    {
         a.set(key, Some(value));
         let run = a.try_meshd("run");
         assert_eq!(run.code, 2, "{run:?}");

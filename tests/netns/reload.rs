@@ -28,7 +28,9 @@ fn peers_come_go_and_move_and_the_others_lose_nothing() {
     // moved: its underlay address is another one
     c.set("node-ip", Some("10.9.0.77"));
     assert_eq!(c.stop(), 0);
-    c.ns.sh("ip addr del 10.9.0.3/24 dev ul0; ip addr add 10.9.0.77/24 dev ul0; ip route replace default via 10.9.0.254");
+    c.ns.sh(
+        "ip addr del 10.9.0.3/24 dev ul0; ip addr add 10.9.0.77/24 dev ul0; ip route replace default via 10.9.0.254",
+    );
     c.spawn();
     assert!(!pings(&a.ns, c.overlay(V4)), "positive control: the others still send to its old address");
     mesh.write_nodes(&(mesh.list(|node| node.name != "c") + &c.entry_at("10.9.0.77")));

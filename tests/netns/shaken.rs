@@ -17,12 +17,10 @@ fn recovered(what: &str, after: Duration) {
 
 /// The part of the host that is meshd's.
 fn ours(node: &Node) -> String {
-    node.ns.sh(
-        "ip -o link show dev mesh0 2>/dev/null | sed 's/^[0-9]*: //; s/ state [A-Z]*//; s/qlen.*//'
+    node.ns.sh("ip -o link show dev mesh0 2>/dev/null | sed 's/^[0-9]*: //; s/ state [A-Z]*//; s/qlen.*//'
          ip -o addr show dev mesh0 2>/dev/null | sed 's/^[0-9]*: //; s/ valid_lft.*//'
          ip route show table all proto 72; ip -6 route show table all proto 72
-         cat /proc/sys/net/ipv4/conf/mesh0/rp_filter /proc/sys/net/ipv4/conf/mesh0/send_redirects 2>/dev/null || true",
-    )
+         cat /proc/sys/net/ipv4/conf/mesh0/rp_filter /proc/sys/net/ipv4/conf/mesh0/send_redirects 2>/dev/null || true")
 }
 
 #[test]
@@ -50,7 +48,9 @@ fn what_others_change_on_the_device_is_restored() {
             ping(&b.ns, a.overlay(V4));
             ping(&a.ns, b.overlay(V6));
             until("it says that all is well", || a.ctl(&["status"]).code == 0);
-            a.ns.sh("ip link del other0 2>/dev/null || true; ip route del 10.42.0.0/16 via 10.9.0.254 2>/dev/null || true");
+            a.ns.sh(
+                "ip link del other0 2>/dev/null || true; ip route del 10.42.0.0/16 via 10.9.0.254 2>/dev/null || true",
+            );
         }
         tcp(&a.ns, &b.ns, b.overlay(V4), 1 << 19);
         mesh.balances();
@@ -146,7 +146,9 @@ fn another_underlay_address_is_followed() {
     // the interface has both families, so the node is reached by the list's; here that is IPv4
     ping(&a.ns, b.overlay(V4));
     let pinging = Pinging::start(&c.ns, b.overlay(V4));
-    a.ns.sh("ip addr del 10.9.0.1/24 dev ul0; ip addr add 10.9.0.91/24 dev ul0; ip route replace default via 10.9.0.254");
+    a.ns.sh(
+        "ip addr del 10.9.0.1/24 dev ul0; ip addr add 10.9.0.91/24 dev ul0; ip route replace default via 10.9.0.254",
+    );
     let list = "nodes:\n".to_owned() + &a.entry_at("10.9.0.91") + &b.entry() + &c.entry();
     mesh.write_nodes(&list);
     let took = until("both ways carry again", || pings(&a.ns, b.overlay(V4)) && pings(&c.ns, a.overlay(V6)));

@@ -115,10 +115,12 @@ pub(crate) fn udp(from: &Namespace, source: IpAddr, to: &Namespace, address: IpA
     for (seed, length) in (3..).zip(lengths) {
         let data = content(seed, *length);
         client.send_to(&data, target).unwrap_or_else(|e| panic!("{length} bytes: {e}"));
-        let (got, sender) = receive(&server, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes there: {e}\n{}", kernel_counters(to)));
+        let (got, sender) = receive(&server, &mut buffer)
+            .unwrap_or_else(|e| panic!("{length} bytes there: {e}\n{}", kernel_counters(to)));
         assert!(buffer[..got] == data, "{length} bytes there: {got} others");
         server.send_to(&data, sender).unwrap();
-        let (got, _) = receive(&client, &mut buffer).unwrap_or_else(|e| panic!("{length} bytes back: {e}\n{}", kernel_counters(from)));
+        let (got, _) = receive(&client, &mut buffer)
+            .unwrap_or_else(|e| panic!("{length} bytes back: {e}\n{}", kernel_counters(from)));
         assert!(buffer[..got] == data, "{length} bytes back: {got} others");
     }
 }
