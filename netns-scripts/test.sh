@@ -30,7 +30,8 @@ step_clippy() {
 }
 step_test() {
     # what the netns tests call; without it they are skipped and say so
-    want ip:iproute2 ping:iputils-ping ethtool:ethtool iperf3:iperf3 tshark:tshark nft:nftables jq:jq || true
+    want ip:iproute2 ping:iputils-ping ethtool:ethtool iperf3:iperf3 tshark:tshark tcpdump:tcpdump capsh:libcap2-bin \
+        setpriv:util-linux nft:nftables jq:jq || true
     [ "$(id -u)" = 0 ] || say "not root: netns tests will be skipped"
     cargo test --locked
 }

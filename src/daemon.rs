@@ -35,7 +35,7 @@ use crate::control::reconcile::{Verdict, judge};
 use crate::control::source::NodesFile;
 use crate::engine::stats::{PeerStats, Stats};
 use crate::engine::tables::Tables;
-use crate::host::{self, Desired, Host, Preflight, Underlay, Watch, union};
+use crate::host::{self, Desired, Host, HostError, Preflight, Underlay, Watch, union};
 use crate::node::{Node, NodeList, NodeName};
 
 /// How often the node list file is looked at.
@@ -74,6 +74,7 @@ pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
             _ = tick.tick() => daemon.tick().await,
             () = host_changes.changed() => daemon.host_changed().await,
             Some(why) = workers_ended.recv() => {
+                daemon.plane = None; // its workers have all ended now, and what they had to say is the same
                 while workers_ended.try_recv().is_ok() {}
                 daemon.workers_ended(&why).await;
             }
@@ -156,6 +157,7 @@ impl Daemon {
         };
         let mut known = HashMap::new();
         let plan = plan(&config, &list, &own, &carriers(&underlays), &mut known, workers)?;
+        plan.carries_its_ipv6()?;
         let desired = desired(&tun, &plan);
         host.preflight(&Preflight {
             tun: tun.clone(),
@@ -246,7 +248,10 @@ impl Daemon {
             Ok(plan) => plan,
             Err(error) => return self.shared.problem(Concern::Plan, error.to_string()),
         };
-        self.shared.settled(Concern::Plan);
+        match plan.carries_its_ipv6() {
+            Ok(()) => self.shared.settled(Concern::Plan),
+            Err(error) => self.shared.problem(Concern::Plan, format!("{error}; IPv4 goes on meanwhile")),
+        }
         self.desired = desired(&self.shared.tun, &plan);
         self.publish(plan, list, &own);
         self.ensure().await;
@@ -259,7 +264,17 @@ impl Daemon {
                 log_report(&report);
                 self.shared.settled(Concern::Host);
             }
-            Err(error) => self.shared.problem(Concern::Host, error.to_string()),
+            Err(error) => {
+                let gone = matches!(error, HostError::NoDevice { .. });
+                self.shared.problem(Concern::Host, error.to_string());
+                // renamed or moved to another namespace: the workers, who hold it, notice nothing
+                if gone && self.plane.is_some() {
+                    self.restart_plane().await;
+                    if self.plane.is_some() {
+                        self.shared.settled(Concern::Host);
+                    }
+                }
+            }
         }
     }
 

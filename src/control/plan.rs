@@ -66,6 +66,17 @@ pub enum PlanError {
     MtuBelowIpv6(u32),
 }
 
+impl Plan {
+    /// Whether the overlay's IPv6 works. A start is refused where it does not; an underlay that shrinks later must not
+    /// take IPv4 along.
+    pub fn carries_its_ipv6(&self) -> Result<(), PlanError> {
+        if self.mtu < V6_MIN_MTU && self.subnets.iter().any(|net| matches!(net, IpNet::V6(_))) {
+            return Err(PlanError::MtuBelowIpv6(self.mtu));
+        }
+        Ok(())
+    }
+}
+
 /// Works out what `list` means for the node `own`, which is carried by `carriers`. `known` are the counters of peers by
 /// name: those of a peer that stays are kept, those of a new one are added.
 pub fn plan(
@@ -100,9 +111,6 @@ pub fn plan(
         return Err(PlanError::UnderlayTooSmall(carriers.iter().map(|c| c.mtu).min().unwrap_or(0)));
     }
     let subnets: Vec<IpNet> = list.nodes.iter().flat_map(|node| node.subnets.iter().copied()).collect();
-    if mtu < V6_MIN_MTU && subnets.iter().any(|net| matches!(net, IpNet::V6(_))) {
-        return Err(PlanError::MtuBelowIpv6(mtu));
-    }
     if mtu > path {
         warnings.push(format!(
             "`mtu: {mtu}` is more than the underlay carries ({path}): longer packets are answered with \
@@ -228,7 +236,11 @@ mod tests {
         let plan = make("mtu: 1500", LIST, &[("10.9.0.1", 1500)]).unwrap();
         assert_eq!((plan.mtu, plan.peers[0].mtu), (1500, 1450));
         assert!(plan.warnings.iter().any(|w| w.contains("more than the underlay carries")));
-        assert_eq!(make("mtu: 1200", LIST, &[("10.9.0.1", 1500)]).unwrap_err(), PlanError::MtuBelowIpv6(1200));
+        let small = make("mtu: 1200", LIST, &[("10.9.0.1", 1500)]).unwrap();
+        assert_eq!(small.carries_its_ipv6().unwrap_err(), PlanError::MtuBelowIpv6(1200));
+        let shrunk = make("", LIST, &[("10.9.0.1", 1280)]).unwrap();
+        assert_eq!((shrunk.mtu, shrunk.peers[0].mtu), (1230, 1230), "IPv4 goes on with what fits");
+        assert_eq!(shrunk.carries_its_ipv6().unwrap_err(), PlanError::MtuBelowIpv6(1230));
         assert_eq!(make("", LIST, &[("10.9.0.1", 600)]).unwrap_err(), PlanError::UnderlayTooSmall(600));
     }
 

@@ -91,8 +91,12 @@ impl Plain {
             let tables = tables.load();
             match event {
                 Event::Read(read) => {
-                    let mut read = read;
+                    let mut first = Some(read);
                     for _ in 0..READS {
+                        let read = match first.take() {
+                            Some(read) => read,
+                            None => tun.try_recv(frame.get_mut(FRONT..).unwrap_or_default()),
+                        };
                         let len = match read {
                             Ok(len) => len,
                             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -110,7 +114,6 @@ impl Plain {
                             outbound.error_written(error, tun.try_send(packet).is_ok());
                         }
                         outbound.clear();
-                        read = tun.try_recv(frame.get_mut(FRONT..).unwrap_or_default());
                     }
                 }
                 Event::Port(index) => {

@@ -1,0 +1,33 @@
+//! Whole-node stories: the real `meshd` and `meshctl`, in network namespaces.
+//!
+//! ```text
+//!        node a                 switch                 node b
+//!   ┌──────────────┐        ┌────────────┐        ┌──────────────┐
+//!   │ ul0 10.9.0.1 ├────────┤    br0     ├────────┤ 10.9.0.2 ul0 │   fd09::N as well
+//!   │ mesh0        │        │ 10.9.0.254 │        │        mesh0 │
+//!   │  10.42.1.1   │        └────────────┘        │   10.42.2.1  │   fd42:0:0:N::1
+//!   │ cni0         │    the default route leads   │         cni0 │
+//!   └──┬───────────┘    here: what leaks is seen  └───────────┬──┘
+//!   ┌──┴───────────┐                              ┌───────────┴──┐
+//!   │ eth0         │                              │         eth0 │   a pod, where the story has pods
+//!   │  10.42.1.2   │                              │   10.42.2.2  │   (then mesh0 has .0, cni0 .1)
+//!   └──────────────┘                              └──────────────┘
+//! ```
+//!
+//! Everything is made by the test, named after its process, and removed when it ends, also by a panic. Without root,
+//! /dev/net/tun or a tool that is needed a story prints SKIPPED and the reason. Nothing is measured here: waiting ends
+//! when what is waited for is so.
+
+mod carried;
+mod hostile;
+mod kernel_vxlan;
+mod lifecycle;
+mod mesh;
+mod mtu;
+mod namespace;
+mod pods;
+mod refused;
+mod reload;
+mod shaken;
+mod told;
+mod traffic;
