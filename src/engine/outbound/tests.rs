@@ -143,13 +143,17 @@ fn flags_ids_and_sequence_numbers_of_segments() {
 }
 
 #[test]
-fn a_super_packet_too_long_for_one_send_goes_as_equal_halves() {
+fn super_packets_fill_up_sends_also_across_their_borders() {
     let facts = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(64_000)) };
     let mut node = Sending::new(mesh(1));
     node.push(facts.gso(1398), &facts.bytes());
     let (runs, _) = node.flush();
-    assert_eq!(runs.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [23, 23]);
-    // 44 of 1,472 bytes still fit
+    assert_eq!(runs.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [44, 2], "44 of 1,472 bytes fit");
+    // 46 segments a packet, all but the last full: the rest of one goes with the front of the next
+    let full = Facts { payload: payload(46 * 1398), ..facts.clone() };
+    node.push(full.gso(1398), &full.bytes());
+    node.push(full.gso(1398), &full.bytes());
+    assert_eq!(node.flush().0.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [44, 44, 4]);
     let facts = Facts { payload: payload(44 * 1398), ..facts };
     node.push(facts.gso(1398), &facts.bytes());
     assert_eq!(node.flush().0.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [44]);
@@ -157,7 +161,7 @@ fn a_super_packet_too_long_for_one_send_goes_as_equal_halves() {
 
 #[test]
 fn no_send_has_more_than_64_segments_or_65507_bytes() {
-    for (size, len, parts) in [(100, 6500, vec![33, 32]), (100, 6400, vec![64]), (8, 1600, vec![50, 50, 50, 50])] {
+    for (size, len, parts) in [(100, 6500, vec![64, 1]), (100, 6400, vec![64]), (8, 1600, vec![64, 64, 64, 8])] {
         let facts = Facts { check: Check::Pseudo, ..udp(false, 1, 2, payload(len)) };
         let mut node = Sending::new(mesh(1));
         node.push(facts.gso(size), &facts.bytes());
@@ -168,7 +172,7 @@ fn no_send_has_more_than_64_segments_or_65507_bytes() {
     let facts = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(65_400)) };
     node.push(facts.gso(8898), &facts.bytes());
     let (runs, _) = node.flush();
-    assert_eq!(runs.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [4, 4]);
+    assert_eq!(runs.iter().map(|run| run.datagrams.len()).collect::<Vec<_>>(), [7, 1]);
 }
 
 #[test]
