@@ -26,6 +26,8 @@ const FRAME: usize = 10 + 65_535;
 const READ_BYTES: usize = 96 << 10;
 /// Packets after which it is.
 const READ_PACKETS: usize = 128;
+/// Rounds of a busy worker between two looks at whether it is to stop.
+const LOOK_UP: u32 = 256;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
@@ -73,6 +75,7 @@ impl Worker {
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut tun_ready = true;
         let mut ports_ready = vec![true; ports.len()];
+        let mut rounds = 0u32;
         loop {
             let now_ms = started.elapsed().as_millis() as u64;
             let tables = tables.load();
@@ -84,11 +87,15 @@ impl Worker {
                     *ready = receive_and_write(port, &mut tun, &mut inbound, tables, now_ms, stats);
                 }
             }
-            if tun_ready || ports_ready.contains(&true) {
+            let busy = tun_ready || ports_ready.contains(&true);
+            rounds = rounds.wrapping_add(1);
+            if busy && rounds % LOOK_UP != 0 {
                 continue;
             }
-            let asked_to_stop = sleep(&tun, &ports, &stop, &mut tun_ready, &mut ports_ready)?;
-            stats.flow.sleeps.add(1);
+            // under endless load there is no sleep, yet somebody may want the worker to stop
+            let patience = if busy { Some(0) } else { None };
+            let asked_to_stop = sleep(&tun, &ports, &stop, patience, &mut tun_ready, &mut ports_ready)?;
+            stats.flow.sleeps.add(u64::from(!busy));
             if asked_to_stop {
                 return Ok(());
             }
@@ -185,11 +192,12 @@ pub(super) fn take_in(
     buffers > 0
 }
 
-/// Waits until there is something to do. Returns whether the worker is to stop.
+/// Waits until there is something to do, at most so long. Returns whether the worker is to stop.
 fn sleep(
     tun: &TunQueue,
     ports: &[UdpPort],
     stop: &UnixStream,
+    patience_ms: Option<u16>,
     tun_ready: &mut bool,
     ports_ready: &mut [bool],
 ) -> Result<bool, WorkerError> {
@@ -199,7 +207,7 @@ fn sleep(
     for (slot, port) in fds.iter_mut().skip(2).zip(ports) {
         *slot = PollFd::new(port.as_fd(), poll::READABLE);
     }
-    poll::poll(&mut fds, None).map_err(WorkerError::Poll)?;
+    poll::poll(&mut fds, patience_ms).map_err(WorkerError::Poll)?;
     let [tun, stop, ports @ ..] = fds;
     if tun.happened() & poll::BROKEN != 0 {
         return Err(WorkerError::TunGone);
