@@ -7,7 +7,7 @@
 //!    or lag, and packets are refused instead of leaving in clear;
 //! 2. the device: alias, MTU, settings, up;
 //! 3. addresses that are missing;
-//! 4. routes into the device that are missing or different;
+//! 4. routes into the device that are missing or different, and `unreachable` ones within what flows already;
 //! 5. routes that are no more wanted, and only then
 //! 6. addresses that are no more wanted (the kernel takes the routes that name one as their source along).
 //!
@@ -133,7 +133,9 @@ impl Run<'_> {
         if sysctl::ipv6(tun) == Ipv6::NotInKernel {
             wanted.retain(|r| r.dst.addr().is_ipv4());
         }
-        self.add_routes(missing(&wanted, &have), None).await?;
+        let carried = Carried::of(&have);
+        let (later, now) = wanted.iter().cloned().partition::<Vec<_>, _>(|route| carried.covers(route.dst));
+        self.add_routes(missing(&now, &have), None).await?;
 
         let link = self.netlink.link(tun).await?.ok_or_else(|| HostError::NoDevice { tun: tun.to_owned() })?;
         if !link.is_tun {
@@ -151,6 +153,7 @@ impl Run<'_> {
         let into_tun: Vec<Route> =
             tun_routes(self.desired, link.index).into_iter().filter(|r| ipv6 || r.dst.addr().is_ipv4()).collect();
         self.add_routes(missing(&into_tun, &have), Some(link.index)).await?;
+        self.add_routes(missing(&later, &have), None).await?;
 
         wanted.extend(into_tun);
         self.remove_routes(stale(&wanted, have), link.index).await;
@@ -291,7 +294,9 @@ impl Run<'_> {
 
     /// Step 5. Routes into the device go before the `unreachable` ones behind them.
     async fn remove_routes(&mut self, mut routes: Vec<Route>, tun: u32) {
-        routes.sort_by_key(|r| r.oif != Some(tun));
+        // What is routed into the device goes last: an `unreachable` prefix that outlived it would beat the wider
+        // route that takes its place.
+        routes.sort_by_key(|r| r.oif == Some(tun));
         let requests = routes.into_iter().map(|r| (r.clone(), Request::DelRoute(r))).collect();
         for (route, adds, outcome) in self.change_routes(requests).await {
             self.note_route(&route, adds, outcome);
@@ -403,6 +408,30 @@ fn missing(wanted: &[Route], have: &[Route]) -> Vec<(Route, Request)> {
 fn stale(wanted: &[Route], have: Vec<Route>) -> Vec<Route> {
     let keys: HashSet<_> = wanted.iter().map(Route::key).collect();
     have.into_iter().filter(|r| !keys.contains(&r.key())).collect()
+}
+
+/// What our routes carry into the device already, and refuse where the device fails.
+///
+/// The longest prefix wins before any metric counts: an `unreachable` route within a wider one into the device would
+/// refuse traffic that flows, until a route into the device for the narrower prefix stands beside it. So it is added
+/// after that; meanwhile the wider `unreachable` route does its work.
+struct Carried {
+    into_device: PrefixSet,
+    unreachable: PrefixSet,
+}
+
+impl Carried {
+    fn of(have: &[Route]) -> Self {
+        let of = |kind| {
+            let in_main = have.iter().filter(|r| r.table == TABLE_MAIN && r.kind == kind);
+            PrefixSet::new(&in_main.map(|r| r.dst).collect::<Vec<_>>())
+        };
+        Carried { into_device: of(UNICAST), unreachable: of(UNREACHABLE) }
+    }
+
+    fn covers(&self, net: IpNet) -> bool {
+        self.into_device.covering(net).is_some() && self.unreachable.covering(net).is_some()
+    }
 }
 
 /// Loses against every other route for the same prefix.

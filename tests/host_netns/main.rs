@@ -186,6 +186,39 @@ fn not_one_packet_leaves_by_another_way_meanwhile() {
 }
 
 #[test]
+fn not_one_packet_is_refused_while_prefixes_join_and_part() {
+    in_namespace("not_one_packet_is_refused_while_prefixes_join_and_part", async || {
+        tun();
+        let host = Host::open().unwrap();
+        let with = |routes: &[&str]| Desired { routes: nets(routes), ..desired() };
+        let apart = with(&["10.42.1.0/24", "10.42.2.0/24", "fd42:0:0:1::/64", "fd42:0:0:2::/64"]);
+        let joined = with(&["10.42.1.0/24", "10.42.2.0/23", "fd42:0:0:1::/64", "fd42:0:0:2::/63"]);
+        host.ensure(&apart).await.unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let sockets = ["10.42.1.1:0", "[fd42:0:0:1::1]:0"].map(|a| std::net::UdpSocket::bind(a).unwrap());
+        let sender = std::thread::spawn(move || {
+            let (mut sent, mut refused) = (0_u64, Vec::new());
+            while !stopped.load(Ordering::Relaxed) {
+                for (socket, target) in sockets.iter().zip(["10.42.2.1:9", "[fd42:0:0:2::1]:9"]) {
+                    sent += 1;
+                    refused.extend(socket.send_to(b"x", target).err().map(|e| format!("{target}: {e}")));
+                }
+            }
+            (sent, refused)
+        });
+        for _ in 0..200 {
+            host.ensure(&joined).await.unwrap();
+            host.ensure(&apart).await.unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        let (sent, refused) = sender.join().unwrap();
+        assert!(sent > 1000, "{sent}");
+        assert!(refused.is_empty(), "{} of {sent}: {:?}", refused.len(), refused.first());
+    });
+}
+
+#[test]
 fn subnets_may_change_and_foreign_routes_stay() {
     in_namespace("subnets_may_change_and_foreign_routes_stay", async || {
         tun();

@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 
 use crate::mesh::{Builder, V4, V6, has, skipped};
 use crate::namespace::until;
-use crate::traffic::{Capture, Pinging, ping, pings, tcp};
+use crate::traffic::{Capture, Probe, ping, pings, tcp};
 
 #[test]
 fn a_stop_leaves_the_way_out_shut_and_cleanup_opens_it() {
@@ -117,7 +117,7 @@ fn what_stands_in_the_way_is_named_and_nothing_was_changed() {
     let Some(mesh) = Builder::new("what_stands_in_the_way_is_named_and_nothing_was_changed") else { return };
     let mesh = mesh.node("a").node("b").start();
     let [a, b] = mesh.two(["a", "b"]);
-    let pinging = Pinging::start(&b.ns, a.overlay(V4));
+    let probe = Probe::start(&b.ns, b.overlay(V4), &a.ns, a.overlay(V4));
     let refused = |said: &[&str]| {
         let before = a.host_state();
         let run = a.try_meshd("run");
@@ -134,7 +134,7 @@ fn what_stands_in_the_way_is_named_and_nothing_was_changed() {
     a.set("tun", Some("mesh1"));
     refused(&["8472", "10.9.0.1"]);
     a.set("tun", None);
-    let (sent, lost) = pinging.end();
+    let (sent, lost) = probe.end();
     assert_eq!(lost, 0, "of {sent}: the first one is not disturbed");
     assert_eq!(a.ctl(&["status"]).code, 0);
 

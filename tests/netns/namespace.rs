@@ -133,17 +133,6 @@ impl Process {
         });
         code.unwrap_or(-1)
     }
-
-    /// What it printed; for a process whose output goes to a pipe and is short.
-    #[track_caller]
-    pub(crate) fn output(mut self) -> String {
-        self.wait();
-        let mut text = String::new();
-        if let Some(mut stdout) = self.0.stdout.take() {
-            std::io::Read::read_to_string(&mut stdout, &mut text).unwrap();
-        }
-        text
-    }
 }
 
 impl Drop for Process {

@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 
 use crate::mesh::{Builder, V4, V6};
 use crate::namespace::until;
-use crate::traffic::{Pinging, ping, pings, tcp};
+use crate::traffic::{Probe, ping, pings, tcp};
 
 #[test]
 fn peers_come_go_and_move_and_the_others_lose_nothing() {
@@ -16,7 +16,7 @@ fn peers_come_go_and_move_and_the_others_lose_nothing() {
     b.spawn();
     a.ready();
     b.ready();
-    let pinging = Pinging::start(&a.ns, b.overlay(V4));
+    let probe = Probe::start(&a.ns, a.overlay(V4), &b.ns, b.overlay(V4));
     assert!(!pings(&a.ns, c.overlay(V4)), "positive control: c is not there yet");
 
     // added
@@ -53,7 +53,7 @@ fn peers_come_go_and_move_and_the_others_lose_nothing() {
         a.drops("unknown_source") > 0
     });
 
-    let (sent, lost) = pinging.end();
+    let (sent, lost) = probe.end();
     assert!(sent > 50, "{sent}");
     assert_eq!(lost, 0, "of {sent} between the two that stayed");
     mesh.write_nodes(&moved);
@@ -132,7 +132,7 @@ fn sighup_applies_what_can_change_and_names_the_rest() {
     let Some(mesh) = Builder::new("sighup_applies_what_can_change_and_names_the_rest") else { return };
     let mesh = mesh.node("a").node("b").start();
     let [a, b] = mesh.two(["a", "b"]);
-    let pinging = Pinging::start(&a.ns, b.overlay(V4));
+    let probe = Probe::start(&a.ns, a.overlay(V4), &b.ns, b.overlay(V4));
     assert!(!a.log().contains("INFO taken over"));
 
     let log_taken_over = || a.log().matches("taken over: log").count();
@@ -165,7 +165,7 @@ fn sighup_applies_what_can_change_and_names_the_rest() {
     a.set("prot", None);
     a.signal(Signal::SIGHUP);
     until("and settled", || a.ctl(&["status"]).code == 0);
-    let (sent, lost) = pinging.end();
+    let (sent, lost) = probe.end();
     assert_eq!(lost, 0, "of {sent}");
     mesh.balances();
 }

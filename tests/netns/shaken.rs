@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use crate::mesh::{Builder, Node, V4, V6};
 use crate::namespace::until;
-use crate::traffic::{Pinging, connect, content, ping, pings, tcp};
+use crate::traffic::{Probe, connect, content, ping, pings, tcp};
 
 /// Tells how long it took, past the test harness, which keeps what a test prints to itself.
 fn recovered(what: &str, after: Duration) {
@@ -31,6 +31,7 @@ fn what_others_change_on_the_device_is_restored() {
         let [a, b] = mesh.two(["a", "b"]);
         ping(&a.ns, b.overlay(V4));
         let right = ours(a);
+        let moved_away = format!("ip link set mesh0 netns {}", mesh.switch.name());
         for harm in [
             "ip addr flush dev mesh0",
             "ip addr add 10.42.1.9/24 dev mesh0",
@@ -40,9 +41,10 @@ fn what_others_change_on_the_device_is_restored() {
             "ip link set mesh0 down",
             "ip link del mesh0",
             "ip link set mesh0 down; ip link set mesh0 name other0",
+            &moved_away,
             "echo 1 > /proc/sys/net/ipv4/conf/mesh0/rp_filter",
         ] {
-            a.ns.sh(&format!("{harm}; sleep 0"));
+            a.ns.sh(harm);
             let took = until(harm, || ours(a) == right && pings(&a.ns, b.overlay(V4)));
             recovered(&format!("{io}: {harm}"), took);
             ping(&b.ns, a.overlay(V4));
@@ -145,7 +147,7 @@ fn another_underlay_address_is_followed() {
     let [a, b, c] = mesh.three(["a", "b", "c"]);
     // the interface has both families, so the node is reached by the list's; here that is IPv4
     ping(&a.ns, b.overlay(V4));
-    let pinging = Pinging::start(&c.ns, b.overlay(V4));
+    let probe = Probe::start(&c.ns, c.overlay(V4), &b.ns, b.overlay(V4));
     a.ns.sh(
         "ip addr del 10.9.0.1/24 dev ul0; ip addr add 10.9.0.91/24 dev ul0; ip route replace default via 10.9.0.254",
     );
@@ -153,7 +155,7 @@ fn another_underlay_address_is_followed() {
     mesh.write_nodes(&list);
     let took = until("both ways carry again", || pings(&a.ns, b.overlay(V4)) && pings(&c.ns, a.overlay(V6)));
     recovered("underlay address replaced, told to the others at the same time", took);
-    let (sent, lost) = pinging.end();
+    let (sent, lost) = probe.end();
     assert_eq!(lost, 0, "of {sent} between the two others");
     until("it says that all is well", || a.ctl(&["status"]).code == 0);
     mesh.balances();
@@ -186,7 +188,7 @@ fn clients_of_the_socket_cost_the_data_plane_nothing() {
     let Some(mesh) = Builder::new("clients_of_the_socket_cost_the_data_plane_nothing") else { return };
     let mesh = mesh.node("a").node("b").start();
     let [a, b] = mesh.two(["a", "b"]);
-    let pinging = Pinging::start(&a.ns, b.overlay(V4));
+    let probe = Probe::start(&a.ns, a.overlay(V4), &b.ns, b.overlay(V4));
     // more than it serves at once
     let clients: Vec<_> = (0..100).filter_map(|_| UnixStream::connect(a.socket()).ok()).collect();
     let busy = a.ctl(&["status"]);
@@ -206,7 +208,7 @@ fn clients_of_the_socket_cost_the_data_plane_nothing() {
     drop(clients);
     limit(1024);
     until("it answers again", || a.ctl(&["status"]).code == 0);
-    let (sent, lost) = pinging.end();
+    let (sent, lost) = probe.end();
     assert_eq!(lost, 0, "of {sent}");
     mesh.balances();
 }

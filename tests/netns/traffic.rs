@@ -3,7 +3,10 @@
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -22,30 +25,68 @@ pub(crate) fn pings(from: &Namespace, to: IpAddr) -> bool {
     from.succeeds(&format!("ping -n -q -c 1 -W 1 {to}"))
 }
 
-/// An echo request each twenty milliseconds, until it is asked for the loss.
-pub(crate) struct Pinging(Process, String);
+/// A datagram each ten milliseconds, which the other side sends back, until it is asked for the loss. Each is waited for
+/// before the next, so that what is still on its way is never taken for lost.
+pub(crate) struct Probe {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+    count: Arc<[AtomicU64; 2]>,
+}
 
-impl Pinging {
-    pub(crate) fn start(from: &Namespace, to: IpAddr) -> Self {
-        let mut command = from.command("ping");
-        command.args(["-n", "-q", "-i", "0.02", "-W", "2", &to.to_string()]);
-        Pinging(Process::spawn(command.stdout(Stdio::piped())), format!("{} to {to}", from.name()))
+impl Probe {
+    #[track_caller]
+    pub(crate) fn start(from: &Namespace, source: IpAddr, to: &Namespace, address: IpAddr) -> Self {
+        let (client, server) = (from.udp(source, 0), to.udp(address, 0));
+        let target = server.local_addr().unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        server.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (asked, told) = (stop.clone(), stop.clone());
+        let count = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let counts = count.clone();
+        let echo = move || {
+            let mut buffer = [0; 8];
+            let mut last = false;
+            // once more after the stop, for what was sent just before
+            while !last {
+                last = told.load(Ordering::Relaxed);
+                while let Ok((len, sender)) = receive(&server, &mut buffer) {
+                    server.send_to(&buffer[..len], sender).ok();
+                }
+            }
+        };
+        let ask = move || {
+            for number in 0_u64.. {
+                if asked.load(Ordering::Relaxed) {
+                    return;
+                }
+                let sent = client.send_to(&number.to_be_bytes(), target);
+                let mut buffer = [0; 8];
+                let answered = sent.is_ok()
+                    && loop {
+                        match receive(&client, &mut buffer) {
+                            Ok(_) if buffer == number.to_be_bytes() => break true,
+                            Ok(_) => {} // the answer to one that was given up
+                            Err(_) => break false,
+                        }
+                    };
+                counts[0].fetch_add(1, Ordering::Relaxed);
+                counts[1].fetch_add(u64::from(!answered), Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        };
+        Probe { stop, threads: vec![std::thread::spawn(ask), std::thread::spawn(echo)], count }
     }
 
     /// How many were sent, and how many were not answered.
     #[track_caller]
     pub(crate) fn end(self) -> (u64, u64) {
-        self.0.signal(Signal::SIGINT);
-        let text = self.0.output();
-        let number_before = |what: &str| {
-            let words: Vec<&str> = text.split_whitespace().collect();
-            let at = words.iter().position(|w| w.trim_end_matches(',') == what);
-            let index = at.unwrap_or_else(|| panic!("{}: {text}", self.1));
-            let index = if what == "transmitted" { index - 2 } else { index - 1 };
-            words[index].parse::<u64>().unwrap_or_else(|e| panic!("{e}: {text}"))
-        };
-        let (sent, received) = (number_before("transmitted"), number_before("received"));
-        (sent, sent - received)
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+        let [sent, lost] = &*self.count;
+        (sent.load(Ordering::Relaxed), lost.load(Ordering::Relaxed))
     }
 }
 
