@@ -89,7 +89,7 @@ impl Worker {
             }
             let busy = tun_ready || ports_ready.contains(&true);
             rounds = rounds.wrapping_add(1);
-            if busy && rounds % LOOK_UP != 0 {
+            if busy && !rounds.is_multiple_of(LOOK_UP) {
                 continue;
             }
             // under endless load there is no sleep, yet somebody may want the worker to stop
