@@ -254,12 +254,13 @@ impl Mesh {
     pub(crate) fn balances_with_the_kernel(&self) {
         self.balances();
         for node in self.meshd() {
-            let device = node.ns.sh("grep mesh0: /proc/net/dev");
-            let counters: Vec<u64> = device.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
-            let (taken, handed) = (counters[1], counters[9]);
-            let batches = &node.stats()["batches"];
-            let counted = ["tun_writes", "tun_reads"].map(|what| batches[what].as_u64().unwrap());
-            assert_eq!([taken, handed], counted, "{}: frames written and read: {device}", node.name);
+            // the kernel itself says something now and then, also between two looks; a frame that was lost stays lost
+            until(&format!("{}: frames written and read are as the kernel counts them", node.name), || {
+                let device = node.ns.sh("grep mesh0: /proc/net/dev");
+                let counters: Vec<u64> = device.split_whitespace().skip(1).map(|n| n.parse().unwrap()).collect();
+                let batches = &node.stats()["batches"];
+                batches["tun_writes"] == counters[1] && batches["tun_reads"] == counters[9]
+            });
         }
     }
 
