@@ -86,6 +86,14 @@ pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// An error and its causes in one line; a cause that the error itself quotes is not said twice.
+pub fn told(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |told, cause| {
+        let cause = cause.to_string();
+        if told.contains(&cause) { told } else { format!("{told}: {cause}") }
+    })
+}
+
 /// Removes the device, routes and rules that a stopped daemon leaves on purpose.
 pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     let tun = config.tun.as_str();
@@ -287,7 +295,7 @@ impl Daemon {
             }
             Err(error) => {
                 let error = anyhow!(error);
-                self.shared.problem(Concern::Nodes, format!("{error:#}; the former node list stays in use"));
+                self.shared.problem(Concern::Nodes, format!("{}; the former node list stays in use", told(&error)));
             }
         }
     }
@@ -344,7 +352,7 @@ impl Daemon {
                     return self.apply(&list).await;
                 }
             }
-            Err(error) => self.shared.problem(Concern::Underlay, format!("{error:#}")),
+            Err(error) => self.shared.problem(Concern::Underlay, told(&error)),
         }
         self.ensure().await;
     }
@@ -361,7 +369,7 @@ impl Daemon {
         loop {
             match self.start_plane().await {
                 Ok(()) => return self.shared.settled(Concern::Device),
-                Err(error) => self.shared.problem(Concern::Device, format!("{error:#}")),
+                Err(error) => self.shared.problem(Concern::Device, told(&error)),
             }
             if Instant::now() > deadline {
                 return; // the next tick goes on
@@ -394,7 +402,9 @@ impl Daemon {
             Ok(new) => new,
             Err(error) => {
                 let error = anyhow!(error);
-                return self.shared.problem(Concern::Config, format!("{error:#}; the former configuration stays"));
+                return self
+                    .shared
+                    .problem(Concern::Config, format!("{}; the former configuration stays", told(&error)));
             }
         };
         self.shared.settled(Concern::Config);

@@ -90,7 +90,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("meshd: {error:#}");
+            eprintln!("meshd: {}", meshd::daemon::told(&error));
             ExitCode::from(code(&error))
         }
     }
