@@ -27,7 +27,7 @@ const READ_BYTES: usize = 96 << 10;
 /// Packets after which it is.
 const READ_PACKETS: usize = 128;
 /// Rounds of a busy worker between two looks at whether it is to stop.
-const LOOK_UP: u32 = 256;
+const LOOK_UP: u32 = 32;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
