@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # soak.sh [PACKETS | --minutes N]: mixed traffic between three nodes until so many packets
-# (1000000 unless said; 100000000 takes the better part of an hour) were carried, or for
+# (1000000 unless said; 100000000 takes four minutes on two cores) were carried, or for
 # so long. Then all stops, and the books must balance:
 #
 #   on each node   in + originated = out + dropped + consumed, both ways, exactly
@@ -17,8 +17,7 @@
 #
 # Traffic, in turn over all pairs: TCP and UDP over IPv4 and IPv6, streams and small
 # packets, pings that must be cut or do not fit, foreign sources, datagrams that are no
-# VXLAN. Each box is a network namespace,
-# removed in the end. Exit code 0 only when nothing is unaccounted for.
+# VXLAN. Each box is a network namespace, removed in the end. Exit code 0 only when nothing is unaccounted for.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
