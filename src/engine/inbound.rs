@@ -57,8 +57,7 @@ impl Inbound {
     #[inline]
     pub fn push(&mut self, tables: &Tables, now_ms: u64, arena: &mut [u8], received: Received) {
         let Received { at, len, .. } = received;
-        let stats = self.stats.clone();
-        let Some(stats) = stats.worker(self.worker) else { return };
+        let Some(stats) = self.stats.worker(self.worker) else { return };
         let Some(buffer) = arena.get_mut(at..at + len) else { return };
 
         // 1. demultiplex
@@ -70,28 +69,38 @@ impl Inbound {
         if received.truncated {
             return stats.drop(Drop::TruncatedDatagram, datagrams);
         }
-        let (mut packets, mut bytes) = (0, 0);
+        let (mut packets, mut bytes, mut uncut) = (0, 0, 0);
         let mut offset = 0;
         loop {
             let size = step.min(len - offset);
             match self.journey(tables, arena, at + offset, size, peer, received) {
                 Ok((extra, inner)) => {
-                    stats.flow.udp_rx_packets.add(extra);
+                    uncut += extra;
                     packets += 1 + extra;
                     bytes += inner;
                 }
-                Err(reason) => stats.drop(reason, 1),
+                Err(reason) => self.drop(reason),
             }
             offset += size;
             if offset >= len {
                 break;
             }
         }
+        if let Some(stats) = self.stats.worker(self.worker).filter(|_| uncut > 0) {
+            stats.flow.udp_rx_packets.add(uncut);
+        }
         let flow = tables.peer(peer).and_then(|peer| peer.spec.stats.worker(self.worker));
         if let Some(flow) = flow.filter(|_| packets > 0) {
             flow.rx_packets.add(packets);
             flow.rx_bytes.add(bytes);
             flow.last_seen.set(now_ms + 1);
+        }
+    }
+
+    #[cold]
+    fn drop(&self, reason: Drop) {
+        if let Some(stats) = self.stats.worker(self.worker) {
+            stats.drop(reason, 1);
         }
     }
 
