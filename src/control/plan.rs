@@ -100,7 +100,7 @@ pub fn plan(
     }
     // an IPv4 packet has at most 65,535 bytes, whatever the link takes: the loopback device, which routed underlays use, says 65,536
     let longest = |carrier: &Carrier| if carrier.ip.is_ipv4() { carrier.mtu.min(65_535) } else { carrier.mtu };
-    let room = |carrier: &Carrier| longest(carrier).saturating_sub(overhead(carrier.ip));
+    let room = |carrier: &Carrier| overlay_mtu(longest(carrier), carrier.ip.is_ipv6());
     let fits_all = ways.iter().map(|(_, (_, carrier))| room(carrier)).min();
     let path = fits_all.or_else(|| carriers.iter().map(room).min()).unwrap_or(0).min(u32::from(u16::MAX));
     let mtu = match config.mtu {
@@ -146,8 +146,9 @@ fn way(node: &Node, carriers: &[Carrier]) -> Option<(std::net::SocketAddr, Carri
     })
 }
 
-fn overhead(ip: IpAddr) -> u32 {
-    if ip.is_ipv6() { OVERHEAD_V6 } else { OVERHEAD_V4 }
+/// The longest inner packet over an underlay link of that MTU.
+pub fn overlay_mtu(underlay_mtu: u32, is_v6: bool) -> u32 {
+    underlay_mtu.saturating_sub(if is_v6 { OVERHEAD_V6 } else { OVERHEAD_V4 })
 }
 
 fn overlay_addresses(wanted: &OverlayAddress, own: &Node) -> Result<Vec<IpAddr>, PlanError> {
@@ -220,6 +221,13 @@ mod tests {
         let alone = "nodes:\n  - {name: a, underlay: 10.9.0.1, subnets: 10.42.1.0/24}\n";
         let plan = make("", alone, &[("10.9.0.1", 65_536)]).unwrap();
         assert_eq!(plan.mtu, 65_485, "with 22 bytes of VXLAN and Ethernet it fills a UDP datagram of 65,507");
+    }
+
+    #[test]
+    fn the_overlay_is_smaller_by_what_the_tunnel_adds() {
+        assert_eq!(overlay_mtu(1500, false), 1450);
+        assert_eq!(overlay_mtu(1500, true), 1430);
+        assert_eq!(overlay_mtu(40, true), 0);
     }
 
     #[test]

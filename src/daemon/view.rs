@@ -154,14 +154,14 @@ impl Mesh for Shared {
             originated: sum(|f| f.originated_outbound.get()),
             out: udp.tx_packets,
             dropped: dropped(Direction::Outbound),
-            consumed: 0,
+            consumed: sum(|f| f.consumed_outbound.get()),
         };
         let inbound = JourneyView {
             entered: udp.rx_packets,
             originated: sum(|f| f.originated_inbound.get()),
             out: tun.tx_packets,
             dropped: dropped(Direction::Inbound),
-            consumed: 0,
+            consumed: sum(|f| f.consumed_inbound.get()),
         };
         StatsView {
             version: env!("CARGO_PKG_VERSION").to_owned(),

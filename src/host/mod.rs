@@ -24,7 +24,7 @@ pub use clash::{Clash, ClashKind, Preflight, Refused};
 pub use cleanup::CleanupReport;
 pub use ensure::{Change, Desired, Report};
 pub use prefixes::union;
-pub use underlay::{NodeIp, Underlay, UnderlayError, overlay_mtu};
+pub use underlay::{NodeIp, Underlay, UnderlayError};
 pub use watch::Watch;
 
 /// The route protocol number that marks a route as meshd's (`ip route show proto 72`).

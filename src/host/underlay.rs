@@ -120,12 +120,6 @@ impl Host {
     }
 }
 
-/// The MTU of the overlay over an underlay link of that MTU: less outer IP, UDP and VXLAN headers and the inner Ethernet
-/// header, 20 (or 40) + 8 + 8 + 14 bytes.
-pub fn overlay_mtu(underlay_mtu: u32, is_v6: bool) -> u32 {
-    underlay_mtu.saturating_sub(if is_v6 { 70 } else { 50 })
-}
-
 fn is_default(route: &Route) -> bool {
     route.dst.prefix_len() == 0
         && route.kind == UNICAST
@@ -365,12 +359,5 @@ mod tests {
         machine.addresses[0].ip = "2001:db8::bbbb".parse().unwrap();
         assert_eq!(ips(machine.resolve(&[]))[1], "2001:db8::1 eth0 1500");
         assert!(!machine.candidates().to_string().contains("aaaa"));
-    }
-
-    #[test]
-    fn the_overlay_is_smaller_by_what_the_tunnel_adds() {
-        assert_eq!(overlay_mtu(1500, false), 1450);
-        assert_eq!(overlay_mtu(1500, true), 1430);
-        assert_eq!(overlay_mtu(40, true), 0);
     }
 }

@@ -21,7 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use harness::{assert_same, in_namespace, ip, nets, sh, succeeds, tun, whole_state};
-use meshd::host::{Change, Desired, Host, HostError, Report, UnderlayError, Watch, overlay_mtu, union};
+use meshd::control::plan::overlay_mtu;
+use meshd::host::{Change, Desired, Host, HostError, Report, UnderlayError, Watch, union};
 use socket2::{Domain, Socket, Type};
 
 #[test]
