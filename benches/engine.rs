@@ -157,7 +157,14 @@ impl Buffers {
             }
             let source = if self.segment_len.is_some() { big_peer(1).0 } else { underlay };
             let source = IpAddr::V4(source);
-            let received = Received { at, len, segment_len: self.segment_len, source, tos: 0, truncated: false };
+            let received = Received {
+                at,
+                len,
+                segment_len: self.segment_len,
+                source: (source, 40_000).into(),
+                tos: 0,
+                truncated: false,
+            };
             inbound.push(tables, 0, &mut self.arena, received);
         }
         inbound.finish(&mut self.arena);

@@ -24,7 +24,9 @@ usage: bench.sh [options]                                            (root)
   --tests LIST          tcp,udp,rtt,crr or all                 tcp
   --profiles LIST       underlay: a,b,c,d,e (see lib.sh)       a,b,c,d,e
   --from LIST           nodes,pods,bridged                     nodes,pods
-  --contenders LIST     raw,kvxlan,meshd, or plug-ins          raw,kvxlan,meshd
+  --contenders LIST     raw,kvxlan,meshd,meshd-wg,wggo, or     raw,kvxlan,meshd
+                        plug-ins; meshd-wg is encrypted, wggo is
+                        wireguard-go, WIREGUARD_GO names another
   --inner LIST          overlay address family: 4,6            4
   --outer LIST          underlay address family: 4,6           4
   --flows LIST          UDP flows                              1,64
@@ -40,7 +42,7 @@ USAGE
 
 ROUNDS=5 SECS=3 TESTS=tcp PROFILES=a,b,c,d,e FROM=nodes,pods CONTENDERS=raw,kvxlan,meshd
 INNER=4 OUTER=4 FLOWS=1,64 PIN='' JSON='' MARKDOWN='' CONTENDER_DIR='' EXTRA=()
-[ -n "$*" ] && GIVEN=$* || GIVEN=''
+[ -n "$*" ] && ASKED=$* || ASKED=''
 while [ $# -gt 0 ]; do
     case $1 in
     --pin) PIN=1; shift; continue ;;
@@ -82,18 +84,20 @@ each_of --outer "$OUTER" 4 6
 [[ $ROUNDS =~ ^[1-9][0-9]*$ && $SECS =~ ^[1-9][0-9]*$ ]] || bad "--rounds and --secs are whole numbers from 1"
 for f in ${FLOWS//,/ }; do [[ $f =~ ^[1-9][0-9]*$ && $f -le 256 ]] || bad "--flows: 1 to 256"; done
 for c in ${CONTENDERS//,/ }; do
-    case $c in raw | kvxlan | meshd) ;; *) [ -r "$CONTENDER_DIR/$c.sh" ] || bad "--contenders: '$c' is none of raw, kvxlan, meshd, and no $c.sh in --contender-dir" ;; esac
+    case $c in raw | kvxlan | meshd | meshd-wg | wggo) ;; *) [ -r "$CONTENDER_DIR/$c.sh" ] || bad "--contenders: '$c' is none of raw, kvxlan, meshd, meshd-wg, wggo, and no $c.sh in --contender-dir" ;; esac
 done
 
-need_root "$GIVEN"
+need_root "$ASKED"
 lab_begin
 need ip:iproute2 ss:iproute2 ping:iputils-ping ethtool:ethtool iperf3:iperf3 jq:jq taskset:util-linux awk:mawk
 need_namespaces
 build_loadgen
-if [[ ,$CONTENDERS, == *,meshd,* ]]; then
+if [[ ,$CONTENDERS, == *,meshd,* || ,$CONTENDERS, == *,meshd-wg,* ]]; then
     need_tun
     build
 fi
+WIREGUARD_GO=${WIREGUARD_GO:-wireguard-go}
+[[ ,$CONTENDERS, != *,wggo,* ]] || need wg:wireguard-tools "$WIREGUARD_GO":wireguard-go
 [[ ,$CONTENDERS, != *,kvxlan,* ]] || have_kernel_vxlan || die "this kernel has no VXLAN device (modprobe vxlan?): leave kvxlan out of --contenders"
 [[ ,$INNER,$OUTER, != *,6,* ]] || have_v6 || die "this kernel has no IPv6"
 SAMPLES=$LAB/samples.tsv
@@ -121,10 +125,44 @@ up_kvxlan() {
     kernel_vxlan_node a "$outer" b && kernel_vxlan_node b "$outer" a
 }
 up_meshd() {
+    forget_keys a b
     write_nodes "$outer" a b
     PIN_CPU=${PIN:+0} start_meshd a "$outer" "${EXTRA[@]}"
     PIN_CPU=${PIN:+1} start_meshd b "$outer" "${EXTRA[@]}"
     meshd_ready a b
+}
+
+up_meshd-wg() {
+    make_keys a b
+    write_nodes "$outer" a b
+    PIN_CPU=${PIN:+0} start_meshd a "$outer" "encryption: wireguard" "${EXTRA[@]}"
+    PIN_CPU=${PIN:+1} start_meshd b "$outer" "encryption: wireguard" "${EXTRA[@]}"
+    meshd_ready a b
+}
+up_wggo() {
+    local n peer wg f pin at
+    for n in a b; do
+        wg=wg$n$((BASHPID % 100000)) && eval "WG_$n=$wg"
+        mkdir -p "$LAB/$n"
+        (umask 077 && wg genkey >"$LAB/$n/wg.key") && wg pubkey <"$LAB/$n/wg.key" >"$LAB/$n/wg.pub"
+        pin=("${PIN_A[@]}")
+        [ $n = a ] || pin=("${PIN_B[@]}")
+        spawn "$n" "$LAB/$n/wggo.log" "${pin[@]}" env WG_PROCESS_FOREGROUND=1 LOG_LEVEL=error "$WIREGUARD_GO" -f "$wg"
+        wait_for 5 on "$n" wg show "$wg" || return 1
+    done
+    for n in a b; do
+        peer=$([ $n = a ] && echo b || echo a)
+        eval "wg=\$WG_$n"
+        at=$(underlay "$peer" "$outer")
+        [ "$outer" = 4 ] || at="[$at]"
+        on "$n" wg set "$wg" listen-port 51820 private-key "$LAB/$n/wg.key" peer "$(cat "$LAB/$peer/wg.pub")" \
+            endpoint "$at:51820" allowed-ips "$(subnet "$peer"),$(subnet "$peer" 6)" || return 1
+        ip -n "$RUN-$n" link set "$wg" mtu $((1500 - (outer == 6 ? 80 : 60))) up
+        for f in 4 6; do
+            ip -n "$RUN-$n" addr add "$(overlay $n $f)/$([ $f = 4 ] && echo 32 || echo 128)" dev "$wg"
+            ip -n "$RUN-$n" route add "$(subnet "$peer" $f)" dev "$wg"
+        done
+    done
 }
 
 # A plug-in is sourced for each measurement and defines up(), after which OA can
@@ -252,7 +290,7 @@ crr() {
 
 bring_up() {
     case $contender in
-    raw | kvxlan | meshd) "up_$contender" ;;
+    raw | kvxlan | meshd | meshd-wg | wggo) "up_$contender" ;;
     *) plug_in "$contender" ;;
     esac
 }

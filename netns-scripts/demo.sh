@@ -4,8 +4,9 @@
 #      node a                node b                node c               host x
 #  +-------------+       +-------------+       +-------------+      +-------------+
 #  | meshd       |       | meshd       |       | meshd       |      | kernel's    |
+#  |   server    |       |   agent     |       |   agent     |      |             |
 #  | mesh0       |       | mesh0       |       | mesh0       |      | vxlan0      |
-#  |  10.42.1.1  |       |  10.42.2.1  |       |  10.42.3.1  |      |  10.42.4.1  |
+#  |  10.42.0.1  |       |  10.42.1.1  |       |  10.42.2.1  |      |  10.42.4.1  |
 #  |             |       |             |       |             |      |             |
 #  | ul0         |       | ul0         |       | ul0         |      | ul0         |
 #  |  10.9.0.1   |       |  10.9.0.2   |       |  10.9.0.3   |      |  10.9.0.4   |
@@ -13,7 +14,9 @@
 #         |                     |                     |                    |
 #  =======+=====================+=====================+====================+=======  br0
 #
-# Each box is a network namespace; x is a stranger first, and a member in the end.
+# Each box is a network namespace. a serves the control plane, b and c join it with a
+# token, and what they send each other is encrypted; x is a stranger first, and a
+# member in the end.
 # Nothing outside these namespaces is touched, and all of it goes away again, also on
 # Ctrl-C and on errors. --keep leaves the mesh up, --down removes one that was kept.
 # Exit code 0 only when every step held.
@@ -74,7 +77,7 @@ need_tun
 build
 good "$("$MESHD" --version 2>/dev/null || echo meshd) on Linux $(uname -r)"
 
-step "Three nodes on one network: a, b and c"
+step "A server: node a"
 switch_add || broken "no bridge"
 i=0
 for n in a b c; do
@@ -82,10 +85,30 @@ for n in a b c; do
     { node_add $n $i && plug $n; } || broken "no namespace for node $n"
 done
 { node_add x 4 && plug x; } || broken "no namespace for x"
-write_nodes 4 a b c
-for n in a b c; do start_meshd $n 4; done
-meshd_ready a b c || broken "the mesh did not come up"
+v6_cidr=''
+! have_v6 || v6_cidr=', "fd42::/48"'
+start_member a server "cluster-cidr: [10.42.0.0/16$v6_cidr]" # meshd starts mesh-sidecar by itself
+meshd_ready a || broken "the server did not come up"
+good "meshd server: data plane on UDP $(underlay a):8472, control plane on https://$(underlay a):9345"
+token=$(ctl a token create --ttl 1h --uses 2) || broken "no token"
+say "   ${DIM}meshctl token create --ttl 1h --uses 2$PLAIN"
+say "   ${token:0:24}… (${#token} characters: who the servers are, what their certificate is, a secret)"
+
+step "Two agents: b and c join with the token, and with nothing else"
+started=$(date +%s%N)
+for n in b c; do MESHD_TOKEN=$token start_member $n agent; done
+meshd_ready b c || broken "the agents did not join"
+good "both joined and ready after $((($(date +%s%N) - started) / 1000000)) ms"
+peers_of() { [ "$(ctl "$1" peers --json | grep -o '"endpoint"' | wc -l)" = "$2" ]; }
+for n in a b c; do wait_for 5 peers_of $n 2 || broken "$n does not know both others"; done
+learn a a b c || broken "meshctl nodes"
 for n in a b c; do good "node $n: underlay $(underlay $n), overlay $(overlay $n), subnet $(subnet $n)"; done
+if MESHD_TOKEN=$token load_on x 5 "$LAB/third" "$MESHD" agent --node-name x --node-ip "$(underlay x)" --data-dir "$LAB/x" \
+    --socket "$LAB/x.sock" 2>/dev/null; then broken "a third node joined with a token for two"; fi
+grep -q 'used up' "$LAB/third.err" || broken "a third node was not told why: $(cat "$LAB/third.err")"
+good "a third node is refused: $(grep -o 'the token .* is used up' "$LAB/third.err" | head -n1)"
+say "   ${DIM}meshctl nodes$PLAIN"
+ctl b nodes | sed 's/^/   /' || broken "meshctl nodes"
 
 step "Ping between all pairs"
 for from in a b c; do
@@ -161,11 +184,14 @@ step "x becomes a member while traffic runs"
 spawn b "$LAB/long-ping" timeout -s INT 30 ping -n -q -c 80 -i 0.05 "$(overlay c)"
 long=$LAST
 sleep 0.5
-write_nodes 4 a b c x
+x_mac=$(vtep_mac x)
+ctl a node add x --underlay "$(underlay x)" --mac "$x_mac" --subnet "$(subnet x)$(! have_v6 || printf ',%s' "$(subnet x 6)")" |
+    sed 's/^/   /' || broken "meshctl node add"
 if have_kernel_vxlan; then
-    note "as it is: a kernel VXLAN device is a node like any other"
+    note "as it is: a kernel VXLAN device is a node like any other, but for its traffic, which nobody encrypts"
 else
-    start_meshd x 4
+    write_nodes 4 a b c x
+    start_meshd x 4 'encryption: none'
     meshd_ready x || broken "meshd on x did not come up"
 fi
 for n in a b c; do
@@ -186,6 +212,33 @@ case $loss in
 esac
 say "   ${DIM}meshctl peers$PLAIN"
 ctl a peers | sed 's/^/   /' || broken "meshctl peers"
+
+step "The control plane dies; nobody notices"
+spawn b "$LAB/no-server" timeout -s INT 30 ping -n -q -c 60 -i 0.05 "$(overlay c)"
+long=$LAST
+sleep 0.5
+end_processes "${DAEMON[a]}"
+no_server() { ctl b status | grep -q 'no server answers'; }
+wait_for 10 no_server || broken "b does not say that no server answers"
+ctl b status >/dev/null || broken "b is not ready without a server"
+wait "$long"
+forget "$long"
+case $(grep -o '[0-9]* received.*loss' "$LAB/no-server") in
+"60 received, 0% packet loss") good "no server answers, and b to c lost 0 of 60 packets" ;;
+*) broken "b to c lost packets: $(cat "$LAB/no-server")" ;;
+esac
+spawn a "$LAB/a/meshd.log" "$MESHD" server --config "$LAB/a/config.yaml"
+DAEMON[a]=$LAST
+meshd_ready a || broken "the server did not come back"
+has_server() { ctl b status | grep -q 'member, server https'; }
+wait_for 20 has_server || broken "b does not find its server again"
+good "the server is back, with everything that it had promised"
+
+step "c is removed"
+ctl a node remove c | sed 's/^/   /' || broken "meshctl node remove"
+wait_for 5 peers_of c 0 || broken "c still has peers"
+if pings b "$(overlay c)"; then broken "b still reaches c"; fi
+good "nobody talks to c any more: $(ctl c status | grep -o 'was removed from the cluster' | head -n1)"
 
 if [ -n "$keep_wanted" ]; then
     {

@@ -31,6 +31,7 @@ UL_MTU=1500
 NSS=()                 # namespaces that are ours
 PIDS=()                # PID:START-TIME of processes that are ours
 declare -A NODE=()     # name -> number
+declare -A GIVEN=()    # NODE.4, NODE.6, NODE.mac -> what the servers gave it
 declare -A DAEMON=()
 
 # ---------------------------------------------------------------- messages
@@ -240,6 +241,7 @@ take_down() { # processes and namespaces; the scratch directory stays
     for n in "${NSS[@]}"; do ip netns del "$n" 2>/dev/null; done
     NSS=()
     NODE=()
+    GIVEN=()
 }
 
 cleanup() {
@@ -350,11 +352,17 @@ node_add() { # NAME NUMBER
 underlay() { # NODE [4|6]
     if [ "${2:-4}" = 6 ]; then printf 'fd09::%x' "${NODE[$1]}"; else printf '10.9.0.%d' "${NODE[$1]}"; fi
 }
-subnet() { # NODE [4|6]
+subnet() { # NODE [4|6]: what the servers gave it, or what follows from its number
+    [ -z "${GIVEN[$1.${2:-4}]:-}" ] || { printf '%s' "${GIVEN[$1.${2:-4}]}"; return; }
     if [ "${2:-4}" = 6 ]; then printf 'fd42:0:0:%x::/64' "${NODE[$1]}"; else printf '10.42.%d.0/24' "${NODE[$1]}"; fi
 }
-vtep_mac() { printf '0a:58:0a:09:00:%02x' "${NODE[$1]}"; }
+vtep_mac() { [ -n "${GIVEN[$1.mac]:-}" ] && printf '%s' "${GIVEN[$1.mac]}" || printf '0a:58:0a:09:00:%02x' "${NODE[$1]}"; }
 host_address() { # NODE HOST [4|6]: address HOST of the node's subnet
+    local given=${GIVEN[$1.${3:-4}]:-}
+    case $given in
+    *::/64) if [ "$2" = 0 ]; then printf '%s' "${given%/64}"; else printf '%s%x' "${given%/64}" "$2"; fi; return ;;
+    *.0/24) printf '%s.%d' "${given%.0/24}" "$2"; return ;;
+    esac
     if [ "${3:-4}" = 6 ]; then
         if [ "$2" = 0 ]; then printf 'fd42:0:0:%x::' "${NODE[$1]}"; else printf 'fd42:0:0:%x::%x' "${NODE[$1]}" "$2"; fi
     else
@@ -478,23 +486,60 @@ write_nodes() { # OUTER(4|6) NODE…: the node list of all meshd nodes, replaced
             ! have_v6 || subs="$subs, \"$(subnet "$n" 6)\""
             printf '  - name: %s\n    underlay: "%s"\n    subnets: [%s]\n    mac: "%s"\n' \
                 "$n" "$(underlay "$n" "$outer")" "$subs" "$(vtep_mac "$n")"
+            [ ! -r "$LAB/$n/public-keys" ] || awk 'NR == 1 { print "    public-key: " $1 } NR > 1 { lanes = lanes sep $1; sep = ", " } END { print "    lane-keys: [" lanes "]" }' "$LAB/$n/public-keys"
         done
     } >"$LAB/nodes.yaml.new" && mv "$LAB/nodes.yaml.new" "$LAB/nodes.yaml"
 }
 
-start_meshd() { # NODE OUTER(4|6) [CONFIG LINE…]; set PIN_CPU to pin it
+make_keys() { # NODE…: a key for each, one lane a core; node lists that are written afterwards name them
+    local n
+    for n; do
+        mkdir -p "$LAB/$n/data"
+        (umask 077 && "$MESHD" keygen --lanes "$(($(nproc) < 16 ? $(nproc) : 16))" >"$LAB/$n/data/node.key" 2>"$LAB/$n/public-keys")
+    done
+}
+forget_keys() { # NODE…
+    local n
+    for n; do rm -f "$LAB/$n/public-keys" "$LAB/$n/data/node.key"; done
+}
+
+start_meshd() { # NODE OUTER(4|6) [CONFIG LINE…]; set PIN_CPU to pin it, NODE_IP to name an interface
     local n=$1 outer=$2 pin=() line
     shift 2
     mkdir -p "$LAB/$n"
     {
         printf 'node-name: %s\nnode-ip: "%s"\nnodes-file: %s\ndata-dir: %s\nsocket: %s\n' \
-            "$n" "$(underlay "$n" "$outer")" "$LAB/nodes.yaml" "$LAB/$n/data" "$LAB/$n/meshd.sock"
+            "$n" "${NODE_IP:-$(underlay "$n" "$outer")}" "$LAB/nodes.yaml" "$LAB/$n/data" "$LAB/$n/meshd.sock"
         [ "${OVERLAY_HOST:-1}" = 1 ] || echo "address: network"
         for line; do [ -z "$line" ] || printf '%s\n' "$line"; done
     } >"$LAB/$n/config.yaml"
     [ -z "${PIN_CPU:-}" ] || pin=(taskset -c "$PIN_CPU")
     spawn "$n" "$LAB/$n/meshd.log" "${pin[@]}" "$MESHD" run --config "$LAB/$n/config.yaml"
     DAEMON[$n]=$LAST
+}
+
+start_member() { # NODE server|agent [CONFIG LINE…]: MESHD_TOKEN is what it joins with
+    local n=$1 verb=$2 line
+    shift 2
+    mkdir -p "$LAB/$n"
+    {
+        printf 'node-name: %s\nnode-ip: "%s"\ndata-dir: %s\nsocket: %s\n' \
+            "$n" "$(underlay "$n")" "$LAB/$n/data" "$LAB/$n/meshd.sock"
+        for line; do [ -z "$line" ] || printf '%s\n' "$line"; done
+    } >"$LAB/$n/config.yaml"
+    spawn "$n" "$LAB/$n/meshd.log" "$MESHD" "$verb" --config "$LAB/$n/config.yaml"
+    DAEMON[$n]=$LAST
+}
+
+learn() { # ASKED NODE…: subnets and MACs as ASKED's node list has them
+    local asked=$1 n entry
+    shift
+    for n; do
+        entry=$(ctl "$asked" nodes --json | sed 's/},{/}\n{/g' | grep "\"name\":\"$n\"") || return 1
+        GIVEN[$n.4]=$(grep -o '"[0-9.]*/24"' <<<"$entry" | tr -d '"' | tail -n1)
+        GIVEN[$n.6]=$(grep -o '"[0-9a-f:]*/64"' <<<"$entry" | tr -d '"' | tail -n1)
+        [ ! -S "$LAB/$n/meshd.sock" ] || GIVEN[$n.mac]=$(ctl "$n" status --json | grep -o '"vtep_mac":"[^"]*"' | cut -d'"' -f4)
+    done
 }
 
 ctl() { # NODE ARGS…: meshctl of that node

@@ -31,11 +31,20 @@ step_clippy() {
 step_test() {
     # what the netns tests call; without it they are skipped and say so
     want ip:iproute2 ping:iputils-ping ethtool:ethtool iperf3:iperf3 tshark:tshark tcpdump:tcpdump capsh:libcap2-bin \
-        setpriv:util-linux nft:nftables jq:jq || true
+        setpriv:util-linux nft:nftables tc:iproute2 faketime:faketime unshare:util-linux jq:jq wg:wireguard-tools \
+        wireguard-go:wireguard-go || true
+    other_wireguard
     [ "$(id -u)" = 0 ] || say "not root: netns tests will be skipped"
     cargo test --locked
 }
-step_bench() { cargo bench --locked --no-run; }
+# A second implementation of WireGuard beside Debian's. Where it cannot be had its story is skipped and says so.
+other_wireguard() {
+    PATH=$PATH:$ROOT/target/tools/bin
+    export PATH
+    command -v boringtun-cli >/dev/null || cargo install --quiet --locked --root "$ROOT/target/tools" boringtun-cli || true
+}
+# that they build and link; whoever measures builds them with optimisation
+step_bench() { cargo bench --locked --no-run --profile dev; }
 step_shell() {
     if ! want shellcheck:shellcheck; then
         echo "SKIPPED: no shellcheck"

@@ -8,30 +8,36 @@ mod error;
 mod keys;
 mod layers;
 pub mod load;
+mod membership;
 mod values;
 pub(crate) mod yaml;
 
-use std::net::IpAddr;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::ops::Deref;
 use std::path::PathBuf;
+
+use ipnet::IpNet;
 
 pub use self::error::{ConfigError, Place, Problem};
 pub(crate) use self::error::{did_you_mean, shorten};
 pub use self::keys::{ENV_PREFIX, KEYS, Key};
 use self::layers::Layers;
 pub use self::layers::Sources;
+pub use self::membership::TokenFile;
 pub(crate) use self::values::not_underlay;
-pub use self::values::{
-    BadIfName, Encryption, IfName, Io, LogFormat, Mtu, NodeIp, NodeIpSpec, OverlayAddress, Workers,
-};
+pub use self::values::{BadIfName, Bfd, IfName, Io, LogFormat, Mtu, NodeIp, NodeIpSpec, OverlayAddress, Workers};
 pub use self::yaml::At;
+use crate::membership::settings::{MaskSizes, Secret};
+pub use crate::node::Encryption;
 use crate::node::{DEFAULT_PORT, NodeName, Vni};
 
 /// A valid configuration. Only [`Config::parse`] makes one, and it cannot be changed: read the settings through it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     settings: Settings,
+    says_encryption: bool,
     notices: Vec<String>,
 }
 
@@ -57,6 +63,10 @@ pub struct Settings {
     pub mtu: Mtu,
     /// `encryption`
     pub encryption: Encryption,
+    /// `private-key-file`; `None`: `node.key` in `data-dir`.
+    pub private_key_file: Option<PathBuf>,
+    /// `bfd`
+    pub bfd: Bfd,
     /// `workers`
     pub workers: Workers,
     /// `io`
@@ -69,6 +79,34 @@ pub struct Settings {
     pub socket_mode: u32,
     /// `socket-group`: a name or a number.
     pub socket_group: Option<String>,
+    /// `server`: as written, each a host with an optional scheme and port.
+    pub servers: Vec<String>,
+    /// `token`
+    pub token: Option<Secret>,
+    /// `token-file`
+    pub token_file: Option<TokenFile>,
+    /// `cluster-cidr`: one or two, of different families.
+    pub cluster_cidr: Vec<IpNet>,
+    /// `node-cidr-mask-size`
+    pub node_cidr_mask_size: MaskSizes,
+    /// `tls-san`
+    pub tls_san: Vec<String>,
+    /// `bind-address`
+    pub bind_address: SocketAddr,
+    /// `datastore-endpoint`: `None` is SQLite in `data-dir`.
+    pub datastore_endpoint: Option<String>,
+    /// `node-label`
+    pub node_labels: BTreeMap<String, String>,
+    /// `node-taint`
+    pub node_taints: Vec<String>,
+    /// `control-only`
+    pub control_only: bool,
+    /// `purge-after` in seconds; `None` is off.
+    pub purge_after: Option<u64>,
+    /// `cni-conf-dir`
+    pub cni_conf_dir: Option<PathBuf>,
+    /// `subnet-file`
+    pub subnet_file: Option<PathBuf>,
     /// `nodes-file`
     pub nodes_file: Option<PathBuf>,
     /// `log`: a filter that tracing has accepted.
@@ -101,26 +139,53 @@ impl Config {
             },
             advertise_address: layers.many("advertise-address", values::advertise_address, same_family)?,
             tun: layers.one("tun", values::tun)?.unwrap_or_else(IfName::default_tun),
-            address: layers
-                .many("address", values::overlay_address, same_overlay)?
-                .into_iter()
-                .reduce(both)
-                .unwrap_or(OverlayAddress::First),
+            address: layers.many("address", values::overlay_address, same_overlay)?.into_iter().reduce(both).unwrap_or(
+                if layers.says("cni-conf-dir") || layers.says("subnet-file") {
+                    // network + 1 is the bridge's
+                    OverlayAddress::Network
+                } else {
+                    OverlayAddress::First
+                },
+            ),
             port: layers.one("port", values::port)?.unwrap_or(PORT),
             vni: layers.one("vni", values::vni)?.unwrap_or(Vni::DEFAULT),
             mtu: layers.one("mtu", values::mtu)?.unwrap_or(Mtu::Auto),
             encryption: layers.one("encryption", values::encryption)?.unwrap_or(Encryption::None),
+            private_key_file: layers.one("private-key-file", values::path)?,
+            bfd: bfd(&layers)?,
             workers: layers.one("workers", values::workers)?.unwrap_or(Workers::Auto),
             io: layers.one("io", values::io)?.unwrap_or(Io::Auto),
             data_dir: layers.one("data-dir", values::path)?.unwrap_or_else(|| "/var/lib/meshd".into()),
             socket: layers.one("socket", values::socket)?.unwrap_or_else(|| "/run/meshd/meshd.sock".into()),
             socket_mode: layers.one("socket-mode", values::socket_mode)?.unwrap_or(0o660),
             socket_group: layers.one("socket-group", values::socket_group)?,
+            servers: layers.many("server", membership::server, same_text)?,
+            token: layers.one("token", membership::token)?,
+            token_file: layers.one("token-file", membership::token_file)?,
+            cluster_cidr: membership::cluster_cidr(&layers)?,
+            node_cidr_mask_size: membership::mask_sizes(&layers)?,
+            tls_san: layers.many("tls-san", membership::tls_san, same_text)?,
+            bind_address: layers.one("bind-address", membership::bind_address)?.unwrap_or(membership::ANY_ADDRESS),
+            datastore_endpoint: membership::datastore(&layers)?,
+            node_labels: layers.many("node-label", membership::label, membership::same_label)?.into_iter().collect(),
+            node_taints: layers.many("node-taint", membership::taint, same_text)?,
+            control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
+            purge_after: layers.one("purge-after", membership::purge_after)?.flatten(),
+            cni_conf_dir: layers.one("cni-conf-dir", values::path)?,
+            subnet_file: layers.one("subnet-file", values::path)?,
             nodes_file: layers.one("nodes-file", values::path)?,
             log: layers.one("log", values::log)?.unwrap_or_else(|| "info".to_owned()),
             log_format: layers.one("log-format", values::log_format)?.unwrap_or(LogFormat::Text),
         };
-        Ok(Config { settings, notices: layers.notices })
+        Ok(Config { settings, says_encryption: layers.says("encryption"), notices: layers.notices })
+    }
+
+    /// The same for a member of a cluster, whose default differs: keys come with membership, so it encrypts.
+    pub fn of_member(mut self) -> Self {
+        if !self.says_encryption {
+            self.settings.encryption = Encryption::Wireguard;
+        }
+        self
     }
 
     /// Things that are no error but that somebody should read once, such as a `MESHD_` variable that means nothing.
@@ -149,12 +214,28 @@ impl Config {
             "vni" => a.vni != b.vni,
             "mtu" => a.mtu != b.mtu,
             "encryption" => a.encryption != b.encryption,
+            "private-key-file" => a.private_key_file != b.private_key_file,
+            "bfd" => a.bfd != b.bfd,
             "workers" => a.workers != b.workers,
             "io" => a.io != b.io,
             "data-dir" => a.data_dir != b.data_dir,
             "socket" => a.socket != b.socket,
             "socket-mode" => a.socket_mode != b.socket_mode,
             "socket-group" => a.socket_group != b.socket_group,
+            "server" => a.servers != b.servers,
+            "token" => a.token != b.token,
+            "token-file" => a.token_file != b.token_file,
+            "cluster-cidr" => a.cluster_cidr != b.cluster_cidr,
+            "node-cidr-mask-size" => a.node_cidr_mask_size != b.node_cidr_mask_size,
+            "tls-san" => a.tls_san != b.tls_san,
+            "bind-address" => a.bind_address != b.bind_address,
+            "datastore-endpoint" => a.datastore_endpoint != b.datastore_endpoint,
+            "node-label" => a.node_labels != b.node_labels,
+            "node-taint" => a.node_taints != b.node_taints,
+            "control-only" => a.control_only != b.control_only,
+            "purge-after" => a.purge_after != b.purge_after,
+            "cni-conf-dir" => a.cni_conf_dir != b.cni_conf_dir,
+            "subnet-file" => a.subnet_file != b.subnet_file,
             "nodes-file" => a.nodes_file != b.nodes_file,
             "log" => a.log != b.log,
             "log-format" => a.log_format != b.log_format,
@@ -169,6 +250,27 @@ impl Deref for Config {
     fn deref(&self) -> &Settings {
         &self.settings
     }
+}
+
+impl Settings {
+    /// Where this node's private key is.
+    pub fn private_key_path(&self) -> PathBuf {
+        self.private_key_file.clone().unwrap_or_else(|| self.data_dir.join("node.key"))
+    }
+}
+
+fn bfd(layers: &Layers) -> Result<Bfd, ConfigError> {
+    let bfd = layers.one("bfd", values::bfd)?.unwrap_or_default();
+    let data = layers.one("vni", values::vni)?.unwrap_or(Vni::DEFAULT);
+    if bfd.vni == data {
+        let key = if layers.says("bfd") { "bfd" } else { "vni" };
+        let fix = "`vni` and the `vni` of `bfd` are one and the same network; give them different ones".to_owned();
+        return Err(ConfigError {
+            place: layers.place(key),
+            problem: Problem::BadValue { key, value: data.get().to_string(), fix },
+        });
+    }
+    Ok(bfd)
 }
 
 fn default_name(hostname: &str) -> Result<NodeName, ConfigError> {
@@ -188,6 +290,10 @@ const PORT: NonZeroU16 = match NonZeroU16::new(DEFAULT_PORT) {
 };
 
 const ONE_EACH: &str = "there is another of the same family; give one IPv4 and one IPv6 address at most";
+
+fn same_text(a: &String, b: &String) -> Option<&'static str> {
+    (a == b).then_some("it is there twice; remove one")
+}
 
 fn same_family(a: &IpAddr, b: &IpAddr) -> Option<&'static str> {
     (a.is_ipv4() == b.is_ipv4()).then_some(ONE_EACH)

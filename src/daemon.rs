@@ -2,13 +2,20 @@
 //!
 //! Start: lock, node list, underlay, clashes, device, host, workers, admin socket. Then one loop waits for signals, the
 //! node list, changes of the host, and workers that end; whatever happens, the whole desired state is worked out anew and
-//! put into effect.
+//! put into effect. The list is a file's, or a cluster's (`membership`), whose first one may be long in coming.
 
+pub mod ask;
+mod attach;
 mod data_plane;
+mod kept;
+mod lives;
 mod logging;
+mod member;
+mod membership;
+mod supervisor;
 mod view;
+mod why;
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener};
@@ -23,35 +30,44 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use self::data_plane::{DataPlane, Parts};
+use self::lives::Lives;
 use self::logging::Logging;
+use self::membership::{Inbox, Membership, ends};
+pub use self::membership::{Join, has_joined};
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
 use crate::admin::socket::{AdminSocket, SocketOptions};
 use crate::config::load::Loader;
-use crate::config::{Config, NodeIp, Workers};
+use crate::config::{Bfd, Config, Encryption, NodeIp, Workers};
+use crate::control::known::Known;
 use crate::control::nodes_file;
 use crate::control::plan::{Carrier, Plan, plan};
 use crate::control::reconcile::{Verdict, judge};
 use crate::control::source::NodesFile;
-use crate::engine::stats::{PeerStats, Stats};
-use crate::engine::tables::Tables;
+use crate::engine::stats::Stats;
+use crate::engine::tables::{Local, Tables};
+use crate::engine::tunnel::Identity;
+use crate::health::machine::Timers;
+use crate::health::peer::Settings;
 use crate::host::{self, Desired, Host, HostError, Preflight, Underlay, Watch, union};
-use crate::node::{Node, NodeList, NodeName};
+use crate::key::file::{self as key_file, KeyFileError};
+use crate::node::{Node, NodeList};
 
 /// How often the node list file is looked at.
 const POLL: Duration = Duration::from_millis(500);
 /// How often what failed is tried again, and slow counters are read.
 const TICK: Duration = Duration::from_secs(1);
 
-/// Runs the data plane until it is told to stop. `loader` reads the configuration again at SIGHUP.
-pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
+/// Runs the data plane until it is told to stop: with the peers of a nodes-file, or as a member of a cluster. `loader`
+/// reads the configuration again at SIGHUP.
+pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::Result<()> {
     let logging = Logging::start(&config);
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let (ended, mut workers_ended) = mpsc::unbounded_channel();
 
-    let mut daemon = Daemon::start(config, ended).await?;
+    let (mut daemon, mut inbox) = Daemon::start(config, join, ended).await?;
     let options = &daemon.config;
     let socket =
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
@@ -63,11 +79,19 @@ pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
     let mut tick = interval(TICK);
     poll.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    tracing::info!("ready");
-    loop {
+    if daemon.begun {
+        tracing::info!("ready");
+    }
+    let leaving = loop {
         tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
+            _ = terminate.recv() => break None,
+            _ = interrupt.recv() => break None,
+            Some(leaving) = next(&mut inbox.leave) => break Some(leaving),
+            Some(news) = next(&mut inbox.news) => {
+                if let Some(inbox) = &mut inbox.news {
+                    daemon.heard(news, inbox).await;
+                }
+            }
             _ = hangup.recv() => daemon.reload(&loader, &logging).await,
             () = daemon.shared.accept.notified() => daemon.accept().await,
             _ = poll.tick() => daemon.poll_nodes().await,
@@ -79,11 +103,25 @@ pub async fn run(config: Config, loader: Loader) -> anyhow::Result<()> {
                 daemon.workers_ended(&why).await;
             }
         }
+    };
+    match leaving {
+        Some(leaving) => {
+            leaving.done.send(daemon.leave().await).ok();
+            sleep(Duration::from_millis(100)).await; // for the answer to reach who asked
+        }
+        None => daemon.stop().await,
     }
     admin.abort();
     admin.await.ok();
-    daemon.stop();
     Ok(())
+}
+
+/// What comes next, where anything comes from there at all.
+async fn next<T>(inbox: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
+    match inbox {
+        Some(inbox) => inbox.recv().await,
+        None => None,
+    }
 }
 
 /// An error and its causes in one line; a cause that the error itself quotes is not said twice.
@@ -131,14 +169,25 @@ impl Lock {
     }
 }
 
+/// Where node lists come from.
+enum Source {
+    File(NodesFile),
+    Members(Membership),
+    /// Nowhere any more.
+    None,
+}
+
 struct Daemon {
     config: Config,
     host: Host,
-    nodes_file: NodesFile,
+    source: Source,
     shared: Arc<Shared>,
-    known: HashMap<NodeName, Arc<PeerStats>>,
+    known: Known,
+    lives: Lives,
     underlays: Vec<Underlay>,
     desired: Desired,
+    /// Whether a node list is in effect.
+    begun: bool,
     plane: Option<DataPlane>,
     ended: mpsc::UnboundedSender<String>,
     /// Tables that a worker may still hold: the last owner frees them, and that must not be a worker.
@@ -148,55 +197,122 @@ struct Daemon {
 }
 
 impl Daemon {
-    async fn start(config: Config, ended: mpsc::UnboundedSender<String>) -> anyhow::Result<Self> {
+    async fn start(
+        config: Config,
+        join: Option<Join>,
+        ended: mpsc::UnboundedSender<String>,
+    ) -> anyhow::Result<(Self, Inbox)> {
+        let config = if join.is_some() { config.of_member() } else { config };
         let tun = config.tun.as_str().to_owned();
         let lock = Lock::take(&tun)?;
         let host = Host::open()?;
-        let path = config.nodes_file.clone().ok_or_else(|| anyhow!("no nodes-file is set"))?;
-        let mut nodes_file = NodesFile::new(path, config.port);
-        let list = nodes_file.load()?;
-        let own =
-            nodes_file::own(&list, &config.node_name).with_context(|| nodes_file.path().display().to_string())?.clone();
-        let underlays = resolve(&host, &config, &own).await?;
-
         let workers = match config.workers {
             Workers::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(64),
             Workers::Fixed(workers) => usize::from(workers.get()),
         };
-        let mut known = HashMap::new();
-        let plan = plan(&config, &list, &own, &carriers(&underlays), &mut known, workers)?;
-        plan.carries_its_ipv6()?;
-        let desired = desired(&tun, &plan);
-        host.preflight(&Preflight {
-            tun: tun.clone(),
-            port: config.port.get(),
-            node_ips: underlays.iter().map(|underlay| underlay.ip).collect(),
-            prefixes: desired.routes.clone(),
-            own_subnets: plan.own_subnets.clone(),
-        })
-        .await?;
-
-        let stats = Stats::new(workers);
-        let port = config.port.get();
-        let tables = Tables::empty(plan.local.clone());
-        let shared = Arc::new(Shared::new(config.node_name.clone(), tun, port, tables, stats));
+        let mac = config.node_name.derived_mac();
+        let local = Local {
+            mac,
+            vni: config.vni,
+            subnets: Vec::new(),
+            addresses: Vec::new(),
+            mtu: 0,
+            identity: None,
+            former_identity: None,
+        };
+        let (tables, stats) = (Tables::empty(local), Stats::new(workers));
+        let mut shared = Shared::new(config.node_name.clone(), tun.clone(), config.port.get(), tables, stats);
+        let (ends, inbox) = match &join {
+            Some(join) => {
+                let (ends, view, inbox) = ends(join.role);
+                shared.member = Some(view);
+                (Some(ends), inbox)
+            }
+            None => (None, Inbox::default()),
+        };
         let mut daemon = Daemon {
-            config,
             host,
-            nodes_file,
-            shared,
-            known,
-            underlays,
-            desired,
+            source: Source::None,
+            shared: Arc::new(shared),
+            known: Known::new(workers, None).watching(watching(&config), getrandom::u32().unwrap_or(1)),
+            lives: Lives::default(),
+            underlays: Vec::new(),
+            desired: Desired { tun, mtu: 0, addresses: Vec::new(), routes: Vec::new(), own_subnets: Vec::new() },
+            begun: false,
             plane: None,
             ended,
             retired: Vec::new(),
             tun_drops_before: None,
             _lock: lock,
+            config,
         };
-        daemon.publish(plan, &list, &own);
-        daemon.start_plane().await?;
-        Ok(daemon)
+        match join.zip(ends) {
+            Some((join, ends)) => daemon.start_member(join, ends).await?,
+            None => daemon.start_static().await?,
+        }
+        Ok((daemon, inbox))
+    }
+
+    /// A start by a nodes-file, in which everything has to be right.
+    async fn start_static(&mut self) -> anyhow::Result<()> {
+        let path = self.config.nodes_file.clone().ok_or_else(|| anyhow!("no nodes-file is set"))?;
+        let mut nodes_file = NodesFile::new(path, self.config.port);
+        let list = nodes_file.load()?;
+        nodes_file::own(&list, &self.config.node_name).with_context(|| nodes_file.path().display().to_string())?;
+        self.source = Source::File(nodes_file);
+        self.begin(&list).await?;
+        self.start_plane().await
+    }
+
+    /// A start as a member: by the kept list, or with none until the servers send it.
+    async fn start_member(&mut self, join: Join, ends: membership::Ends) -> anyhow::Result<()> {
+        // the key comes before the list, since others learn it from us
+        let nobody = Node::named(self.config.node_name.clone());
+        self.known.set_identity(identity(&self.config, &nobody, self.shared.stats.workers())?);
+        match resolve(&self.host, &self.config, None).await {
+            Ok(underlays) => self.underlays = underlays,
+            Err(error) => self.shared.problem(Concern::Underlay, told(&error)),
+        }
+        self.host.preflight(&self.preflight()).await?;
+        self.source = Source::Members(Membership::start(&self.config, join, ends, &self.shared));
+        self.begin_as_kept().await;
+        if !self.begun && !self.shared.has_problem(Concern::Joining) {
+            self.shared.waits(Concern::Joining, "no node list yet: waiting for mesh-sidecar".to_owned());
+        }
+        self.say_hello();
+        Ok(())
+    }
+
+    /// What goes through the mesh or nowhere, whether a node has it or not.
+    fn cluster_prefixes(&self, list: &NodeList) -> Vec<IpNet> {
+        match &self.source {
+            Source::Members(members) => members.prefixes(list),
+            Source::File(_) | Source::None => Vec::new(),
+        }
+    }
+
+    fn preflight(&self) -> Preflight {
+        Preflight {
+            tun: self.desired.tun.clone(),
+            port: self.config.port.get(),
+            node_ips: self.underlays.iter().map(|underlay| underlay.ip).collect(),
+            prefixes: self.desired.routes.clone(),
+            own_subnets: self.desired.own_subnets.clone(),
+        }
+    }
+
+    /// Puts the first list into effect, except for the data plane itself.
+    async fn begin(&mut self, list: &NodeList) -> anyhow::Result<()> {
+        let own = nodes_file::own(list, &self.config.node_name)?.clone();
+        self.underlays = resolve(&self.host, &self.config, Some(&own)).await?;
+        self.known.set_identity(identity(&self.config, &own, self.shared.stats.workers())?);
+        let plan = plan(&self.config, list, &own, &carriers(&self.underlays), &mut self.known)?;
+        plan.carries_its_ipv6()?;
+        self.desired = desired(&self.shared.tun, &plan, self.cluster_prefixes(list));
+        self.host.preflight(&self.preflight()).await?;
+        self.publish(plan, list, &own);
+        self.begun = true;
+        Ok(())
     }
 
     /// Opens device and sockets, sets up the host, and lets the workers begin.
@@ -238,6 +354,7 @@ impl Daemon {
             tracing::warn!("{warning}");
         }
         warn_of_own_entry(own, &self.underlays, &self.config);
+        attach::attach(&self.config, &plan, &self.shared);
         *lock(&self.shared.overlay) = plan.overlay;
         let tables = Arc::new(Tables::new(plan.local, plan.peers));
         self.retired.push(self.shared.tables.swap(tables));
@@ -251,8 +368,15 @@ impl Daemon {
             Ok(own) => own.clone(),
             Err(error) => return self.shared.problem(Concern::Nodes, error.to_string()),
         };
-        let workers = self.shared.stats.workers();
-        let plan = match plan(&self.config, list, &own, &carriers(&self.underlays), &mut self.known, workers) {
+        match identity(&self.config, &own, self.shared.stats.workers()) {
+            Ok(identity) => {
+                if self.known.set_identity(identity) {
+                    self.say_hello();
+                }
+            }
+            Err(error) => return self.shared.problem(Concern::Plan, told(&anyhow!(error))),
+        }
+        let plan = match plan(&self.config, list, &own, &carriers(&self.underlays), &mut self.known) {
             Ok(plan) => plan,
             Err(error) => return self.shared.problem(Concern::Plan, error.to_string()),
         };
@@ -260,7 +384,12 @@ impl Daemon {
             Ok(()) => self.shared.settled(Concern::Plan),
             Err(error) => self.shared.problem(Concern::Plan, format!("{error}; IPv4 goes on meanwhile")),
         }
-        self.desired = desired(&self.shared.tun, &plan);
+        let desired = desired(&self.shared.tun, &plan, self.cluster_prefixes(list));
+        let former = std::mem::replace(&mut self.desired, desired);
+        if self.shared.has_problem(Concern::Expelled) {
+            // the list is this node alone: what is for the cluster must not leave in clear by another way
+            self.desired.routes = former.routes;
+        }
         self.publish(plan, list, &own);
         self.ensure().await;
     }
@@ -287,7 +416,9 @@ impl Daemon {
     }
 
     async fn poll_nodes(&mut self) {
-        match self.nodes_file.poll() {
+        self.lives.tell(&self.shared.tables.load());
+        let Source::File(nodes_file) = &mut self.source else { return };
+        match nodes_file.poll() {
             Ok(None) => {}
             Ok(Some(list)) => {
                 self.shared.settled(Concern::Nodes);
@@ -304,10 +435,20 @@ impl Daemon {
     async fn offer(&mut self, list: NodeList, accepted: bool) {
         let old = self.shared.list.load_full();
         if let Err(error) = nodes_file::own(&list, &self.config.node_name) {
-            let message = format!("{}: {error}; the former node list stays in use", self.nodes_file.path().display());
-            return self.shared.problem(Concern::Nodes, message);
+            let message = match &self.source {
+                Source::File(file) => format!("{}: {error}", file.path().display()),
+                Source::Members(members) => {
+                    format!("{} has no node named {}", members.origin(), self.config.node_name)
+                }
+                Source::None => return,
+            };
+            return self.shared.problem(Concern::Nodes, format!("{message}; the former node list stays in use"));
         }
-        match judge(&old, &list, &self.config.node_name, accepted) {
+        let confirmed = match &mut self.source {
+            Source::Members(members) => members.confirms(),
+            _ => false,
+        };
+        match judge(&old, &list, &self.config.node_name, accepted || confirmed) {
             Verdict::HoldBack { removed, of } => {
                 let message = format!(
                     "the new node list would remove {removed} of {of} peers, so it is held back: \
@@ -315,6 +456,9 @@ impl Daemon {
                 );
                 self.shared.problem(Concern::HeldBack, message);
                 self.shared.hold(Some(list));
+                if let Source::Members(members) = &mut self.source {
+                    members.hold();
+                }
             }
             Verdict::Apply(change) => {
                 self.shared.hold(None);
@@ -322,13 +466,27 @@ impl Daemon {
                 if !change.is_empty() {
                     tracing::info!("node list: {change}");
                 }
-                self.apply(&list).await;
+                if self.begun {
+                    self.apply(&list).await;
+                } else if let Err(error) = self.begin(&list).await {
+                    return self.shared.problem(Concern::Joining, told(&error));
+                } else {
+                    self.restart_plane().await;
+                    self.shared.settled(Concern::Joining);
+                    self.say_hello();
+                }
+                if let Source::Members(members) = &mut self.source {
+                    members.accepted();
+                }
             }
         }
     }
 
     async fn accept(&mut self) {
         if let Some(list) = self.shared.take_held() {
+            if let Source::Members(members) = &mut self.source {
+                members.release();
+            }
             self.offer(list, true).await;
         }
     }
@@ -336,25 +494,27 @@ impl Daemon {
     /// Links, addresses or routes changed, by us or by others.
     async fn host_changed(&mut self) {
         let list = self.shared.list.load_full();
-        let Ok(own) = nodes_file::own(&list, &self.config.node_name) else { return };
-        match resolve(&self.host, &self.config, own).await {
+        match resolve(&self.host, &self.config, list.get(&self.config.node_name)).await {
             Ok(underlays) => {
                 self.shared.settled(Concern::Underlay);
                 let ips = |all: &[Underlay]| all.iter().map(|underlay| underlay.ip).collect::<Vec<_>>();
                 let moved = ips(&underlays) != ips(&self.underlays);
                 let changed = carriers(&underlays) != carriers(&self.underlays);
                 self.underlays = underlays;
-                if moved {
+                self.say_hello();
+                if moved && self.begun {
                     tracing::info!("the underlay address is another now: opening the sockets anew");
                     self.restart_plane().await;
                 }
-                if changed {
+                if changed && self.begun {
                     return self.apply(&list).await;
                 }
             }
             Err(error) => self.shared.problem(Concern::Underlay, told(&error)),
         }
-        self.ensure().await;
+        if self.begun {
+            self.ensure().await;
+        }
     }
 
     async fn workers_ended(&mut self, why: &str) {
@@ -364,7 +524,7 @@ impl Daemon {
 
     async fn restart_plane(&mut self) {
         self.plane = None;
-        *lock(&self.shared.facts) = None;
+        self.shared.closed();
         let deadline = Instant::now() + TICK;
         loop {
             match self.start_plane().await {
@@ -379,19 +539,21 @@ impl Daemon {
     }
 
     async fn tick(&mut self) {
-        if self.plane.is_none() {
+        self.tick_membership().await;
+        if self.begun && self.plane.is_none() {
             self.restart_plane().await;
         }
         if self.shared.has_problem(Concern::Host) || self.shared.has_problem(Concern::Underlay) {
             self.host_changed().await;
         }
+        if self.known.retire() {
+            let list = self.shared.list.load_full();
+            self.apply(&list).await;
+        }
         if let Ok(drops) = self.host.tun_drops(&self.shared.tun).await {
-            // the device may be older than this run, and its counter with it
-            let before = *self.tun_drops_before.get_or_insert(drops);
-            if drops < before {
-                self.tun_drops_before = Some(0);
-            }
-            self.shared.tun_drops.store(drops.saturating_sub(before), Ordering::Relaxed);
+            // the device may be older than this run, and its counter with it; a new one counts from zero again
+            let before = self.tun_drops_before.replace(drops).unwrap_or(drops);
+            self.shared.tun_drops.fetch_add(drops.checked_sub(before).unwrap_or(drops), Ordering::Relaxed);
         }
         self.retired.retain(|tables| Arc::strong_count(tables) > 1);
     }
@@ -399,6 +561,7 @@ impl Daemon {
     /// SIGHUP: reads the configuration and the node list again.
     async fn reload(&mut self, loader: &Loader, logging: &Logging) {
         let new = match loader.load() {
+            Ok(new) if matches!(self.source, Source::Members(_)) => new.of_member(),
             Ok(new) => new,
             Err(error) => {
                 let error = anyhow!(error);
@@ -418,19 +581,32 @@ impl Daemon {
         if changes.live.contains(&"log") {
             logging.filter(&new.log);
         }
-        if let Some(path) = new.nodes_file.as_ref().filter(|_| changes.live.contains(&"nodes-file")) {
-            self.nodes_file = NodesFile::new(path.clone(), self.config.port);
+        let path = new.nodes_file.as_ref().filter(|_| changes.live.contains(&"nodes-file"));
+        if let (Some(path), Source::File(nodes_file)) = (path, &mut self.source) {
+            *nodes_file = NodesFile::new(path.clone(), self.config.port);
         }
         if changes.restart.is_empty() {
             self.config = new;
-            let list = self.shared.list.load_full();
-            self.apply(&list).await;
+            if let Source::Members(members) = &mut self.source {
+                if let Err(error) = members.configure(&self.config) {
+                    self.shared.problem(Concern::Config, format!("{}; the former token stays", told(&error)));
+                }
+                self.say_hello();
+            }
+            if self.begun {
+                let list = self.shared.list.load_full();
+                self.apply(&list).await;
+            }
         }
         self.poll_nodes().await;
     }
 
-    fn stop(mut self) {
+    async fn stop(mut self) {
         self.plane = None;
+        self.stop_membership().await;
+        if !self.begun {
+            return tracing::info!("stopped; nothing was set up");
+        }
         let prefixes = self.desired.routes.iter().map(ToString::to_string).collect::<Vec<_>>();
         tracing::info!(
             "stopped; {} and `unreachable` routes for {} stay, so that nothing leaves in clear by another way: \
@@ -455,26 +631,50 @@ fn shortened(all: &[String]) -> String {
 
 /// This node's underlay addresses. Without `node-ip` those of the own entry that this machine has, since that is where
 /// peers send; else those of the default route's interface.
-async fn resolve(host: &Host, config: &Config, own: &Node) -> anyhow::Result<Vec<Underlay>> {
+async fn resolve(host: &Host, config: &Config, own: Option<&Node>) -> anyhow::Result<Vec<Underlay>> {
     let given: Vec<host::NodeIp> = match &config.node_ip {
         NodeIp::Given(specs) => specs.iter().filter_map(|spec| spec.to_string().parse().ok()).collect(),
         NodeIp::Auto => {
-            let entry: Vec<_> = own.underlay_ips().map(host::NodeIp::Address).collect();
-            if let Ok(underlays) = host.underlay(&entry).await {
-                return Ok(underlays);
+            let entry: Vec<_> = own.into_iter().flat_map(Node::underlay_ips).map(host::NodeIp::Address).collect();
+            match host.underlay(&entry).await {
+                Ok(underlays) if !entry.is_empty() => return Ok(underlays),
+                _ => Vec::new(),
             }
-            Vec::new()
         }
     };
     host.underlay(&given).await.context("this node's underlay address (`node-ip`)")
+}
+
+/// This node's keys, where it needs any: made when they are missing, unless the node list knows them already.
+fn identity(config: &Config, own: &Node, workers: usize) -> Result<Option<Arc<Identity>>, KeyFileError> {
+    let wireguard = own.encryption.unwrap_or(config.encryption) == Encryption::Wireguard;
+    let path = config.private_key_path();
+    let key = match own.public_keys.is_empty() {
+        true if !wireguard => return Ok(None),
+        true => {
+            let (key, new) = key_file::load_or_make(&path)?;
+            if new {
+                tracing::info!("made a private key in {}; its public key is {}", path.display(), key.public());
+            }
+            key
+        }
+        false => key_file::load(&path)?,
+    };
+    Ok(Some(Arc::new(Identity::new(&key, workers))))
+}
+
+fn watching(config: &Config) -> Settings {
+    let Bfd { enabled, interval_ms, multiplier, vni } = config.bfd;
+    let timers = Timers { interval_us: u32::from(interval_ms) * 1000, multiplier };
+    Settings { enabled, timers, vni: vni.get() }
 }
 
 fn carriers(underlays: &[Underlay]) -> Vec<Carrier> {
     underlays.iter().map(|underlay| Carrier { ip: underlay.ip, mtu: underlay.mtu }).collect()
 }
 
-fn desired(tun: &str, plan: &Plan) -> Desired {
-    let routes: Vec<IpNet> = union(plan.subnets.iter().copied());
+fn desired(tun: &str, plan: &Plan, cluster: Vec<IpNet>) -> Desired {
+    let routes: Vec<IpNet> = union(plan.subnets.iter().copied().chain(cluster));
     Desired {
         tun: tun.to_owned(),
         mtu: plan.mtu,

@@ -8,9 +8,14 @@
 //! | [`control`] | where node lists come from, what a new one changes, what it means for this node |
 //! | [`wire`] | what bytes mean |
 //! | [`engine`] | the two journeys of a packet |
+//! | [`health`] | whether peers are alive |
 //! | [`io`], [`sys`] | descriptors, threads, time; system calls |
 //! | [`host`] | device, addresses, routes and clashes through netlink |
+//! | [`membership`] | who is a member: tokens, keys, node records (`mesh-sidecar`) |
 //! | [`admin`] | the unix socket and what it shows |
+//! | [`why`] | the whole way of a packet, worked out for whoever asks |
+//! | [`probe`] | ICMP echoes through the mesh (`meshctl ping`) |
+//! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
 //! | [`daemon`] | builds, connects and stops everything |
 //!
 //! Invariants, each held by a test or a lint:
@@ -28,9 +33,15 @@ pub mod admin;
 pub mod config;
 pub mod control;
 pub mod daemon;
+pub mod doctor;
 pub mod engine;
+pub mod health;
 pub mod host;
 pub mod io;
+pub mod key;
+pub mod membership;
 pub mod node;
+pub mod probe;
 pub mod sys;
+pub mod why;
 pub mod wire;

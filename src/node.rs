@@ -8,7 +8,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::key::PublicKey;
 
 /// Default UDP data port: the one that flannel and the Linux kernel's VXLAN device use, not IANA's 4789.
 pub const DEFAULT_PORT: u16 = 8472;
@@ -120,6 +123,8 @@ pub struct Vni(u32);
 impl Vni {
     /// The one that is used when nobody says another: flannel's.
     pub const DEFAULT: Vni = Vni(1);
+    /// The one for BFD when nobody says another.
+    pub const MANAGEMENT: Vni = Vni(4095);
 
     /// A VNI, or `None` above 16,777,215.
     pub fn new(vni: u32) -> Option<Self> {
@@ -130,6 +135,16 @@ impl Vni {
     pub fn get(self) -> u32 {
         self.0
     }
+}
+
+/// How packets to a node travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Encryption {
+    /// VXLAN in the clear.
+    None,
+    /// WireGuard.
+    Wireguard,
 }
 
 /// One member of the mesh, as a node list describes it.
@@ -143,9 +158,28 @@ pub struct Node {
     pub subnets: Vec<IpNet>,
     /// VTEP MAC, given or derived from the name.
     pub mac: Mac,
+    /// Its own word about encryption; without one the configuration decides.
+    pub encryption: Option<Encryption>,
+    /// Its X25519 public keys, one a lane; the first is its identity. No two nodes share one.
+    pub public_keys: Vec<PublicKey>,
+    /// Seconds between packets that keep the mapping of a NAT before it.
+    pub keepalive: Option<u16>,
 }
 
 impl Node {
+    /// A node of which only the name is known.
+    pub fn named(name: NodeName) -> Self {
+        Node {
+            mac: name.derived_mac(),
+            name,
+            underlay: Vec::new(),
+            subnets: Vec::new(),
+            encryption: None,
+            public_keys: Vec::new(),
+            keepalive: None,
+        }
+    }
+
     /// The node's underlay addresses without ports.
     pub fn underlay_ips(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.underlay.iter().map(SocketAddr::ip)

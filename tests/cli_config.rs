@@ -62,8 +62,7 @@ fn a_wrong_configuration_is_exit_2_with_place_and_fix() {
     for (text, message) in [
         ("node-name: a\nport: 70000\n", ":2:7: `port` cannot be `70000`: use a number from 1 to 65535"),
         ("node-nmae: a\n", ":1:1: unknown key `node-nmae`; did you mean `node-name`?"),
-        ("encryption: wireguard\n", "not supported by this version yet"),
-        ("server: https://x:9345\n", "`server` is not supported by this version yet"),
+        ("cluster: x\n", "`cluster` is not supported by this version yet"),
         ("port: [\n", "config.yaml:"),
     ] {
         let (_dir, config, _) = files(text, NODES);
@@ -97,6 +96,27 @@ fn a_wrong_nodes_file_is_exit_2_with_its_own_place() {
     let o = outcome(&mut meshd(&["config", "check", &config]));
     assert_eq!(o.code, 2);
     assert!(o.err.contains("cannot read the nodes-file: /nowhere/nodes.yaml: No such file"), "{}", o.err);
+}
+
+#[test]
+fn the_packaged_configuration_is_good_also_with_everything_switched_on() {
+    let packaged = include_str!("../packaging/config.yaml");
+    let all: String = packaged
+        .lines()
+        .map(|line| match line.strip_prefix('#') {
+            Some(key) if key.starts_with(|c: char| c.is_ascii_lowercase()) && key.contains(": ") => {
+                key.to_owned() + "\n"
+            }
+            _ => line.to_owned() + "\n",
+        })
+        .filter(|line| !line.starts_with("nodes-file"))
+        .collect();
+    assert!(all.contains("\nnode-name: one"), "{all}");
+    for text in [packaged, &all] {
+        let (_dir, config, _) = files(text, NODES);
+        let o = outcome(&mut meshd(&["config", "check", &config]));
+        assert_eq!((o.code, o.err.as_str()), (0, ""), "{text}");
+    }
 }
 
 #[test]
@@ -163,4 +183,37 @@ fn every_key_is_a_flag_with_help() {
     for key in meshd::config::KEYS {
         assert!(o.out.contains(&format!("--{} <{}>", key.name, key.value)), "{}", key.name);
     }
+}
+
+#[test]
+fn an_agent_without_anything_to_join_with_is_told_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().display().to_string();
+    let agent = |more: &[&str]| {
+        let args = [&["agent", "--node-name", "a", "--data-dir", &data][..], more].concat();
+        outcome(&mut meshd(&args))
+    };
+    for (more, part) in [
+        (&[][..], "`meshctl token create` on a server prints a token; set MESHD_TOKEN"),
+        (&["--server", "https://10.9.0.1:9345"], "`server` alone lets nobody in"),
+        (&["--token", "a shared secret"], "give --server https://HOST:9345 with it"),
+        (&["--token", "mesh1AAAA"], "flag --token: `token` cannot be `…`: the token is damaged"),
+        (&["--token-file", "/nowhere/token"], "cannot read the token-file: /nowhere/token: No such file"),
+    ] {
+        let o = outcome_is_2(agent(more));
+        assert!(o.contains(part), "{more:?}: {o}");
+    }
+    let file = dir.path().join("token");
+    std::fs::write(&file, "mesh1 AAAA\n").unwrap();
+    let o = outcome_is_2(agent(&["--token-file", &file.display().to_string()]));
+    assert!(o.contains(&format!("token-file {}: the token has a blank", file.display())), "{o}");
+    let mut piped = meshd(&["agent", "--node-name", "a", "--data-dir", &data, "--token-file", "-"]);
+    let o = outcome_is_2(outcome(piped.write_stdin("mesh1AAAA\n")));
+    assert!(o.contains("token-file -: the token is damaged"), "{o}");
+}
+
+fn outcome_is_2(o: Outcome) -> String {
+    assert_eq!((o.code, o.out.as_str()), (2, ""), "{}", o.err);
+    assert_eq!(o.err.lines().count(), 1, "{}", o.err);
+    o.err
 }

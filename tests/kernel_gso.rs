@@ -318,7 +318,15 @@ fn tables(own: usize, other: usize) -> Tables {
     let subnets =
         |n: usize| vec![format!("10.71.{n}.0/24").parse().unwrap(), format!("fd71:{n}::/64").parse().unwrap()];
     let mac = |n: usize| Mac([2, 0, 0, 0, 0, n as u8]);
-    let local = Local { mac: mac(own), vni: Vni::DEFAULT, subnets: subnets(own), addresses: Vec::new(), mtu: 9000 };
+    let local = Local {
+        mac: mac(own),
+        vni: Vni::DEFAULT,
+        subnets: subnets(own),
+        addresses: Vec::new(),
+        mtu: 9000,
+        identity: None,
+        former_identity: None,
+    };
     let underlay = std::net::IpAddr::from([10, 9, 0, other as u8]);
     let spec = PeerSpec {
         name: "other".parse().unwrap(),
@@ -328,6 +336,9 @@ fn tables(own: usize, other: usize) -> Tables {
         subnets: subnets(other),
         mtu: 9000,
         stats: Arc::new(PeerStats::new(1)),
+        tunnel: None,
+        former: None,
+        liveness: None,
     };
     Tables::new(local, vec![spec])
 }
@@ -355,7 +366,7 @@ fn join(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
         arena.extend([8, 0, 0, 0, 0, 0, 1, 0, 2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1]);
         arena.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
         arena.extend(packet);
-        let (source, len) = (std::net::IpAddr::from([10, 9, 0, 1]), arena.len() - at);
+        let (source, len) = (([10, 9, 0, 1], 40_000).into(), arena.len() - at);
         inn.push(
             &tables,
             1,

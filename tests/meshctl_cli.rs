@@ -12,12 +12,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use futures::FutureExt;
+use futures::future::{BoxFuture, ready};
 use meshd::admin::protocol::{
-    Encryption, NodeRole, NodeState, NodeView, PeerState, PeerView, Request, StatsView, StatusView,
+    Encryption, ForeignView, KeysView, NodeRole, NodeState, NodeView, PeerState, PeerView, Request, StatsView,
+    StatusView, why,
 };
 use meshd::admin::server::{Limits, Mesh, serve_with};
 use meshd::admin::socket::{AdminSocket, SocketOptions};
-use serde_json::Value;
+use meshd::membership::link;
+use serde_json::{Value, json};
 
 #[derive(Default)]
 struct Fake {
@@ -38,6 +42,7 @@ impl Mesh for Fake {
             mac: "02:00:00:00:00:02".to_owned(),
             public_key: None,
             encryption: Encryption::None,
+            session: None,
             state: PeerState::Unknown,
             last_seen_ms: None,
             rtt_us: None,
@@ -64,8 +69,8 @@ impl Mesh for Fake {
         StatusView { node: "a".to_owned(), ready, reasons, ..StatusView::default() }
     }
 
-    fn nodes(&self) -> Vec<NodeView> {
-        vec![NodeView {
+    fn nodes(&self) -> BoxFuture<'_, Vec<NodeView>> {
+        let nodes = vec![NodeView {
             name: "a".to_owned(),
             id: "a".to_owned(),
             role: NodeRole::Agent,
@@ -76,7 +81,29 @@ impl Mesh for Fake {
             taints: vec![],
             joined_at: None,
             last_heartbeat: None,
-        }]
+            observed: None,
+        }];
+        ready(nodes).boxed()
+    }
+
+    fn keys(&self) -> KeysView {
+        let ready = self.ready.load(Ordering::Relaxed);
+        let lane_keys = if ready { vec!["LANE1=".to_owned()] } else { vec![] };
+        KeysView { public_key: ready.then(|| "PUBLIC=".to_owned()), lane_keys }
+    }
+
+    fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>> {
+        let good = self.ready.load(Ordering::Relaxed);
+        let verdict =
+            format!("{:?}", ask.flow.map(|flow| (flow.protocol.name(), flow.source_port, flow.destination_port)));
+        let finding = why::Finding {
+            kind: "no_peer".to_owned(),
+            bad: true,
+            message: verdict.clone(),
+            fix: Some("meshctl peers".to_owned()),
+        };
+        let findings = if good { vec![] } else { vec![finding] };
+        ready(Ok(why::WhyView { asked: ask.destination, good, verdict, findings, ..Default::default() })).boxed()
     }
 
     fn accept_nodes(&self) -> Result<String, String> {
@@ -85,6 +112,38 @@ impl Mesh for Fake {
         } else {
             Err("no node list is held back: nothing to accept".to_owned())
         }
+    }
+
+    fn cluster(&self, ask: link::Request) -> BoxFuture<'_, Result<Value, String>> {
+        ready(cluster(&ask)).boxed()
+    }
+
+    fn node_commands(
+        &self,
+        name: String,
+        device: String,
+        private_key_file: String,
+    ) -> BoxFuture<'_, Result<ForeignView, String>> {
+        let commands = vec![
+            format!("ip link add {device} type wireguard"),
+            format!("wg set {device} private-key {private_key_file}"),
+        ];
+        ready(Ok(ForeignView { name, commands, notes: vec!["again".to_owned()] })).boxed()
+    }
+
+    fn leave(&self, force: bool) -> BoxFuture<'_, Result<String, String>> {
+        ready(if force { Ok("left".to_owned()) } else { Err("no server answers".to_owned()) }).boxed()
+    }
+}
+
+/// Servers that take everything down: what was asked comes back inside the answer.
+fn cluster(ask: &link::Request) -> Result<Value, String> {
+    match ask {
+        link::Request::TokenCreate { .. } => Ok(json!({"token": "mesh1TOKEN", "id": "t1", "asked": ask})),
+        link::Request::TokenList => Ok(json!([{"id": "t1", "role": "agent", "uses_left": 3}])),
+        link::Request::NodeRemove { name } if name == "x" => Err("there is no node named x".to_owned()),
+        link::Request::ClusterStatus => Ok(json!({"good": true, "servers": ["https://a:9345"]})),
+        other => Ok(json!({"message": "done", "asked": other})),
     }
 }
 
@@ -211,6 +270,77 @@ fn is_root() -> bool {
 }
 
 #[test]
+fn the_public_key_stands_alone() {
+    let served = Served::new();
+    let none = served.ctl(&["key", "show"]);
+    assert_eq!((none.status.code(), out(&none)), (Some(1), ""));
+    assert!(err(&none).contains("encryption: wireguard"), "{}", err(&none));
+    let none = served.ctl(&["key", "show", "--json"]);
+    assert_eq!((none.status.code(), out(&none)), (Some(1), "{\"public_key\":null,\"lane_keys\":[]}\n"));
+    served.fake.ready.store(true, Ordering::Relaxed);
+    assert_eq!(out(&served.ctl(&["key", "show"])), "PUBLIC=\n");
+    assert_eq!(
+        json(&served.ctl(&["key", "show", "--json"])),
+        json!({"public_key": "PUBLIC=", "lane_keys": ["LANE1="]})
+    );
+}
+
+#[test]
+fn why_has_the_verdict_first_and_as_exit_code() {
+    let served = Served::new();
+    let flow = ["why", "b", "--proto", "tcp", "--sport", "4000", "--dport", "443"];
+    let bad = served.ctl(&flow);
+    assert_eq!(bad.status.code(), Some(1), "{}", err(&bad));
+    let text = out(&bad);
+    assert!(text.starts_with("BAD: Some((\"tcp\", 4000, 443))\n  fix: meshctl peers\n"), "{text}");
+    served.fake.ready.store(true, Ordering::Relaxed);
+    let good = served.ctl(&["why", "10.42.2.1"]);
+    assert_eq!(good.status.code(), Some(0), "{}", err(&good));
+    assert!(out(&good).starts_with("good: None\n"), "{}", out(&good));
+    assert_eq!(json(&served.ctl(&["why", "10.42.2.1", "--json"]))["good"], true);
+    for wrong in
+        [&["why"][..], &["why", "b", "--proto", "tcp"], &["why", "b", "--sport", "1"], &["why", "b", "--proto", "x"]]
+    {
+        assert_eq!(served.ctl(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_bugreport_has_no_secrets() {
+    let served = Served::new();
+    let dir = served.dir.path();
+    let (token, key) = ("mesh1qqqsyqcyq5rqwzqfpg9scrgwpugpzysn", "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=");
+    let (config, archive) = (dir.join("config.yaml"), dir.join("report.tar"));
+    fs::create_dir(dir.join("data")).unwrap();
+    fs::write(dir.join("data/node.key"), key).unwrap();
+    let text = format!("node-name: planted-name\ndata-dir: {}\n# {key}\ntoken: {token}\n", dir.join("data").display());
+    fs::write(&config, &text).unwrap();
+    let (archive_arg, config_arg) = (archive.to_str().unwrap(), config.to_str().unwrap());
+    let made = served.ctl(&["bugreport", "-o", archive_arg, "--config", config_arg]);
+    assert_eq!(made.status.code(), Some(0), "{}", err(&made));
+    let bytes = fs::read(&archive).unwrap();
+    let has = |what: &str| bytes.windows(what.len()).any(|window| window == what.as_bytes());
+    assert!(!has(token) && !has(key) && !has(&token[..12]) && !has(&key[..12]), "a secret is in it");
+    assert!(has("planted-name") && has("[removed]"), "positive control: the configuration is in it");
+    assert_eq!(fs::metadata(&archive).unwrap().mode() & 0o777, 0o600);
+
+    let list = Command::new("tar").arg("tf").arg(&archive).output().unwrap();
+    assert!(list.status.success(), "{}", err(&list));
+    let names = words(out(&list));
+    for name in ["status.json", "stats.json", "peers.json", "doctor.json", "doctor.txt", "config.yaml", "kernel.txt"] {
+        assert!(names.contains(format!("meshd-bugreport/{name}").as_str()), "{name}: {names:?}");
+    }
+    let status = Command::new("tar").arg("xOf").arg(&archive).arg("meshd-bugreport/status.json").output().unwrap();
+    assert_eq!(json(&status)["node"], "a");
+
+    // what meshd itself says, and without any meshd
+    let alone = ctl(&dir.join("nobody.sock"), &["bugreport", "-o", archive_arg, "--config", config_arg, "--json"]);
+    assert!(json(&alone)["contents"].as_array().unwrap().contains(&json!("doctor.txt")));
+    let nowhere = served.ctl(&["bugreport", "-o", "/does/not/exist.tar", "--config", config_arg]);
+    assert_eq!(nowhere.status.code(), Some(1), "{}", err(&nowhere));
+}
+
+#[test]
 fn people_get_tables() {
     let served = Served::new();
     served.fake.ready.store(true, Ordering::Relaxed);
@@ -236,7 +366,7 @@ fn scripts_get_the_documented_fields() {
     served.fake.ready.store(true, Ordering::Relaxed);
 
     let peers = json(&served.ctl(&["peers", "--json"]));
-    let expected = "name endpoint subnets mac public_key encryption state last_seen_ms rtt_us path_mtu \
+    let expected = "name endpoint subnets mac public_key encryption session state last_seen_ms rtt_us path_mtu \
         tx_packets tx_bytes rx_packets rx_bytes";
     assert_eq!(keys(&peers[0]), words(expected));
     assert_eq!(peers[0]["state"], "unknown");
@@ -264,12 +394,13 @@ fn scripts_get_the_documented_fields() {
     assert_eq!(stats["drops"]["wrong_vni"], 0, "reasons at 0 are listed");
 
     let status = json(&served.ctl(&["status", "--json"]));
-    let expected = "node role overlay_addresses vtep_mac public_key mtu ready reasons tun io port vni peers version";
+    let expected = "node role overlay_addresses vtep_mac public_key mtu ready reasons tun io port vni peers version \
+        membership";
     assert_eq!(keys(&status), words(expected));
     assert_eq!((&status["role"], &status["ready"]), (&Value::from("run"), &Value::from(true)));
 
     let nodes = json(&served.ctl(&["nodes", "--json"]));
-    let expected = "name id role state underlay subnets labels taints joined_at last_heartbeat";
+    let expected = "name id role state underlay subnets labels taints joined_at last_heartbeat observed";
     assert_eq!(keys(&nodes[0]), words(expected));
     assert_eq!((&nodes[0]["role"], &nodes[0]["state"]), (&Value::from("agent"), &Value::from("ready")));
 }
@@ -590,4 +721,73 @@ fn help_teaches() {
     {
         assert!(out(&output).contains(word), "{word}");
     }
+}
+
+#[test]
+fn a_token_stands_alone_on_standard_output() {
+    let served = Served::new();
+    let text = |args: &[&str]| {
+        let output = served.ctl(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{args:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(text(&["token", "create"]), "mesh1TOKEN\n");
+    assert_eq!(text(&["token", "create", "--print-join"]), "MESHD_TOKEN=mesh1TOKEN meshd agent\n");
+    assert_eq!(
+        text(&["token", "create", "--print-join", "--role", "server", "--ttl", "never", "--uses", "1", "--node", "b"]),
+        "MESHD_TOKEN=mesh1TOKEN meshd server\n"
+    );
+    let script = text(&["token", "create", "--print-script"]);
+    let checked = Command::new("sh").args(["-n", "-c", &script]).status().unwrap();
+    assert!(checked.success(), "{script}");
+    let made: Value = serde_json::from_str(&text(&["token", "create", "--json"])).unwrap();
+    assert_eq!((&made["token"], &made["id"]), (&json!("mesh1TOKEN"), &json!("t1")));
+    assert!(text(&["token", "list"]).contains("t1  agent"), "{}", text(&["token", "list"]));
+    assert!(text(&["token", "revoke", "t1"]).contains("revoked"));
+}
+
+#[test]
+fn nodes_are_changed_and_refusals_are_told() {
+    let served = Served::new();
+    for args in [&["node", "drain", "b"][..], &["node", "undrain", "b"], &["node", "remove", "b"]] {
+        let output = served.ctl(args);
+        assert_eq!(output.status.code(), Some(0), "{args:?}");
+        assert!(String::from_utf8_lossy(&output.stdout).starts_with("b is "), "{output:?}");
+    }
+    let add = [
+        "node",
+        "add",
+        "x",
+        "--underlay",
+        "10.9.0.9,fd00::9",
+        "--subnet",
+        "10.42.9.0/24",
+        "--mac",
+        "02:00:00:00:00:09",
+    ];
+    let output = served.ctl(&[&add[..], &["--json"]].concat());
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["asked"]["underlay"], json!(["10.9.0.9:8472", "[fd00::9]:8472"]));
+    assert_eq!(answer["asked"]["subnets"], json!(["10.42.9.0/24"]));
+
+    assert_eq!(answer["commands"][0], "ip link add mesh0 type wireguard");
+    let text = String::from_utf8(served.ctl(&add).stdout).unwrap();
+    assert!(text.contains("is a member") && text.contains("\n# again\nip link add mesh0"), "{text}");
+    let output = served.ctl(&["node", "commands", "x", "--device", "wg7", "--private-key-file", "/k"]);
+    let expected = "# again\nip link add wg7 type wireguard\nwg set wg7 private-key /k\n";
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "what a shell may be given");
+
+    let output = served.ctl(&["node", "remove", "x"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no node named x"), "{output:?}");
+    for wrong in [&["node", "add", "x"][..], &["token", "create", "--role", "boss"], &["token", "create", "--ttl", "x"]]
+    {
+        assert_eq!(served.ctl(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+    assert_eq!(served.ctl(&["cluster", "status"]).status.code(), Some(0));
+    assert_eq!(served.ctl(&["leave"]).status.code(), Some(1));
+    let left = served.ctl(&["leave", "--force", "--json"]);
+    assert_eq!(left.status.code(), Some(0));
+    assert_eq!(serde_json::from_slice::<Value>(&left.stdout).unwrap()["left"], json!(true));
 }

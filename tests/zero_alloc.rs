@@ -12,8 +12,13 @@ use meshd::engine::coalesce::Accepts;
 use meshd::engine::inbound::{Inbound, Received};
 use meshd::engine::outbound::{HEADROOM, Outbound, Sent};
 use meshd::engine::stats::Stats;
-use meshd::engine::tables::Tables;
-use meshd::engine::testing::{ALL, Buffer, Check, Facts, Sending, bytes_of, mesh, payload, tcp, udp};
+use meshd::engine::tables::{PeerIndex, Tables};
+use meshd::engine::testing::{
+    ALL, Buffer, Check, Facts, Sending, bytes_of, connect, encrypted_mesh, mesh, payload, tcp, udp, watched,
+};
+use meshd::engine::tunnel::{Outbox, Policy};
+use meshd::engine::vigil::Vigil;
+use meshd::health::peer::Verdict;
 use meshd::wire::vnet_hdr::{self, VnetHdr};
 use zerocopy::IntoBytes;
 
@@ -207,8 +212,14 @@ fn receive(inbound: &mut Inbound, tables: &Tables, buffers: &[Buffer], arena: &m
         let len = bytes.len();
         let Some(room) = arena.get_mut(at..at + len) else { continue };
         room.copy_from_slice(bytes);
-        let received =
-            Received { at, len, segment_len: *segment_len, source: *source, tos: *tos, truncated: *truncated };
+        let received = Received {
+            at,
+            len,
+            segment_len: *segment_len,
+            source: (*source, 40_000).into(),
+            tos: *tos,
+            truncated: *truncated,
+        };
         inbound.push(tables, 1, arena, received);
         at += len;
     }
@@ -217,4 +228,111 @@ fn receive(inbound: &mut Inbound, tables: &Tables, buffers: &[Buffer], arena: &m
     let written = inbound.units().len();
     inbound.clear();
     written
+}
+
+#[test]
+fn neither_journey_of_an_encrypted_packet_allocates() {
+    for lanes in [1, 2] {
+        let policy = meshd::engine::tunnel::Policy::Required;
+        let [a, b] = [1, 2].map(|node| encrypted_mesh(node, lanes, policy));
+        connect(&a, &b);
+        let mut outbound = Outbound::new(Stats::new(1), 0, 8);
+        let mut inbound = Inbound::new(Stats::new(1), 0, ALL);
+        let facts = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(60_000)) };
+        let small = udp(true, 1, 2, payload(64)).bytes();
+        let frames = [(facts.gso(1300), facts.bytes()), (VnetHdr::default(), small)];
+        let (mut arena, mut wire) = (vec![0; 1 << 18], vec![0; 1 << 18]);
+        let mut written = 0;
+        let mut run = |batches: usize| {
+            for _ in 0..batches {
+                let mut at = 64;
+                for (vnet, packet) in &frames {
+                    let end = at + vnet_hdr::HEADER_LEN + packet.len();
+                    arena[at..at + vnet_hdr::HEADER_LEN].copy_from_slice(vnet.as_bytes());
+                    arena[at + vnet_hdr::HEADER_LEN..end].copy_from_slice(packet);
+                    outbound.push(&a, 0, &mut arena, at, end - at);
+                    at = (end + HEADROOM).next_multiple_of(64);
+                }
+                let mut end = 0;
+                for run in outbound.batch().runs() {
+                    let start = end;
+                    for piece in run.pieces() {
+                        let bytes = piece.of(&arena, outbound.batch().slab());
+                        wire[end..end + bytes.len()].copy_from_slice(bytes);
+                        end += bytes.len();
+                    }
+                    let (len, source) = (end - start, ([10, 9, 0, 1], 8472).into());
+                    let segment_len = (run.segments > 1).then_some(run.segment_len);
+                    let received = Received { at: start, len, segment_len, source, tos: 0, truncated: false };
+                    inbound.push(&b, 0, &mut wire, received);
+                    outbound.sent(&a, run, Sent::All);
+                }
+                outbound.clear();
+                inbound.finish(&mut wire);
+                inbound.units().iter().for_each(|unit| inbound.written(unit, true));
+                written += inbound.units().len();
+                inbound.clear();
+            }
+        };
+        run(4);
+        assert_eq!(allocations(|| run(BATCHES)), 0, "{lanes} lanes");
+        assert_eq!(written, 2 * (BATCHES + 4), "a super-packet and a small one each time");
+    }
+}
+
+/// One end of a pair that asks each other whether it lives.
+struct Watcher {
+    tables: Tables,
+    vigil: Vigil,
+    inbound: Inbound,
+    outbound: Outbound,
+    outbox: Outbox,
+    heard: Vec<PeerIndex>,
+}
+
+#[test]
+fn who_is_watched_for_long_allocates_nothing() {
+    for encrypted in [false, true] {
+        let tables = |own| watched(&if encrypted { encrypted_mesh(own, 1, Policy::Required) } else { mesh(own) });
+        let mut pair = [1, 2].map(|own| Watcher {
+            tables: tables(own),
+            vigil: Vigil::new(0, 1),
+            inbound: Inbound::new(Stats::new(1), 0, ALL),
+            outbound: Outbound::new(Stats::new(1), 0, 1),
+            outbox: Outbox::default(),
+            heard: Vec::with_capacity(8),
+        });
+        if encrypted {
+            connect(&pair[0].tables, &pair[1].tables);
+        }
+        let address = |watcher: &Watcher| watcher.tables.local().addresses[0];
+        let peer = pair[0].tables.source(address(&pair[1])).unwrap();
+        pair[0].tables.liveness(peer).unwrap().set_neighbour(true);
+        let mut datagram = Vec::with_capacity(256);
+        let mut talk = |from_ms: u64, to_ms: u64| {
+            for now_ms in from_ms..to_ms {
+                for _ in 0..2 {
+                    pair.reverse();
+                    let [from, to] = &mut pair;
+                    let (ours, theirs, now_us) = (address(from), address(to), now_ms * 1000);
+                    std::mem::swap(&mut from.heard, from.inbound.heard());
+                    from.vigil.turn(&from.tables, now_us, Some(now_us), &mut from.heard, 1, &mut from.outbox);
+                    for (letter, bytes) in from.outbox.letters().filter(|(letter, _)| letter.to.ip() == theirs) {
+                        datagram.clear();
+                        datagram.extend_from_slice(bytes);
+                        let source = std::net::SocketAddr::new(ours, letter.to.port());
+                        let len = bytes.len();
+                        let received = Received { at: 0, len, segment_len: None, source, tos: 0, truncated: false };
+                        to.inbound.push(&to.tables, now_ms, &mut datagram, received);
+                    }
+                    from.outbound.post(&mut from.outbox);
+                    from.outbound.clear();
+                }
+            }
+        };
+        talk(1_000, 8_000);
+        let asked = allocations(|| talk(8_000, 20_000));
+        assert_eq!(pair[0].tables.liveness(peer).unwrap().verdict(), Verdict::Up, "positive control");
+        assert_eq!(asked, 0, "encrypted: {encrypted}");
+    }
 }

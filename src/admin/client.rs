@@ -15,12 +15,17 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{
-    Answer, ErrorCode, ErrorView, NodeView, Outcome, PeerView, Request, StatsView, StatusView, VERSION,
+    Answer, ErrorCode, ErrorView, ForeignView, KeysView, NodeView, Outcome, PeerView, Request, StatsView, StatusView,
+    VERSION, why,
 };
 use super::socket::group_name;
+use crate::membership::link;
 
 /// How long a connect, a write or a read may take.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long an answer of the servers may take: more than meshd itself waits.
+const CLUSTER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The longest answer: what a hundred thousand peers need, several times over.
 const MAX_ANSWER: u64 = 256 << 20;
@@ -140,9 +145,40 @@ impl Client {
         self.ask(&Request::Nodes)
     }
 
+    /// This node's public keys.
+    pub fn keys(&self) -> Result<KeysView, ClientError> {
+        self.ask(&Request::Keys)
+    }
+
+    /// The whole way of a packet.
+    pub fn why(&self, ask: why::Ask) -> Result<why::WhyView, ClientError> {
+        self.patient().ask(&Request::Why { ask })
+    }
+
     /// Lets a held-back node list through; the sentence says what happened.
     pub fn accept_nodes(&self) -> Result<String, ClientError> {
         self.ask(&Request::NodesAccept)
+    }
+
+    /// What the servers answer.
+    pub fn cluster<T: DeserializeOwned>(&self, ask: link::Request) -> Result<T, ClientError> {
+        self.patient().ask(&Request::Cluster { ask })
+    }
+
+    /// What a foreign member has to run to be one.
+    pub fn node_commands(&self, name: &str, device: &str, private_key_file: &str) -> Result<ForeignView, ClientError> {
+        let (name, device, key) = (name.to_owned(), device.to_owned(), private_key_file.to_owned());
+        self.patient().ask(&Request::NodeCommands { name, device, private_key_file: key })
+    }
+
+    /// Leaves the cluster; the sentence says what happened.
+    pub fn leave(&self, force: bool) -> Result<String, ClientError> {
+        self.patient().ask(&Request::Leave { force })
+    }
+
+    /// The servers may be far away, and meshd waits for them longer than we for it.
+    fn patient(&self) -> Self {
+        self.clone().with_timeout(self.timeout.max(CLUSTER_TIMEOUT))
     }
 
     fn ask<T: DeserializeOwned>(&self, request: &Request) -> Result<T, ClientError> {

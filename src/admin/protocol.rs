@@ -11,12 +11,16 @@
 //! <- {"version":1,"error":{"code":"denied","message":"…"}}
 //! ```
 
+pub mod why;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::membership::link;
 
 /// The protocol that this release speaks. It changes only when an old reader would misunderstand a new answer.
 pub const VERSION: u32 = 1;
@@ -37,20 +41,61 @@ pub enum Request {
     Status,
     /// The node list, this node included: `Vec<NodeView>`.
     Nodes,
+    /// This node's public keys: `KeysView`.
+    Keys,
+    /// The whole way of a packet: `WhyView`.
+    Why {
+        /// Which packet.
+        ask: why::Ask,
+    },
     /// Let a held-back node list through: a sentence that says what happened.
     NodesAccept,
+    /// Something for the servers to answer, as JSON.
+    Cluster {
+        /// What.
+        ask: link::Request,
+    },
+    /// What a foreign member has to run to be one: `ForeignView`.
+    NodeCommands {
+        /// Which.
+        name: String,
+        /// What the interface there is to be called.
+        device: String,
+        /// Where the private key of a WireGuard peer lies there.
+        private_key_file: String,
+    },
+    /// Leave the cluster, take device and routes away, and stop: a sentence that says what happened.
+    Leave {
+        /// Also where no server can be told.
+        force: bool,
+    },
 }
 
 impl Request {
     /// The names of all requests, as they stand on the wire.
-    pub const NAMES: [&'static str; 5] = ["peers", "stats", "status", "nodes", "nodes-accept"];
+    pub const NAMES: [&'static str; 10] =
+        ["peers", "stats", "status", "nodes", "keys", "why", "nodes-accept", "cluster", "node-commands", "leave"];
 
     /// Whether the request changes anything, and therefore needs more than the permission to connect.
     pub fn changes(&self) -> bool {
         match self {
-            Request::Peers | Request::Stats | Request::Status | Request::Nodes => false,
-            Request::NodesAccept => true,
+            Request::Peers | Request::Stats | Request::Status | Request::Nodes | Request::Keys => false,
+            Request::Why { .. } | Request::NodeCommands { .. } => false,
+            Request::Cluster {
+                ask: link::Request::Nodes | link::Request::TokenList | link::Request::ClusterStatus,
+            } => false,
+            Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }
+    }
+
+    /// What it is called on the wire; of a question for the servers, what that is called.
+    pub fn name(&self) -> String {
+        let tag = |document: Value, tag: &str| document.get(tag).and_then(Value::as_str).map(str::to_owned);
+        match self {
+            Request::Cluster { ask } => serde_json::to_value(ask).ok().and_then(|ask| tag(ask, "op")),
+            other => serde_json::to_value(other).ok().and_then(|request| tag(request, "request")),
+        }
+        .unwrap_or_default()
     }
 
     /// The request as a line, newline included.
@@ -146,16 +191,7 @@ pub enum ErrorCode {
     Other,
 }
 
-/// Whether datagrams to a peer are encrypted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Encryption {
-    /// VXLAN in the clear.
-    #[default]
-    None,
-    /// WireGuard.
-    Wireguard,
-}
+pub use crate::node::Encryption;
 
 /// What liveness says of a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -185,6 +221,9 @@ pub struct PeerView {
     pub public_key: Option<String>,
     /// How datagrams to it are protected.
     pub encryption: Encryption,
+    /// Its WireGuard session, where it is encrypted.
+    #[serde(default)]
+    pub session: Option<SessionView>,
     /// What liveness says.
     pub state: PeerState,
     /// Age of the last datagram from it.
@@ -201,6 +240,22 @@ pub struct PeerView {
     pub rx_packets: u64,
     /// Inner bytes received from it.
     pub rx_bytes: u64,
+}
+
+/// A WireGuard session with a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SessionView {
+    /// Age of the last handshake, while there is a session.
+    pub handshake_age_ms: Option<u64>,
+    /// Lanes that there are between the two nodes.
+    pub lanes: usize,
+    /// Those that have a session.
+    pub lanes_up: usize,
+    /// Packets that wait for one.
+    pub waiting: usize,
+    /// Handshakes that were started since the last session, and not answered.
+    #[serde(default)]
+    pub unanswered: u32,
 }
 
 /// What crossed one side: `rx` is what meshd read from it, `tx` what it wrote. A super-packet counts as its segments.
@@ -347,6 +402,86 @@ pub struct StatusView {
     pub peers: u64,
     /// meshd's release.
     pub version: String,
+    /// How membership fares, for a server or an agent.
+    #[serde(default)]
+    pub membership: Option<MembershipView>,
+}
+
+/// This node's public keys. The private one is nobody's but meshd's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct KeysView {
+    /// The node's identity, and the key of its first lane; `None` where nothing is encrypted.
+    pub public_key: Option<String>,
+    /// Those of its further lanes, as `lane-keys` in a nodes-file has them.
+    pub lane_keys: Vec<String>,
+}
+
+/// How membership fares.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct MembershipView {
+    /// Whether this node has joined, now or earlier.
+    pub joined: bool,
+    /// Whether a server answers now.
+    pub connected: bool,
+    /// Which one.
+    pub server: Option<String>,
+    /// All known servers.
+    pub servers: Vec<String>,
+    /// What is wrong, and what to do.
+    pub problem: Option<String>,
+    /// The cluster's id, once there is a node list.
+    pub cluster: Option<String>,
+    /// The revision of the node list in use.
+    pub revision: Option<u64>,
+}
+
+/// A token that was made. It is shown this once: servers keep only a hash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenMade {
+    /// The token itself.
+    pub token: String,
+    /// What `token list` and `token revoke` call it.
+    pub id: String,
+}
+
+/// What a foreign member has to run to be one.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ForeignView {
+    /// Its name.
+    pub name: String,
+    /// One shell command each, to be run there as root in this order; they may run again.
+    pub commands: Vec<String>,
+    /// What a person should know: a sentence each.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// A token, without what makes it one.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TokenView {
+    /// For `token revoke`.
+    pub id: String,
+    /// What a node that joins with it becomes.
+    #[serde(default)]
+    pub role: Option<String>,
+    /// The one node that it is for.
+    #[serde(default)]
+    pub node: Option<String>,
+    /// RFC 3339; `None`: never.
+    #[serde(default)]
+    pub expires_at: Option<String>,
+    /// `None`: unlimited.
+    #[serde(default)]
+    pub uses_left: Option<u64>,
+    /// RFC 3339.
+    #[serde(default)]
+    pub created_at: Option<String>,
+    /// Nobody joins with it any more.
+    #[serde(default)]
+    pub revoked: bool,
+    /// Where it came from.
+    #[serde(default)]
+    pub description: Option<String>,
 }
 
 /// What a node is in its cluster.
@@ -398,6 +533,9 @@ pub struct NodeView {
     pub joined_at: Option<String>,
     /// When it last reported.
     pub last_heartbeat: Option<String>,
+    /// The address that the servers see it connect from.
+    #[serde(default)]
+    pub observed: Option<String>,
 }
 
 #[cfg(test)]
@@ -407,13 +545,43 @@ mod tests {
     #[test]
     fn a_request_survives_the_wire() {
         assert_eq!(Request::Peers.to_line().unwrap(), "{\"version\":1,\"request\":\"peers\"}\n");
-        let all = [Request::Peers, Request::Stats, Request::Status, Request::Nodes, Request::NodesAccept];
+        let all = [
+            Request::Peers,
+            Request::Stats,
+            Request::Status,
+            Request::Nodes,
+            Request::Keys,
+            Request::Why { ask: why::Ask { destination: "b".to_owned(), flow: None } },
+            Request::NodesAccept,
+            Request::Cluster { ask: link::Request::TokenRevoke { id: "x".to_owned() } },
+            Request::NodeCommands {
+                name: "k".to_owned(),
+                device: "mesh0".to_owned(),
+                private_key_file: "/key".to_owned(),
+            },
+            Request::Leave { force: true },
+        ];
         for (request, name) in all.iter().zip(Request::NAMES) {
             let line = request.to_line().unwrap();
             assert!(line.contains(&format!("\"{name}\"")), "{line}");
             assert_eq!(Request::from_line(line.as_bytes()).as_ref(), Ok(request));
         }
         assert_eq!(all.len(), Request::NAMES.len());
+    }
+
+    #[test]
+    fn looking_is_told_from_changing() {
+        let cluster = |ask| Request::Cluster { ask };
+        assert!(!cluster(link::Request::TokenList).changes() && !cluster(link::Request::ClusterStatus).changes());
+        assert!(cluster(link::Request::Leave).changes() && Request::Leave { force: false }.changes());
+        assert!(cluster(link::Request::NodeRemove { name: "a".to_owned() }).changes());
+        let create = link::Request::TokenCreate {
+            role: crate::membership::record::Role::Agent,
+            ttl: None,
+            uses: None,
+            node: None,
+        };
+        assert!(cluster(create).changes());
     }
 
     #[test]

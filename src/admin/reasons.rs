@@ -6,12 +6,19 @@
 pub fn explain(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "no_route" => "no node has the destination in its subnets: check the destination, or the node list",
+        "peer_down" => {
+            "the peer does not answer, so the sender was told at once: see whether that node runs and is reached"
+        }
         "packet_too_big" => {
             "larger than the path to the peer: the sender was told; if it goes on, let ICMP through, or lower `mtu`"
         }
         "malformed_packet" => "an application sent something that is no valid IP packet: look at raw-socket users here",
         "multicast" => {
             "multicast and broadcast do not cross the mesh: use unicast (mDNS, DHCP and the like stay local)"
+        }
+        "rogue_icmp_out" => "a workload here sent an ICMP redirect or a router advertisement: look at raw-socket users",
+        "rogue_icmp_in" => {
+            "a peer let an ICMP redirect or a router advertisement through, which meshd does not: look at that node"
         }
         "unknown_source" => {
             "a datagram from an address that is no member's: a node missing from the list, NAT between nodes, or a \
@@ -31,6 +38,28 @@ pub fn explain(reason: &str) -> Option<&'static str> {
         }
         "inner_destination_not_ours" => {
             "the packet inside is for another node: the sender's node list is older than ours, or differs"
+        }
+        "no_session" => {
+            "an encrypted peer did not answer a handshake in 5 s: it is down, its key in the list is another, or UDP is \
+             blocked"
+        }
+        "wireguard_malformed" => "a WireGuard message of a wrong length: garbage, or a stranger",
+        "wireguard_unknown_session" => {
+            "encrypted for a session that is gone, as after a restart: a new one is made by itself; if it goes on, a \
+             stranger sends"
+        }
+        "wireguard_not_authentic" => "forged or damaged on the way: somebody interferes, or a NIC corrupts",
+        "wireguard_replayed" => "the same message again, or far too late: a duplicating network, or a replay",
+        "handshake_refused" => {
+            "a handshake by a key that is no member's, or for another key than ours: compare `meshctl key show` with \
+             the node lists"
+        }
+        "handshake_replayed" => {
+            "a handshake older than the last one: a replay, or that peer's clock was set back (we start one ourselves)"
+        }
+        "handshake_limited" => "more than 50 handshakes a second from one address: a flood",
+        "clear_from_encrypted_peer" => {
+            "VXLAN in the clear from a peer that is to be encrypted: its configuration differs, or somebody forges"
         }
         "udp_send_failed" => {
             "the kernel refused the datagram: check the underlay's route and the firewall's output rules"
@@ -53,10 +82,11 @@ mod tests {
 
     #[test]
     fn known_reasons_have_one_line_and_others_none() {
-        let known = "no_route packet_too_big malformed_packet multicast unknown_source truncated_datagram \
+        let known = "no_route peer_down packet_too_big malformed_packet multicast rogue_icmp_out rogue_icmp_in unknown_source truncated_datagram \
             bad_vxlan_header wrong_vni bad_inner_mac inner_not_ip bad_inner_packet inner_source_not_allowed \
             inner_destination_not_ours udp_send_failed udp_buffer_full tun_write_failed udp_queue_overflow \
-            tun_queue_overflow";
+            tun_queue_overflow no_session wireguard_malformed wireguard_unknown_session wireguard_not_authentic \
+            wireguard_replayed handshake_refused handshake_replayed handshake_limited clear_from_encrypted_peer";
         for reason in known.split_whitespace() {
             let line = explain(reason).unwrap_or_else(|| panic!("{reason} has no words"));
             assert!(!line.contains('\n') && line.len() < 160, "{reason}: {line}");

@@ -3,14 +3,18 @@
 //! Pure: views in, text out. It knows neither the socket nor the terminal; whether there is colour, and what the last
 //! sample of a watch was, it is told.
 
+pub mod cluster;
+pub mod doctor;
+pub mod why;
+
 use std::fmt::Write;
 use std::time::Duration;
 
 use comfy_table::{CellAlignment, Table, presets};
 
 use super::protocol::{
-    Encryption, JourneyView, NodeRole, NodeState, NodeView, PeerState, PeerView, Role, StatsView, StatusView,
-    TrafficView,
+    Encryption, JourneyView, NodeRole, NodeState, NodeView, PeerState, PeerView, Role, SessionView, StatsView,
+    StatusView, TrafficView,
 };
 use super::reasons::explain;
 use super::units;
@@ -45,7 +49,8 @@ impl<T: ?Sized> Copy for Before<'_, T> {}
 /// `meshctl peers`.
 pub fn peers(peers: &[PeerView], before: Option<Before<'_, [PeerView]>>, look: Look) -> String {
     if peers.is_empty() {
-        return "No peers: add the other nodes to `nodes-file`; meshd reads it again by itself.\n".to_owned();
+        return "No peers: join other nodes to the cluster, or add the other nodes to `nodes-file`; meshd notices by itself.\n"
+            .to_owned();
     }
     let mut grid = Grid::new(&["NAME", "STATE", "ENDPOINT", "SUBNETS", "ENCRYPTION", "SEEN", ">RTT", ">MTU"]);
     grid.headers(&[">TX PACKETS", ">TX", ">RX PACKETS", ">RX"]);
@@ -63,7 +68,7 @@ pub fn peers(peers: &[PeerView], before: Option<Before<'_, [PeerView]>>, look: L
             state.to_owned(),
             peer.endpoint.to_string(),
             shortened(&peer.subnets),
-            encryption(peer.encryption).to_owned(),
+            session(peer),
             peer.last_seen_ms.map_or(dash(), |ms| units::span(ms) + " ago"),
             peer.rtt_us.map_or(dash(), units::round_trip),
             peer.path_mtu.to_string(),
@@ -149,8 +154,18 @@ pub fn status(status: &StatusView, look: Look) -> String {
         None => out += "key      none: traffic is not encrypted\n",
     }
     match status.peers {
+        0 if status.membership.is_some() => out += "peers    none: no other node is a member so far\n",
         0 => out += "peers    none: add the other nodes to `nodes-file`\n",
         n => out += &format!("peers    {n} (see `meshctl peers`)\n"),
+    }
+    if let Some(membership) = &status.membership {
+        let state = match (membership.joined, membership.connected) {
+            (false, _) => "not a member yet".to_owned(),
+            (true, true) => format!("member, server {}", clean(membership.server.as_deref().unwrap_or("connected"))),
+            (true, false) => "member, no server answers".to_owned(),
+        };
+        let revision = membership.revision.map(|n| format!(", node list {n}")).unwrap_or_default();
+        let _ = writeln!(out, "cluster  {state}{revision}");
     }
     for reason in &status.reasons {
         let word = if status.ready { Paint::Warn.on("note", look) } else { Paint::Bad.on("not ready", look) };
@@ -297,6 +312,16 @@ fn rates(old: Option<TrafficView>, now: TrafficView, passed: Duration) -> [Strin
         old.and_then(|old| units::rate(field(&old), field(&now), passed)).map_or(dash(), |r| units::bit_rate(r * 8.0))
     };
     [packets(|t| t.tx_packets), bits(|t| t.tx_bytes), packets(|t| t.rx_packets), bits(|t| t.rx_bytes)]
+}
+
+/// How a peer is encrypted, and since when its session has its present keys.
+fn session(peer: &PeerView) -> String {
+    let word = encryption(peer.encryption);
+    match peer.session {
+        Some(SessionView { handshake_age_ms: Some(age), .. }) => format!("{word}, {}", units::span(age)),
+        Some(_) => format!("{word}, no session"),
+        None => word.to_owned(),
+    }
 }
 
 fn encryption(encryption: Encryption) -> &'static str {

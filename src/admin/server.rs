@@ -8,18 +8,23 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use serde::Serialize;
+use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::protocol::{
-    Answer, ErrorCode, ErrorView, MAX_REQUEST, NodeView, Outcome, PeerView, Request, StatsView, StatusView, VERSION,
+    Answer, ErrorCode, ErrorView, ForeignView, KeysView, MAX_REQUEST, NodeView, Outcome, PeerView, Request, StatsView,
+    StatusView, VERSION, why,
 };
 use super::socket::AdminSocket;
+use crate::membership::link;
 
-/// What the socket tells and lets happen. Calls come from an async task: they must not wait for anything slow.
+/// What the socket tells and lets happen. Calls come from an async task: they must not wait for anything slow, and what
+/// others have to answer is a future with an end.
 pub trait Mesh: Send + Sync + 'static {
     /// The other nodes.
     fn peers(&self) -> Vec<PeerView>;
@@ -28,9 +33,24 @@ pub trait Mesh: Send + Sync + 'static {
     /// This node at a glance.
     fn status(&self) -> StatusView;
     /// The node list, this node included.
-    fn nodes(&self) -> Vec<NodeView>;
+    fn nodes(&self) -> BoxFuture<'_, Vec<NodeView>>;
+    /// This node's public keys.
+    fn keys(&self) -> KeysView;
+    /// The whole way of a packet, or why the question makes no sense.
+    fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>>;
     /// Lets a held-back node list through: a sentence that says what was done, or why nothing was.
     fn accept_nodes(&self) -> Result<String, String>;
+    /// What the servers answer, or why there is no answer.
+    fn cluster(&self, ask: link::Request) -> BoxFuture<'_, Result<Value, String>>;
+    /// What a foreign member has to run, or why nobody can say.
+    fn node_commands(
+        &self,
+        name: String,
+        device: String,
+        private_key_file: String,
+    ) -> BoxFuture<'_, Result<ForeignView, String>>;
+    /// Leaves the cluster and stops; with `force` also where no server can be told.
+    fn leave(&self, force: bool) -> BoxFuture<'_, Result<String, String>>;
 }
 
 /// What clients may cost.
@@ -134,7 +154,7 @@ async fn converse(stream: UnixStream, mesh: &dyn Mesh, own_uid: u32, limits: &Li
                 (refusal(ErrorCode::BadRequest, format!("a request may have {} bytes", limits.request)), true)
             }
             Ok(Ok(_)) => match Request::from_line(&request) {
-                Ok(request) => (answer(&request, mesh, caller_uid, own_uid), false),
+                Ok(request) => (answer(request, mesh, caller_uid, own_uid).await, false),
                 Err(error) => (line::<()>(Outcome::Error(error.clone())), error.code == ErrorCode::BadRequest),
             },
             Ok(Err(e)) => return Err(e),
@@ -147,23 +167,42 @@ async fn converse(stream: UnixStream, mesh: &dyn Mesh, own_uid: u32, limits: &Li
     }
 }
 
-fn answer(request: &Request, mesh: &dyn Mesh, caller_uid: u32, own_uid: u32) -> io::Result<Vec<u8>> {
+async fn answer(request: Request, mesh: &dyn Mesh, caller_uid: u32, own_uid: u32) -> io::Result<Vec<u8>> {
     if request.changes() && !may_change(caller_uid, own_uid) {
         let message = format!("user {caller_uid} may look but not change anything: run it as root (`sudo meshctl …`)");
         return refusal(ErrorCode::Denied, message);
     }
-    match request {
-        Request::Peers => line(Outcome::Ok(mesh.peers())),
-        Request::Stats => line(Outcome::Ok(mesh.stats())),
-        Request::Status => line(Outcome::Ok(mesh.status())),
-        Request::Nodes => line(Outcome::Ok(mesh.nodes())),
-        Request::NodesAccept => match mesh.accept_nodes() {
-            Ok(done) => {
-                tracing::info!(uid = caller_uid, "the held-back node list was accepted through the admin socket");
-                line(Outcome::Ok(done))
+    let change = request.changes().then(|| request.name());
+    let done = match request {
+        Request::Peers => return line(Outcome::Ok(mesh.peers())),
+        Request::Stats => return line(Outcome::Ok(mesh.stats())),
+        Request::Status => return line(Outcome::Ok(mesh.status())),
+        Request::Nodes => return line(Outcome::Ok(mesh.nodes().await)),
+        Request::Keys => return line(Outcome::Ok(mesh.keys())),
+        Request::Why { ask } => {
+            return match mesh.why(ask).await {
+                Ok(view) => line(Outcome::Ok(view)),
+                Err(message) => refusal(ErrorCode::Refused, message),
+            };
+        }
+        Request::NodesAccept => mesh.accept_nodes().map(Value::from),
+        Request::Cluster { ask } => mesh.cluster(ask).await,
+        Request::NodeCommands { name, device, private_key_file } => {
+            match mesh.node_commands(name, device, private_key_file).await {
+                Ok(view) => return line(Outcome::Ok(view)),
+                Err(message) => Err(message),
             }
-            Err(message) => refusal(ErrorCode::Refused, message),
-        },
+        }
+        Request::Leave { force } => mesh.leave(force).await.map(Value::from),
+    };
+    match done {
+        Ok(document) => {
+            if let Some(change) = change {
+                tracing::info!(uid = caller_uid, "{change}: done through the admin socket");
+            }
+            line(Outcome::Ok(document))
+        }
+        Err(message) => refusal(ErrorCode::Refused, message),
     }
 }
 

@@ -5,17 +5,25 @@
 
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
 use meshd::admin::client::{Client, ClientError};
-use meshd::admin::protocol::{PeerView, StatsView};
+use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TokenMade, TokenView, why};
 use meshd::admin::render::{self, Before, Look};
 use meshd::admin::{DEFAULT_SOCKET, units};
+use meshd::doctor;
+use meshd::membership::link;
+use meshd::membership::record::Role;
+use meshd::node::DEFAULT_PORT;
+use meshd::probe;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 const HELP: &str = "\
 Examples:
@@ -24,7 +32,12 @@ Examples:
   meshctl peers                     the other nodes, and what went to and came from each
   meshctl stats --watch             packets and bits a second, drops as they happen
   meshctl peers --json | jq '.[] | select(.state == \"down\") | .name'
+  meshctl why 10.42.2.1             would a packet to there arrive, which way, and if not, why
+  meshctl ping b                    echoes through the mesh, of sizes up to the longest that fits
+  meshctl doctor                    what is wrong with this machine, and the command that mends it
   meshctl --socket /run/meshd/b.sock nodes
+  meshctl token create --print-join the line to paste on a new node (on a server)
+  meshctl node remove c             c is no member any more, and cut off at once
 
 Exit codes:
   0  answered
@@ -82,6 +95,188 @@ enum Command {
         #[command(subcommand)]
         action: Option<NodesAction>,
     },
+    /// The whole way of a packet: route, peer, session, MTU, outer header; exit code 1 when it would not arrive
+    Why(WhyArgs),
+    /// Echoes to a node through the mesh, of sizes up to the longest that fits; exit code 1 when one is lost
+    Ping {
+        /// A node's name, or an overlay address
+        #[arg(value_name = "NODE")]
+        destination: String,
+        /// Echoes of each size
+        #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: u32,
+        /// How long an answer may take
+        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::parse_span)]
+        timeout: Duration,
+    },
+    /// What is wrong with this machine as a node, and the command that mends it; also without a running meshd
+    Doctor {
+        /// meshd's configuration file [default: /etc/meshd/config.yaml]
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// One archive with what somebody else needs to see of this node; secrets are removed
+    Bugreport {
+        /// Where to
+        #[arg(short, long, value_name = "FILE", default_value = "meshd-bugreport.tar")]
+        output: PathBuf,
+        /// meshd's configuration file [default: /etc/meshd/config.yaml]
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+    },
+    /// This node's key
+    #[command(subcommand)]
+    Key(KeyAction),
+    /// Change a node of the cluster (on a server)
+    #[command(subcommand)]
+    Node(NodeAction),
+    /// Make, list and revoke join tokens (on a server)
+    #[command(subcommand)]
+    Token(TokenAction),
+    /// The cluster as a whole
+    #[command(subcommand)]
+    Cluster(ClusterAction),
+    /// Leave the cluster: withdraws this node, removes device and routes, and stops meshd
+    Leave {
+        /// Also where no server can be told
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct WhyArgs {
+    /// An IPv4 or IPv6 address, or a node's name
+    #[arg(value_name = "DST")]
+    destination: String,
+    /// The flow's protocol [default: an ICMP echo]
+    #[arg(long, value_parser = ["tcp", "udp"], requires_all = ["sport", "dport"])]
+    proto: Option<String>,
+    /// The flow's source port
+    #[arg(long, value_name = "PORT", requires = "proto")]
+    sport: Option<u16>,
+    /// The flow's destination port
+    #[arg(long, value_name = "PORT", requires = "proto")]
+    dport: Option<u16>,
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyAction {
+    /// Print the public key, and nothing else
+    Show,
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeAction {
+    /// Add a foreign member: a kernel VXLAN device or a stock WireGuard peer
+    Add {
+        /// Its name
+        name: String,
+        /// Where it receives data: an address, or one with a port; one for each family
+        #[arg(long, required = true, value_name = "ADDR[:PORT]", value_delimiter = ',', value_parser = underlay)]
+        underlay: Vec<SocketAddr>,
+        /// The prefixes behind it [default: the servers choose]
+        #[arg(long = "subnet", value_name = "PREFIX", value_delimiter = ',')]
+        subnets: Vec<IpNet>,
+        /// MAC of its VXLAN device
+        #[arg(long)]
+        mac: Option<String>,
+        /// WireGuard public key; without it VXLAN in the clear
+        #[arg(long, value_name = "BASE64")]
+        public_key: Option<String>,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Print what a foreign member has to run, again: the nodes may be others by now
+    Commands {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        there: There,
+    },
+    /// Have others open no new flows to a node's services
+    Drain {
+        /// The node
+        name: String,
+    },
+    /// Take a drain back
+    Undrain {
+        /// The node
+        name: String,
+    },
+    /// Remove a node: nobody talks to it any more
+    Remove {
+        /// The node
+        name: String,
+    },
+}
+
+/// How things are called on a foreign machine.
+#[derive(Debug, Args)]
+struct There {
+    /// What the interface there is to be called
+    #[arg(long, value_name = "NAME", default_value = "mesh0")]
+    device: String,
+    /// Where a WireGuard peer's private key lies there
+    #[arg(long, value_name = "PATH", default_value = "/etc/wireguard/private.key")]
+    private_key_file: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenAction {
+    /// Print a new token, and nothing else
+    Create {
+        /// What a node that joins with it becomes
+        #[arg(long, default_value = "agent", value_parser = ["agent", "server"])]
+        role: String,
+        /// How long it is good for (30m, 24h, or `never`)
+        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = lifetime)]
+        ttl: Lifetime,
+        /// How many nodes may join with it [default: unlimited]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        uses: Option<u32>,
+        /// The one node that it is for
+        #[arg(long, value_name = "NAME")]
+        node: Option<String>,
+        /// Print the command to paste on the new node instead
+        #[arg(long, conflicts_with = "print_script")]
+        print_join: bool,
+        /// Print a script to run there instead
+        #[arg(long)]
+        print_script: bool,
+    },
+    /// The tokens that there are; what makes them tokens is not shown
+    List,
+    /// Nobody joins with a token any more; who has stays
+    Revoke {
+        /// Its id, as `token list` shows it
+        id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ClusterAction {
+    /// Servers, datastore, how many may fail
+    Status,
+}
+
+/// How long a token lives; `None` is for ever.
+#[derive(Debug, Clone, Copy)]
+struct Lifetime(Option<Duration>);
+
+fn lifetime(text: &str) -> Result<Lifetime, String> {
+    match text {
+        "never" => Ok(Lifetime(None)),
+        text => units::parse_span(text).map(|span| Lifetime(Some(span))),
+    }
+}
+
+fn underlay(text: &str) -> Result<SocketAddr, String> {
+    let bare = text.trim_start_matches('[').trim_end_matches(']');
+    let with_port = |ip: IpAddr| SocketAddr::new(ip, DEFAULT_PORT);
+    text.parse().or_else(|_| bare.parse().map(with_port)).map_err(|_| {
+        "write an IP address, or one with a port: `10.9.0.1`, `10.9.0.1:8472`, `[fd00::1]:8472`".to_owned()
+    })
 }
 
 #[derive(Debug, Subcommand)]
@@ -140,6 +335,15 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Status { wait } => return status(&client, &screen, *wait),
         Command::Nodes { action: None } => {
             let nodes = client.nodes()?;
+            let membership = client.status().ok().and_then(|status| status.membership);
+            if let Some(membership) = membership.filter(|membership| !membership.connected) {
+                let revision = membership.revision.map(|revision| format!(", revision {revision}")).unwrap_or_default();
+                let why = membership.problem.map(|why| format!(" ({why})")).unwrap_or_default();
+                let _ = writeln!(
+                    io::stderr(),
+                    "meshctl: no server answers{why}: this is the copy here{revision}, as it last was"
+                );
+            }
             screen.print(&nodes, || render::nodes(&nodes, screen.look))?;
         }
         Command::Nodes { action: Some(NodesAction::Accept) } => {
@@ -151,8 +355,160 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
             let done = Accepted { accepted: true, message: client.accept_nodes()? };
             screen.print(&done, || format!("{}\n", done.message))?;
         }
+        Command::Key(KeyAction::Show) => return key(&client, &screen),
+        Command::Why(args) => return why(&client, &screen, args),
+        Command::Ping { destination, count, timeout } => {
+            return ping(&client, &screen, destination, *count, *timeout);
+        }
+        Command::Doctor { config } => {
+            let facts = doctor::facts::collect(&client, &doctor::facts::Places { config: config.clone() });
+            let report = doctor::report(&facts);
+            screen.print(&report, || render::doctor::doctor(&report, screen.look))?;
+            return Ok(report.good);
+        }
+        Command::Bugreport { output, config } => {
+            let files = doctor::bugreport::collect(&client, &doctor::facts::Places { config: config.clone() });
+            doctor::bugreport::write(output, &files).with_context(|| format!("cannot write {}", output.display()))?;
+            let names: Vec<&str> = files.iter().map(|(name, _)| name.as_str()).collect();
+            let done = json!({"file": output, "contents": names});
+            let text = format!(
+                "{}: {} files, tokens and private keys removed; look through it before you send it (`tar xf`)\n",
+                output.display(),
+                names.len()
+            );
+            screen.print(&done, || text.clone())?;
+        }
+        Command::Node(action) => node(&client, &screen, action)?,
+        Command::Token(action) => token(&client, &screen, action)?,
+        Command::Cluster(ClusterAction::Status) => {
+            let status: Value = client.cluster(link::Request::ClusterStatus)?;
+            screen.print(&status, || render::cluster::status(&status, screen.look))?;
+            return Ok(render::cluster::is_good(&status));
+        }
+        Command::Leave { force } => {
+            let done = json!({"left": true, "message": client.leave(*force)?});
+            screen.print(&done, || format!("{}\n", done["message"].as_str().unwrap_or_default()))?;
+        }
     }
     Ok(true)
+}
+
+fn key(client: &Client, screen: &Screen) -> anyhow::Result<bool> {
+    let keys = client.keys()?;
+    screen.print(&keys, || keys.public_key.iter().map(|key| format!("{key}\n")).collect())?;
+    if keys.public_key.is_none() {
+        let _ = writeln!(
+            io::stderr(),
+            "meshctl: this node has no key, since it encrypts nothing: set `encryption: wireguard` in meshd's \
+             configuration and restart it; it then makes one"
+        );
+    }
+    Ok(keys.public_key.is_some())
+}
+
+fn why(client: &Client, screen: &Screen, args: &WhyArgs) -> anyhow::Result<bool> {
+    let flow = match (args.proto.as_deref(), args.sport, args.dport) {
+        (Some(protocol), Some(source_port), Some(destination_port)) => {
+            let protocol = if protocol == "tcp" { why::Protocol::Tcp } else { why::Protocol::Udp };
+            Some(why::Flow { protocol, source_port, destination_port })
+        }
+        _ => None,
+    };
+    let answer = client.why(why::Ask { destination: args.destination.clone(), flow })?;
+    screen.print(&answer, || render::why::why(&answer, screen.look))?;
+    Ok(answer.good)
+}
+
+fn ping(client: &Client, screen: &Screen, node: &str, count: u32, patience: Duration) -> anyhow::Result<bool> {
+    let way = client.why(why::Ask { destination: node.to_owned(), flow: None })?;
+    let (Some(to), Some(mtu)) = (way.destination, way.mtu) else {
+        anyhow::bail!("{}; `meshctl why {node}` says more", way.verdict);
+    };
+    let asked = probe::Probe { to, from: way.source, sizes: probe::sizes(mtu.ping_payload), count, patience };
+    let rows = probe::run(&asked).with_context(|| format!("cannot send echoes to {to} (run it as root)"))?;
+    let good = rows.iter().all(|row| row.received == row.sent);
+    let document = json!({"node": node, "destination": to, "good": good, "sizes": rows});
+    screen.print(&document, || format!("{node} at {to}\n{}", render::why::ping(node, &rows, screen.look)))?;
+    Ok(good)
+}
+
+fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result<()> {
+    let (request, done) = match action {
+        NodeAction::Commands { name, there } => {
+            let foreign = client.node_commands(name, &there.device, &there.private_key_file)?;
+            return screen.print(&foreign, || render::cluster::recipe(&foreign));
+        }
+        NodeAction::Add { name, underlay, subnets, mac, public_key, there: _ } => (
+            link::Request::NodeAdd {
+                name: name.clone(),
+                underlay: underlay.clone(),
+                subnets: subnets.clone(),
+                mac: mac.clone(),
+                public_key: public_key.clone(),
+            },
+            format!("{name} is a member"),
+        ),
+        NodeAction::Drain { name } => (
+            link::Request::NodeDrain { name: name.clone() },
+            format!(
+                "{name} is draining: others open no new flows to its services; `meshctl node undrain {name}` ends that"
+            ),
+        ),
+        NodeAction::Undrain { name } => {
+            (link::Request::NodeUndrain { name: name.clone() }, format!("{name} is drained no more"))
+        }
+        NodeAction::Remove { name } => (
+            link::Request::NodeRemove { name: name.clone() },
+            format!("{name} is removed: nobody talks to it any more, and it needs a new token to come back"),
+        ),
+    };
+    let mut answer: Value = client.cluster(request)?;
+    let mut recipe = String::new();
+    if let NodeAction::Add { name, there, .. } = action {
+        // it is a member by now, whatever becomes of the rest
+        let foreign = client.node_commands(name, &there.device, &there.private_key_file).unwrap_or_else(|error| {
+            let later = format!("what to run there is not known yet ({error}): try `meshctl node commands {name}`");
+            ForeignView { name: name.clone(), commands: Vec::new(), notes: vec![later] }
+        });
+        recipe = format!("\nTo be run there, as root:\n\n{}", render::cluster::recipe(&foreign));
+        if let Value::Object(fields) = &mut answer {
+            fields.insert("commands".to_owned(), json!(foreign.commands));
+            fields.insert("notes".to_owned(), json!(foreign.notes));
+        }
+    }
+    screen.print(&answer, || {
+        let subnets = answer.get("subnets").and_then(Value::as_array).into_iter().flatten();
+        let subnets: Vec<&str> = subnets.filter_map(Value::as_str).collect();
+        let subnets = if subnets.is_empty() { String::new() } else { format!(", with {}", subnets.join(" and ")) };
+        format!("{done}{subnets}\n{recipe}")
+    })
+}
+
+fn token(client: &Client, screen: &Screen, action: &TokenAction) -> anyhow::Result<()> {
+    match action {
+        TokenAction::Create { role, ttl: Lifetime(ttl), uses, node, print_join, print_script } => {
+            let request = link::Request::TokenCreate {
+                role: if role == "server" { Role::Server } else { Role::Agent },
+                ttl: ttl.map(|ttl| ttl.as_secs()),
+                uses: *uses,
+                node: node.clone(),
+            };
+            let made: TokenMade = client.cluster(request)?;
+            screen.print(&made, || match (print_join, print_script) {
+                (true, _) => render::cluster::join_line(&made.token, role),
+                (_, true) => render::cluster::join_script(&made.token, role),
+                _ => format!("{}\n", made.token),
+            })
+        }
+        TokenAction::List => {
+            let tokens: Vec<TokenView> = client.cluster(link::Request::TokenList)?;
+            screen.print(&tokens, || render::cluster::tokens(&tokens, screen.look))
+        }
+        TokenAction::Revoke { id } => {
+            let answer: Value = client.cluster(link::Request::TokenRevoke { id: id.clone() })?;
+            screen.print(&answer, || "the token is revoked: nobody joins with it any more\n".to_owned())
+        }
+    }
 }
 
 fn status(client: &Client, screen: &Screen, wait: Option<Duration>) -> anyhow::Result<bool> {

@@ -1,21 +1,29 @@
 //! The daemon's command line: arguments, configuration, run; nothing else.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use meshd::config::load::{DEFAULT_PATH, LoadError, Loader};
-use meshd::config::{Config, ConfigError, KEYS, NodeIp};
+use meshd::config::load::{DEFAULT_PATH, LoadError, Loader, TokenError};
+use meshd::config::{self, Config, ConfigError, KEYS, NodeIp};
 use meshd::control::nodes_file::{self, NoOwnEntry};
 use meshd::control::source::{NodesFile, NodesFileError};
+use meshd::daemon::{Join, ask};
+use meshd::key::{MAX_LANES, SecretKey};
+use meshd::membership::record::Role;
+use meshd::membership::settings::Secret;
+use meshd::membership::token::PREFIX;
 
 const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 
 const EXAMPLES: &str = "\
 Examples:
+  meshd server                              the first node of a cluster
+  MESHD_TOKEN=mesh1… meshd agent            joins it; `meshctl token create` on the server prints a token
   meshd config check                        is /etc/meshd/config.yaml good?
   meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a
   meshd run --config ./a.yaml --log debug   a flag wins over the file
@@ -44,28 +52,66 @@ and names what needs a restart. The nodes-file is read again by itself when it c
 
 Exit codes: 0 clean stop, 1 failure while running, 2 wrong usage or configuration.";
 
+const SERVER_HELP: &str = "\
+A node that also serves the control plane, over HTTPS on port 9345. The first start makes the cluster: its authority, its \
+state below `data-dir`, and a token for agents in <data-dir>/server/node-token. `meshctl token create` makes further ones.
+
+Each flag is a key of the configuration file and an environment variable, as with `meshd run`.";
+
+const AGENT_HELP: &str = "\
+Joins a cluster with the token that `meshctl token create` on a server prints, or with a shared secret and `--server`. \
+It waits and tries again while no server answers. A node that has joined needs neither token nor server again: it starts \
+by the node list that it has kept, also without any server.
+
+A token on the command line can be read by every user of this machine: MESHD_TOKEN or `--token-file` keep it apart.
+
+Each flag is a key of the configuration file and an environment variable, as with `meshd run`.";
+
 const CHECK_HELP: &str = "\
-Checks what `meshd run` would start with: the file, the MESHD_ variables, and the nodes-file that they name. \
+Checks what meshd would start with: the file, the MESHD_ variables, and the nodes-file that they name. \
 Says the line, the column and the fix for what is wrong. Changes nothing and needs no privileges.
 
 Exit codes: 0 good, 2 not good.";
 
+const KEYGEN_HELP: &str = "\
+Prints a new private key on standard output and its public key on standard error, so that this keeps the one and shows \
+the other:
+
+  (umask 077; meshd keygen > /var/lib/meshd/node.key)
+
+The public key goes into the node list, as `public-key` of this node's entry. With --lanes N the public keys of N - 1 \
+further lanes follow, one a line, for `lane-keys`: sessions of their own between two meshd nodes, so that several \
+workers encrypt for one peer. They follow from the same private key; give as many lanes as the node has workers.";
+
 /// User-space VXLAN mesh: carries the traffic between nodes over one UDP port.
 #[derive(Parser)]
-#[command(name = "meshd", version, after_help = EXAMPLES, arg_required_else_help = true)]
+#[command(name = "meshd", version, after_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
-    command: Verb,
+    command: Option<Verb>,
 }
 
 #[derive(Subcommand)]
 enum Verb {
+    /// A node that also serves the control plane
+    #[command(after_help = SERVER_HELP)]
+    Server(Settings),
+    /// A node that joins a cluster
+    #[command(after_help = AGENT_HELP)]
+    Agent(Settings),
     /// Run the data plane with the peers of a nodes-file
     #[command(after_help = RUN_HELP)]
     Run(Settings),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigVerb),
+    /// Make a key for WireGuard: private on stdout, public on stderr
+    #[command(after_help = KEYGEN_HELP)]
+    Keygen {
+        /// Public keys to print, one a lane
+        #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=MAX_LANES as i64))]
+        lanes: u8,
+    },
     /// Remove the device, routes and rules that a stopped meshd leaves on purpose
     Cleanup(Settings),
 }
@@ -83,10 +129,18 @@ enum ConfigVerb {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
-        Verb::Run(Settings(loader)) => run(loader),
-        Verb::Config(ConfigVerb::Check { file }) => check(Loader { path: file, flags: Vec::new() }),
-        Verb::Cleanup(Settings(loader)) => cleanup(loader),
+        None => return bare(),
+        Some(Verb::Server(Settings(loader))) => member(Role::Server, loader),
+        Some(Verb::Agent(Settings(loader))) => member(Role::Agent, loader),
+        Some(Verb::Run(Settings(loader))) => run(loader),
+        Some(Verb::Config(ConfigVerb::Check { file })) => check(Loader { path: file, flags: Vec::new() }),
+        Some(Verb::Keygen { lanes }) => keygen(lanes),
+        Some(Verb::Cleanup(Settings(loader))) => cleanup(loader),
     };
+    exit(done)
+}
+
+fn exit(done: anyhow::Result<()>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -102,7 +156,67 @@ fn run(loader: Loader) -> anyhow::Result<()> {
     if config.nodes_file.is_none() {
         return Err(anyhow::Error::new(NoNodesFile { path: loader.path().to_owned() }));
     }
-    block_on(meshd::daemon::run(config, loader))
+    block_on(meshd::daemon::run(config, loader, None))
+}
+
+/// Without a word on the command line: questions for who can answer them, else the usage.
+fn bare() -> ExitCode {
+    let configured = std::path::Path::new(DEFAULT_PATH).exists();
+    if configured || !ask::is_possible() {
+        eprint!("{}", Cli::command().render_help());
+        if configured {
+            eprintln!("\n{DEFAULT_PATH} is there: start `meshd server`, `meshd agent` or `meshd run` by it.");
+        }
+        return ExitCode::from(USAGE);
+    }
+    exit(ask::ask().and_then(|(role, loader)| member(role, loader)))
+}
+
+fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
+    let config = loader.load()?;
+    notice(&config);
+    let joined = meshd::daemon::has_joined(&config.data_dir);
+    let token = match config::load::token(&config) {
+        Ok(token) => token,
+        Err(error) if joined => {
+            eprintln!("meshd: {error}; this node has joined already, so it goes on without");
+            None
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if joined && (token.is_some() || !config.servers.is_empty()) {
+        eprintln!("meshd: this node has joined already: `token` and `server` are not needed, and ignored");
+    } else if !joined {
+        needs(role, token.as_ref(), &config)?;
+    }
+    block_on(meshd::daemon::run(config, loader, Some(Join { role, token })))
+}
+
+/// What is missing for a first join. A server with neither makes a cluster of its own.
+fn needs(role: Role, token: Option<&Secret>, config: &Config) -> Result<(), Missing> {
+    let whole = token.is_some_and(|token| token.reveal().starts_with(PREFIX));
+    if role == Role::Server && (whole || !config.servers.is_empty()) {
+        return Err(Missing::Store);
+    }
+    match (token, config.servers.is_empty()) {
+        (None, true) if role == Role::Server => Ok(()),
+        (None, true) => Err(Missing::Both),
+        (None, false) => Err(Missing::Token),
+        // a server's own shared secret, with which its agents will join
+        (Some(_), true) if !whole && role != Role::Server => Err(Missing::Server),
+        _ => Ok(()),
+    }
+}
+
+fn keygen(lanes: u8) -> anyhow::Result<()> {
+    let key = SecretKey::generate().context("cannot make a key")?;
+    // what cannot be kept must not be named either
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{}", *key.to_base64()).and_then(|()| out.flush()).context("cannot write the private key")?;
+    for lane in 0..lanes {
+        eprintln!("{}", key.lane(lane).public());
+    }
+    Ok(())
 }
 
 fn cleanup(loader: Loader) -> anyhow::Result<()> {
@@ -122,7 +236,7 @@ fn check(loader: Loader) -> anyhow::Result<()> {
     }
     println!("  {}", summary(&config));
     let Some(path) = &config.nodes_file else {
-        println!("  no nodes-file, which `meshd run` needs");
+        println!("  no nodes-file, which `meshd run` needs; `meshd server` and `meshd agent` need none");
         return Ok(());
     };
     let list = NodesFile::new(path, config.port).load()?;
@@ -170,7 +284,9 @@ fn code(error: &anyhow::Error) -> u8 {
         || error.is::<LoadError>()
         || error.is::<ConfigError>()
         || error.is::<NodesFileError>()
-        || error.is::<NoOwnEntry>();
+        || error.is::<NoOwnEntry>()
+        || error.is::<TokenError>()
+        || error.is::<Missing>();
     if theirs { USAGE } else { FAILED }
 }
 
@@ -182,6 +298,30 @@ fn code(error: &anyhow::Error) -> u8 {
 )]
 struct NoNodesFile {
     path: PathBuf,
+}
+
+/// What a node cannot join without.
+#[derive(Debug, thiserror::Error)]
+enum Missing {
+    #[error(
+        "this node is no member yet, and there is nothing to join with: `meshctl token create` on a server prints a token; \
+         set MESHD_TOKEN to it, or give --token-file FILE (`meshd server` starts a new cluster)"
+    )]
+    Both,
+    #[error(
+        "`server` alone lets nobody in: `meshctl token create` on a server prints a token; set MESHD_TOKEN to it, or give \
+         --token-file FILE"
+    )]
+    Token,
+    #[error(
+        "`token` is a shared secret, which does not say where the cluster is: give --server https://HOST:9345 with it"
+    )]
+    Server,
+    #[error(
+        "`server`, or a `mesh1…` token, joins a further server to a cluster, which needs a shared datastore; this version \
+         serves a cluster from one server. Run `meshd agent` to join that cluster, or leave both out to make another one"
+    )]
+    Store,
 }
 
 /// `--config`, and a flag for each key of the configuration: the same table as the file's, so that none is missing.

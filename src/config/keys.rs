@@ -11,8 +11,12 @@ pub struct Key {
     pub value: &'static str,
     /// Whether it takes a list: comma-separated, or as repeated flags.
     pub list: bool,
+    /// Whether the file may say it as a mapping; elsewhere that is `name=value,…`.
+    pub mapping: bool,
     /// Whether SIGHUP applies a change to the running daemon.
     pub live: bool,
+    /// Whether no message may show its value.
+    pub secret: bool,
     /// What it means, in a sentence.
     pub help: &'static str,
     /// The default, as a person reads it.
@@ -38,52 +42,84 @@ pub const KEYS: &[Key] = &[
         "Underlay address, one for each family, or the interface that has it",
         "the address of the default route's interface",
     ),
-    list("advertise-address", "ADDR", "What other nodes send to, one for each family", "node-ip"),
+    changing(list("advertise-address", "ADDR", "What other nodes send to, one for each family", "node-ip")),
     key("tun", "NAME", "Name of the TUN device", "mesh0"),
     list(
         "address",
         "first|network|ADDR",
         "Overlay address on the TUN device: the first or the network address of this node's first subnet, or one for \
          each family",
-        "first",
+        "first; network with cni-conf-dir or subnet-file",
     ),
     key("port", "1-65535", "UDP data port", "8472"),
     key("vni", "0-16777215", "VXLAN network identifier", "1"),
     live("mtu", "auto|576-65535", "MTU of the TUN device; auto fits every peer", "auto"),
-    key("encryption", "none", "How to encrypt; this version cannot yet, so only `none`", "none"),
+    key(
+        "encryption",
+        "none|wireguard",
+        "How to encrypt where the node list does not say: VXLAN in the clear, or WireGuard",
+        "none",
+    ),
+    key(
+        "private-key-file",
+        "FILE",
+        "This node's private key for WireGuard, made when it is missing and needed",
+        "node.key in data-dir",
+    ),
+    mapping(
+        "bfd",
+        "off|interval=MS,multiplier=N,vni=N",
+        "Liveness: how often peers are asked, how many answers may be missing, and the VXLAN network for that",
+        "interval=150,multiplier=6,vni=4095",
+    ),
     key("workers", "auto|1-64", "Worker threads; auto is one for each core", "auto"),
     key("io", "auto|mmsg|tokio", "I/O back end", "auto"),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),
     key("socket-group", "GROUP", "Group that owns the admin socket", "meshd's own"),
+    changing(list(
+        "server",
+        "https://HOST:9345",
+        "Registration address of a cluster to join; several for several servers",
+        "what the token says",
+    )),
+    changing(secret("token", "TOKEN", "Join token (`mesh1…`), or a shared secret together with `server`", "none")),
+    live("token-file", "FILE|-", "File that holds the token; `-` is standard input", "none"),
+    list("cluster-cidr", "PREFIX", "`meshd server`: prefixes that nodes get their subnets from", "10.42.0.0/16"),
+    list(
+        "node-cidr-mask-size",
+        "LENGTH",
+        "`meshd server`: prefix length of a node's subnets; up to 32 for IPv4, above for IPv6",
+        "24,64",
+    ),
+    changing(list(
+        "tls-san",
+        "NAME|ADDR",
+        "`meshd server`: further names and addresses that agents reach it by",
+        "none",
+    )),
+    key("bind-address", "ADDR:PORT", "`meshd server`: where it serves the control plane", "[::]:9345"),
+    key("cluster-init", "true|false", "`meshd server`: managed etcd; this version cannot yet", "false"),
+    key("datastore-endpoint", "URL", "`meshd server`: where state is stored", "SQLite in data-dir"),
+    changing(list("node-label", "KEY=VALUE", "Labels of this node", "none")),
+    changing(list("node-taint", "KEY=VALUE:EFFECT", "Taints of this node", "none")),
+    key("control-only", "true|false", "`meshd server`: no workload subnet, one overlay address", "false"),
+    live("purge-after", "off|TIME", "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)", "off"),
+    live(
+        "cni-conf-dir",
+        "DIR",
+        "Where to write a CNI configuration for this node's subnet (bridge, host-local)",
+        "off",
+    ),
+    key("subnet-file", "FILE", "Where to write a flannel-style subnet.env for this node's subnet", "off"),
     live("nodes-file", "FILE", "Static node list, re-read when it changes", "none; `meshd run` needs one"),
     live("log", "FILTER", "What to log: error, warn, info, debug, trace, or a tracing filter", "info"),
     key("log-format", "text|json", "How to log", "text"),
 ];
 
 /// Keys of the documentation that a later version brings: their error says so, instead of "unknown".
-pub(crate) const LATER: &[&str] = &[
-    "private-key-file",
-    "metrics-address",
-    "cluster-cidr",
-    "node-cidr-mask-size",
-    "server",
-    "token",
-    "token-file",
-    "tls-san",
-    "bind-address",
-    "cluster-init",
-    "datastore-endpoint",
-    "node-label",
-    "node-taint",
-    "control-only",
-    "bfd",
-    "purge-after",
-    "cni-conf-dir",
-    "subnet-file",
-    "cluster",
-];
+pub(crate) const LATER: &[&str] = &["metrics-address", "cluster"];
 
 /// The key of that name.
 pub(crate) fn find(name: &str) -> Option<&'static Key> {
@@ -91,13 +127,26 @@ pub(crate) fn find(name: &str) -> Option<&'static Key> {
 }
 
 const fn key(name: &'static str, value: &'static str, help: &'static str, default: &'static str) -> Key {
-    Key { name, value, list: false, live: false, help, default }
+    Key { name, value, list: false, mapping: false, live: false, secret: false, help, default }
 }
 
 const fn list(name: &'static str, value: &'static str, help: &'static str, default: &'static str) -> Key {
     Key { list: true, ..key(name, value, help, default) }
 }
 
+const fn mapping(name: &'static str, value: &'static str, help: &'static str, default: &'static str) -> Key {
+    Key { mapping: true, ..key(name, value, help, default) }
+}
+
 const fn live(name: &'static str, value: &'static str, help: &'static str, default: &'static str) -> Key {
     Key { live: true, ..key(name, value, help, default) }
+}
+
+const fn secret(name: &'static str, value: &'static str, help: &'static str, default: &'static str) -> Key {
+    Key { secret: true, ..key(name, value, help, default) }
+}
+
+/// The same key, whose change the running daemon takes over.
+const fn changing(key: Key) -> Key {
+    Key { live: true, ..key }
 }

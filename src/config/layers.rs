@@ -74,6 +74,16 @@ impl Layers {
         Ok(items)
     }
 
+    /// Whether anybody gave a value.
+    pub(super) fn says(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
+    /// Where the value of a key came from.
+    pub(super) fn place(&self, key: &'static str) -> Place {
+        self.values.get(key).and_then(|said| said.last()).map_or(Place::Default(key), |said| said.place.clone())
+    }
+
     fn add_file(&mut self, path: &std::path::Path, content: &[u8]) -> Result<(), ConfigError> {
         const MAX: MaxNodes = MaxNodes(10_000);
         let place = |at| Place::File { path: path.to_owned(), at };
@@ -146,7 +156,8 @@ impl Layers {
 impl Said {
     fn read<T>(&self, key: &'static str, read: fn(&str) -> Read<T>) -> Result<T, ConfigError> {
         read(&self.text).map_err(|refusal| {
-            let value = self.text.clone();
+            let secret = keys::find(key).is_some_and(|key| key.secret);
+            let value = if secret { "…".to_owned() } else { self.text.clone() };
             let problem = match refusal {
                 Refusal::Fix(fix) => Problem::BadValue { key, value, fix },
                 Refusal::Later(fix) => Problem::LaterValue { key, value, fix },
@@ -180,7 +191,11 @@ fn unknown_variable(name: &str) -> String {
 }
 
 fn items(key: &'static Key, value: Tree<'_>) -> Result<Vec<(yaml::At, String)>, (yaml::At, Problem)> {
-    let wanted = if key.list { "a value or a list of values" } else { "a single value" };
+    let wanted = match (key.list, key.mapping) {
+        (true, _) => "a value or a list of values",
+        (_, true) => "a mapping of single values",
+        _ => "a single value",
+    };
     let shape = |found: &Kind<'_>| Problem::WrongShape { key: key.name, wanted, found: found.noun() };
     match value.kind {
         Kind::Null => Ok(Vec::new()),
@@ -192,6 +207,13 @@ fn items(key: &'static Key, value: Tree<'_>) -> Result<Vec<(yaml::At, String)>, 
                 other => Err((item.at, shape(&other))),
             })
             .collect(),
+        Kind::Map(entries) if key.mapping => {
+            let pairs = entries.into_iter().map(|Entry { key: name, value, .. }| match value.kind {
+                Kind::Text(text) => Ok(format!("{name}={text}")),
+                other => Err((value.at, shape(&other))),
+            });
+            Ok(vec![(value.at, pairs.collect::<Result<Vec<_>, _>>()?.join(","))])
+        }
         other => Err((value.at, shape(&other))),
     }
 }

@@ -8,7 +8,9 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{Config, ConfigError, Sources};
+use super::{Config, ConfigError, Sources, TokenFile};
+use crate::membership::settings::Secret;
+use crate::membership::token::{BadToken, Credential};
 
 /// The file that is read when nobody names one.
 pub const DEFAULT_PATH: &str = "/etc/meshd/config.yaml";
@@ -61,6 +63,50 @@ pub enum ReadError {
         max: u64,
     },
 }
+
+/// Why there is no token although one is to be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The file cannot be read.
+    #[error("cannot read the token-file: {0}")]
+    Read(#[source] ReadError),
+    /// Its content is no token.
+    #[error("token-file {path}: {source}")]
+    Bad {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        source: BadToken,
+    },
+}
+
+/// The token that `token` or `token-file` brings; the former wins.
+pub fn token(config: &Config) -> Result<Option<Secret>, TokenError> {
+    if let Some(token) = &config.token {
+        return Ok(Some(token.clone()));
+    }
+    let (path, bytes) = match &config.token_file {
+        None => return Ok(None),
+        Some(TokenFile::Path(path)) => {
+            (path.display().to_string(), read_regular(path, MAX_TOKEN).map_err(TokenError::Read)?.0)
+        }
+        Some(TokenFile::StandardInput) => {
+            let mut bytes = Vec::new();
+            io::stdin()
+                .lock()
+                .take(MAX_TOKEN)
+                .read_to_end(&mut bytes)
+                .map_err(|source| TokenError::Read(ReadError::Io { path: "standard input".into(), source }))?;
+            ("-".to_owned(), bytes)
+        }
+    };
+    let text = String::from_utf8_lossy(&bytes);
+    let text = text.trim();
+    Credential::parse(text).map_err(|source| TokenError::Bad { path, source })?;
+    Ok(Some(Secret::new(text)))
+}
+
+const MAX_TOKEN: u64 = 64 << 10;
 
 impl ReadError {
     /// Whether the file does not exist.

@@ -32,6 +32,7 @@ fn without_any_source_there_are_the_documented_defaults() {
         assert_eq!(config.vni.get(), 1);
         assert_eq!(config.mtu, Mtu::Auto);
         assert_eq!(config.encryption, Encryption::None);
+        assert_eq!(config.bfd, Bfd { enabled: true, interval_ms: 150, multiplier: 6, vni: Vni::new(4095).unwrap() });
         assert_eq!(config.workers, Workers::Auto);
         assert_eq!(config.io, Io::Auto);
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/meshd"));
@@ -43,6 +44,31 @@ fn without_any_source_there_are_the_documented_defaults() {
         assert_eq!(config.log_format, LogFormat::Text);
         assert!(config.notices().is_empty());
     }
+}
+
+#[test]
+fn bfd_is_a_mapping_in_the_file_and_pairs_elsewhere() {
+    let bfd = |text: &str| parse(text).map(|config| config.bfd);
+    let wanted = Bfd { enabled: true, interval_ms: 50, multiplier: 3, vni: Vni::new(4095).unwrap() };
+    assert_eq!(bfd("bfd: {interval: 50, multiplier: 3}\n").unwrap(), wanted);
+    assert_eq!(bfd("bfd:\n  interval: 50\n  multiplier: 3\n").unwrap(), wanted);
+    assert_eq!(bfd("bfd: interval=50,multiplier=3\n").unwrap(), wanted);
+    let flags = Config::parse(&sources("bfd: off", &[], &[("bfd", "multiplier=3,interval=50,vni=4095")])).unwrap();
+    assert_eq!(flags.bfd, wanted);
+    assert!(!bfd("bfd: off\n").unwrap().enabled);
+    for (text, says) in [
+        ("bfd: {interval: 3}\n", "50 to 10000"),
+        ("bfd: {multiplier: 2}\n", "3 to 50"),
+        ("bfd: {vni: 1}\n", "one and the same network"),
+        ("vni: 4095\n", "one and the same network"),
+        ("bfd: {intervall: 50}\n", "use `off`"),
+        ("bfd: on\n", "use `off`"),
+        ("bfd: {interval: [50]}\n", "a mapping of single values"),
+        ("bfd: [50]\n", "a mapping of single values"),
+    ] {
+        assert!(message(text).contains(says), "{text}: {}", message(text));
+    }
+    assert!(parse("mtu: {a: 1}\n").unwrap_err().to_string().contains("a single value"));
 }
 
 #[test]
@@ -104,14 +130,14 @@ fn unknown_keys_are_refused_with_a_suggestion() {
     assert_eq!(message("mtu: 1400\nnode-nmae: a\n"), "c.yaml:2:1: unknown key `node-nmae`; did you mean `node-name`?");
     assert_eq!(message("node_name: a\n"), "c.yaml:1:1: unknown key `node_name`; did you mean `node-name`?");
     assert_eq!(message("something-else: a\n"), "c.yaml:1:1: unknown key `something-else`");
-    assert_eq!(message("bfd: {interval: 3}\n"), "c.yaml:1:1: `bfd` is not supported by this version yet; remove it");
-    assert!(message("server: https://x:9345\n").contains("not supported by this version"));
+    assert_eq!(message("cluster: {x: 3}\n"), "c.yaml:1:1: `cluster` is not supported by this version yet; remove it");
+    assert!(message("metrics-address: 127.0.0.1:9100\n").contains("not supported by this version"));
     assert!(parse("mtu: 1400\nnode-name: a\n").is_ok());
 }
 
 #[test]
 fn unknown_variables_are_noticed_and_ignored() {
-    let env = [("MESHD_PROT", "1"), ("MESHD_TOKEN", "1"), ("MESHD_SERVICE_HOST", "1"), ("PATH", "/bin")];
+    let env = [("MESHD_PROT", "1"), ("MESHD_METRICS_ADDRESS", "1"), ("MESHD_SERVICE_HOST", "1"), ("PATH", "/bin")];
     let config = Config::parse(&sources("", &env, &[])).unwrap();
     let notices = config.notices();
     assert_eq!(notices.len(), 3);
@@ -158,7 +184,8 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
         ("port", &["1", "65535", "'8472'"], &["0", "65536", "-1", "+1", "0x10", "1e3", "8472.0", "[1]", "{}"]),
         ("vni", &["0", "16777215"], &["16777216", "-1", "x"]),
         ("mtu", &["auto", "576", "65535"], &["575", "65536", "Auto", "1400.5"]),
-        ("encryption", &["none"], &["wireguard", "off", "None"]),
+        ("encryption", &["none", "wireguard"], &["off", "None"]),
+        ("private-key-file", &["/x", "x"], &["''", "[/x]"]),
         ("workers", &["auto", "1", "64"], &["0", "65", "many"]),
         ("io", &["auto", "mmsg", "tokio"], &["uring", "epoll"]),
         ("data-dir", &["/x", "x"], &["''", "[/x]"]),
@@ -179,7 +206,7 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
         ),
         ("log-format", &["text", "json"], &["xml"]),
     ];
-    assert_eq!(cases.len() + 1, KEYS.len(), "all but nodes-file");
+    assert_eq!(cases.len() + 1 + OTHERS.len(), KEYS.len(), "all but nodes-file");
     for (key, good, bad) in cases {
         for value in *good {
             assert!(
@@ -194,7 +221,6 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
         }
     }
     assert!(message("io: uring").contains("not supported by this version yet"));
-    assert!(message("encryption: wireguard").contains("not supported by this version yet"));
     assert_eq!(parse("socket-mode: 660").unwrap().socket_mode, 0o660);
 }
 
@@ -232,12 +258,35 @@ fn changes_are_sorted_into_live_and_restart() {
 #[test]
 fn no_key_is_forgotten_when_comparing() {
     let values = [
-        "a", "eth0", "10.0.0.1", "t", "network", "1", "2", "1400", "", "2", "tokio", "/d", "/s", "0600", "g", "/n",
-        "debug", "json",
+        "a",
+        "eth0",
+        "10.0.0.1",
+        "t",
+        "network",
+        "1",
+        "2",
+        "1400",
+        "wireguard",
+        "/k",
+        "2",
+        "tokio",
+        "/d",
+        "/s",
+        "0600",
+        "g",
+        "/n",
+        "debug",
+        "json",
     ];
     let old = parse("").unwrap();
-    assert_eq!(values.len(), KEYS.len());
-    for (key, value) in KEYS.iter().zip(values).filter(|(key, _)| key.name != "encryption") {
+    assert_eq!(values.len() + OTHERS.len(), KEYS.len());
+    let others = |key: &Key| OTHERS.iter().find(|(name, _)| *name == key.name).map(|(_, value)| *value);
+    let mut values = values.into_iter();
+    let mut value_of = |key: &Key| others(key).or_else(|| values.next());
+    let all: Vec<_> = KEYS.iter().filter_map(|key| Some((key, value_of(key)?))).collect();
+    // what `cluster-init` can be is one value; the last two change the default of `address` as well
+    let alone = |key: &Key| !matches!(key.name, "cluster-init" | "cni-conf-dir" | "subnet-file");
+    for (key, value) in all.into_iter().filter(|(key, _)| alone(key)) {
         let new = parse(&format!("{}: {value}", key.name)).unwrap();
         let changes = old.live_changes(&new);
         let (there, elsewhere) =
@@ -267,4 +316,108 @@ proptest! {
     fn no_value_makes_a_key_panic(key in 0..KEYS.len(), value in any::<String>()) {
         let _ = Config::parse(&sources("", &[], &[(KEYS[key].name, &value)]));
     }
+}
+
+/// The keys of `meshd server` and `meshd agent`, each with a value that is not the default.
+const OTHERS: [(&str, &str); 16] = [
+    ("bfd", "off"),
+    ("server", "a"),
+    ("token", "t"),
+    ("token-file", "/t"),
+    ("cluster-cidr", "10.43.0.0/16"),
+    ("node-cidr-mask-size", "25"),
+    ("tls-san", "a"),
+    ("bind-address", "10.9.0.1"),
+    ("cluster-init", "false"),
+    ("datastore-endpoint", "sqlite:///x"),
+    ("node-label", "a=b"),
+    ("node-taint", "a:NoExecute"),
+    ("control-only", "true"),
+    ("purge-after", "1h"),
+    ("cni-conf-dir", "/c"),
+    ("subnet-file", "/e"),
+];
+
+#[test]
+fn membership_keys_are_read() {
+    let config = parse(
+        "server: [10.9.0.1, 'https://b.example:9345', '[fd00::1]:9345']\ntoken: hush-hush\ntoken-file: '-'\n\
+         cluster-cidr: 10.42.0.0/16, fd42::/48\nnode-cidr-mask-size: [25, 72]\ntls-san: [mesh.example, 192.0.2.1]\n\
+         bind-address: 10.9.0.1\ndatastore-endpoint: sqlite:///x/y.db\nnode-label: zone=a, example.org/x=\n\
+         node-taint: CriticalAddonsOnly=true:NoExecute\ncontrol-only: true\npurge-after: 2d\ncluster-init: false\n",
+    )
+    .unwrap();
+    assert_eq!(config.servers, ["10.9.0.1", "https://b.example:9345", "[fd00::1]:9345"]);
+    assert_eq!(config.token.as_ref().map(|token| token.reveal()), Some("hush-hush"));
+    assert_eq!(config.token_file, Some(TokenFile::StandardInput));
+    assert_eq!(config.cluster_cidr.len(), 2);
+    assert_eq!((config.node_cidr_mask_size.v4, config.node_cidr_mask_size.v6), (25, 72));
+    assert_eq!(config.bind_address.to_string(), "10.9.0.1:9345");
+    assert_eq!(config.node_labels.get("example.org/x").map(String::as_str), Some(""));
+    assert_eq!(config.node_taints, ["CriticalAddonsOnly=true:NoExecute"]);
+    assert!(config.control_only);
+    assert_eq!(config.purge_after, Some(172_800));
+
+    let config = parse("").unwrap();
+    assert_eq!(config.cluster_cidr, ["10.42.0.0/16".parse().unwrap()]);
+    assert_eq!(config.bind_address.to_string(), "[::]:9345");
+    assert_eq!((config.purge_after, config.control_only, config.datastore_endpoint.is_none()), (None, false, true));
+}
+
+#[test]
+fn wrong_membership_values_are_named() {
+    for (text, part) in [
+        ("server: http://a:9345", "registration address"),
+        ("server: https://a/b", "registration address"),
+        ("server: https://a:0", "registration address"),
+        ("cluster-cidr: 10.42.1.0/16", "write `10.42.0.0/16`"),
+        ("cluster-cidr: [10.42.0.0/16, 10.43.0.0/16]", "another of the same family"),
+        ("cluster-cidr: 0.0.0.0/0", "private unicast prefix"),
+        ("cluster-cidr: 10.42.0.0/24\nnode-cidr-mask-size: 16", "no subnet of that size fits"),
+        ("node-cidr-mask-size: [24, 25]", "for the same family"),
+        ("node-cidr-mask-size: 129", "from 8 to 128"),
+        ("bind-address: host:9345", "use an address with a port"),
+        ("cluster-init: true", "not supported by this version yet"),
+        ("datastore-endpoint: etcd://h1,h2", "not supported by this version yet"),
+        ("datastore-endpoint: mysql://u@h/d", "not supported by this version yet"),
+        ("datastore-endpoint: x.db", "use `sqlite://PATH`"),
+        ("node-label: a", "write `key=value`"),
+        ("node-label: [a=1, a=2]", "there twice"),
+        ("node-taint: a=b:Never", "NoSchedule"),
+        ("control-only: yes", "use `true` or `false`"),
+        ("purge-after: 10s", "from 1m on"),
+        ("purge-after: 1w", "from 1m on"),
+        ("tls-san: https://a", "host name or an IP address"),
+        ("token: mesh1AAAA", "the token is damaged"),
+        ("token: mesh1 AAAA", "has a blank or line break in it"),
+    ] {
+        let message = message(text);
+        assert!(message.contains(part), "{text}: {message}");
+    }
+}
+
+#[test]
+fn a_token_is_never_shown() {
+    let config = parse("token: hush-hush\n").unwrap();
+    assert!(!format!("{config:?}").contains("hush"), "{config:?}");
+    for bad in ["token: mesh1hush\n", "token: \"mesh1hush\\thush\"\n", "token: [hush]\n"] {
+        assert!(!message(bad).contains("hush"), "{}", message(bad));
+    }
+    let env = Config::parse(&sources("", &[("MESHD_TOKEN", "mesh1hush")], &[])).unwrap_err().to_string();
+    assert!(env.contains("MESHD_TOKEN") && !env.contains("hush"), "{env}");
+    let changed = config.live_changes(&parse("token: other\nadvertise-address: 192.0.2.1\n").unwrap());
+    assert_eq!((changed.live.as_slice(), changed.restart.len()), (&["advertise-address", "token"][..], 0));
+}
+
+#[test]
+fn where_a_bridge_has_the_first_address_the_node_has_the_networks() {
+    assert_eq!(parse("subnet-file: /x\n").unwrap().address, OverlayAddress::Network);
+    assert_eq!(parse("cni-conf-dir: /x\naddress: first\n").unwrap().address, OverlayAddress::First);
+}
+
+#[test]
+fn a_member_encrypts_unless_told_otherwise() {
+    assert_eq!(parse("").unwrap().encryption, Encryption::None);
+    assert_eq!(parse("").unwrap().of_member().encryption, Encryption::Wireguard);
+    assert_eq!(parse("encryption: none\n").unwrap().of_member().encryption, Encryption::None);
 }

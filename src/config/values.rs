@@ -12,6 +12,7 @@ use std::str::FromStr;
 use tracing_subscriber::EnvFilter;
 
 use super::yaml::nearest;
+use crate::node::Encryption;
 use crate::node::{NodeName, Vni};
 
 /// This node's underlay addresses.
@@ -63,13 +64,6 @@ pub enum Mtu {
     Fixed(NonZeroU16),
 }
 
-/// How peers without a word of their own are encrypted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Encryption {
-    /// VXLAN in the clear.
-    None,
-}
-
 /// How many worker threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Workers {
@@ -88,6 +82,26 @@ pub enum Io {
     Mmsg,
     /// tokio-tun, plain packets.
     Tokio,
+}
+
+/// How peers' lives are watched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bfd {
+    /// Whether they are. If not, peers that ask are told so.
+    pub enabled: bool,
+    /// Milliseconds between two packets to a peer that answers, 50 to 10,000.
+    pub interval_ms: u16,
+    /// How many in a row may be missing, 3 to 50.
+    pub multiplier: u8,
+    /// The VXLAN network of these packets.
+    pub vni: Vni,
+}
+
+impl Default for Bfd {
+    fn default() -> Self {
+        // RFC 8971's own management network is 1, which is also flannel's for data
+        Bfd { enabled: true, interval_ms: 150, multiplier: 6, vni: Vni::MANAGEMENT }
+    }
 }
 
 /// How log lines look.
@@ -201,6 +215,29 @@ pub(crate) fn overlay_address(text: &str) -> Read<OverlayAddress> {
     }
 }
 
+pub(crate) fn bfd(text: &str) -> Read<Bfd> {
+    let mut bfd = Bfd::default();
+    if text == "off" {
+        return Ok(Bfd { enabled: false, ..bfd });
+    }
+    let wanted = || Refusal::from("use `off`, or out of `interval`, `multiplier` and `vni` what is to differ");
+    for (name, value) in text.split(',').map(|pair| pair.split_once('=').unwrap_or((pair, ""))) {
+        match name.trim() {
+            "interval" => {
+                let ms = number(value.trim(), 50, 10_000).and_then(|ms| u16::try_from(ms).ok());
+                bfd.interval_ms = ms.ok_or("`interval` is 50 to 10000 milliseconds")?;
+            }
+            "multiplier" => {
+                let times = number(value.trim(), 3, 50).and_then(|times| u8::try_from(times).ok());
+                bfd.multiplier = times.ok_or("`multiplier` is 3 to 50: fewer packets than three are lost too often")?;
+            }
+            "vni" => bfd.vni = vni(value.trim())?,
+            _ => return Err(wanted()),
+        }
+    }
+    Ok(bfd)
+}
+
 pub(crate) fn port(text: &str) -> Read<NonZeroU16> {
     number(text, 1, u16::MAX.into())
         .and_then(|n| u16::try_from(n).ok())
@@ -226,8 +263,8 @@ pub(crate) fn mtu(text: &str) -> Read<Mtu> {
 pub(crate) fn encryption(text: &str) -> Read<Encryption> {
     match text {
         "none" => Ok(Encryption::None),
-        "wireguard" => Err(Refusal::Later("use `none`: traffic is then in the clear")),
-        _ => Err("use `none`".into()),
+        "wireguard" => Ok(Encryption::Wireguard),
+        _ => Err("use `none` (VXLAN in the clear) or `wireguard`".into()),
     }
 }
 
@@ -347,7 +384,7 @@ fn ip(text: &str) -> Read<IpAddr> {
 }
 
 /// Decimal digits and nothing else: no sign, no exponent, no hexadecimal.
-fn number(text: &str, min: u32, max: u32) -> Option<u32> {
+pub(super) fn number(text: &str, min: u32, max: u32) -> Option<u32> {
     let digits = text.bytes().all(|b| b.is_ascii_digit());
     text.parse().ok().filter(|n| digits && (min..=max).contains(n))
 }

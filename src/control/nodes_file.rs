@@ -15,7 +15,8 @@ pub use self::error::{NoOwnEntry, NodesError, NodesProblem};
 use crate::config::At;
 use crate::config::yaml::{self, Entry, Kind, Malformed, MaxNodes, Tree};
 use crate::config::{not_underlay, shorten};
-use crate::node::{Mac, Node, NodeList, NodeName};
+use crate::key::{MAX_LANES, PublicKey};
+use crate::node::{Encryption, Mac, Node, NodeList, NodeName};
 
 /// Reads a node list. An underlay address without a port gets `default_port`.
 pub fn parse(text: &[u8], default_port: NonZeroU16) -> Result<NodeList, NodesError> {
@@ -27,9 +28,15 @@ pub fn parse(text: &[u8], default_port: NonZeroU16) -> Result<NodeList, NodesErr
     for (i, tree) in list.into_iter().enumerate() {
         placed.push(node(tree, i + 1, default_port)?);
     }
+    checked(placed)
+}
+
+/// The list, when nothing in it contradicts anything else.
+pub(super) fn checked(mut placed: Vec<Placed>) -> Result<NodeList, NodesError> {
     names_are_unique(&mut placed)?;
     underlays_are_unique(&placed)?;
     macs_are_unique(&placed)?;
+    keys_are_unique(&placed)?;
     let subnets = subnets_are_apart(&placed)?;
     no_underlay_within_a_subnet(&placed, &subnets)?;
     Ok(NodeList { nodes: placed.into_iter().map(|p| p.node).collect() })
@@ -45,15 +52,16 @@ pub fn own<'l>(list: &'l NodeList, name: &NodeName) -> Result<&'l Node, NoOwnEnt
 }
 
 /// A node, and where its parts stand.
-struct Placed {
-    node: Node,
-    at: At,
-    underlay_at: Vec<At>,
-    subnets_at: Vec<At>,
-    mac_at: At,
+pub(super) struct Placed {
+    pub(super) node: Node,
+    pub(super) at: At,
+    pub(super) underlay_at: Vec<At>,
+    pub(super) subnets_at: Vec<At>,
+    pub(super) mac_at: At,
+    pub(super) keys_at: Vec<At>,
 }
 
-const KEYS: [&str; 6] = ["name", "underlay", "subnets", "mac", "public-key", "encryption"];
+const KEYS: [&str; 8] = ["name", "underlay", "subnets", "mac", "public-key", "lane-keys", "encryption", "keepalive"];
 
 fn entries(tree: Tree<'_>) -> Result<Vec<Tree<'_>>, NodesError> {
     let shape = |at, what: &str, wanted, found: &Kind<'_>| {
@@ -95,14 +103,17 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
     };
     let name = name(&entries, at, number)?;
     let mut placed = Placed {
-        node: Node { mac: name.derived_mac(), name, underlay: Vec::new(), subnets: Vec::new() },
+        node: Node::named(name),
         at,
         underlay_at: Vec::new(),
         subnets_at: Vec::new(),
         mac_at: at,
+        keys_at: Vec::new(),
     };
+    let (mut has_key, mut lane_keys_at) = (false, None);
     for Entry { key, at, value } in entries {
         let name = placed.node.name.clone();
+        has_key |= key == "public-key";
         match &*key {
             "name" => {}
             "underlay" => {
@@ -131,17 +142,35 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
             }
             "public-key" => {
                 for (at, text) in texts(value, &name, "public-key", false)? {
-                    // A key that is no key is a mistake today already, although nothing is encrypted with it yet.
-                    if !is_public_key(&text) {
-                        return Err(fail(at, NodesProblem::BadPublicKey { node: name }));
-                    }
+                    let key = text.parse();
+                    let key =
+                        key.map_err(|source| fail(at, NodesProblem::BadPublicKey { node: name.clone(), source }))?;
+                    placed.node.public_keys.insert(0, key);
+                    placed.keys_at.insert(0, at);
+                }
+            }
+            "lane-keys" => {
+                for (at, text) in texts(value, &name, "lane-keys", true)? {
+                    let key = text.parse();
+                    let key =
+                        key.map_err(|source| fail(at, NodesProblem::BadPublicKey { node: name.clone(), source }))?;
+                    placed.node.public_keys.push(key);
+                    placed.keys_at.push(at);
+                    lane_keys_at = Some(at);
+                }
+            }
+            "keepalive" => {
+                for (at, text) in texts(value, &name, "keepalive", false)? {
+                    let seconds = text.parse().ok().filter(|seconds| *seconds > 0);
+                    let bad = || NodesProblem::BadKeepalive { node: name.clone(), value: shorten(&text) };
+                    placed.node.keepalive = Some(seconds.ok_or_else(|| fail(at, bad()))?);
                 }
             }
             "encryption" => {
                 for (at, text) in texts(value, &name, "encryption", false)? {
                     match &*text {
-                        "none" => {}
-                        "wireguard" => return Err(fail(at, NodesProblem::NoEncryptionYet { node: name })),
+                        "none" => placed.node.encryption = Some(Encryption::None),
+                        "wireguard" => placed.node.encryption = Some(Encryption::Wireguard),
                         _ => {
                             let value = shorten(&text);
                             return Err(fail(at, NodesProblem::BadEncryption { node: name, value }));
@@ -151,6 +180,12 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
             }
             _ => return Err(fail(at, unknown(&key, &KEYS))),
         }
+    }
+    if let Some(at) = lane_keys_at.filter(|_| !has_key || placed.node.public_keys.len() > MAX_LANES) {
+        return Err(fail(at, NodesProblem::StrayLaneKeys { node: placed.node.name, most: MAX_LANES - 1 }));
+    }
+    if placed.node.encryption == Some(Encryption::Wireguard) && !has_key {
+        return Err(fail(at, NodesProblem::NoPublicKey { node: placed.node.name }));
     }
     if placed.node.underlay.is_empty() {
         return Err(fail(at, NodesProblem::NoUnderlay { node: placed.node.name }));
@@ -198,7 +233,7 @@ fn texts<'a>(
 }
 
 impl Placed {
-    fn add_underlay(&mut self, address: SocketAddr, at: At) -> Result<(), NodesError> {
+    pub(super) fn add_underlay(&mut self, address: SocketAddr, at: At) -> Result<(), NodesError> {
         if let Some(first) = self.node.underlay.iter().find(|u| u.is_ipv4() == address.is_ipv4()) {
             let node = self.node.name.clone();
             return Err(fail(at, NodesProblem::TwoOfAFamily { node, first: first.ip(), second: address.ip() }));
@@ -209,7 +244,7 @@ impl Placed {
     }
 }
 
-fn underlay(text: &str, default_port: NonZeroU16) -> Result<SocketAddr, String> {
+pub(super) fn underlay(text: &str, default_port: NonZeroU16) -> Result<SocketAddr, String> {
     let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
     let address = match (bare.parse::<IpAddr>(), text.parse::<SocketAddr>()) {
         (Ok(ip), _) => SocketAddr::new(ip, default_port.get()),
@@ -221,7 +256,7 @@ fn underlay(text: &str, default_port: NonZeroU16) -> Result<SocketAddr, String> 
     not_underlay(address.ip()).map_or(Ok(address), |why| Err(why.to_owned()))
 }
 
-fn subnet(text: &str) -> Result<IpNet, String> {
+pub(super) fn subnet(text: &str) -> Result<IpNet, String> {
     let net: IpNet = match (text.parse(), text.parse::<IpAddr>()) {
         (Ok(net), _) => net,
         (_, Ok(ip)) => {
@@ -264,14 +299,6 @@ fn special(net: &IpNet) -> Option<(IpNet, &'static str)> {
     })
 }
 
-/// 32 bytes in base64: 43 characters, of which the last carries four bits and two zeros, and one `=`.
-fn is_public_key(text: &str) -> bool {
-    const ALPHABET: &str = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let Some(digits) = text.strip_suffix('=').filter(|d| d.len() == 43) else { return false };
-    let last = digits.chars().next_back().and_then(|c| ALPHABET.find(c));
-    digits.chars().all(|c| ALPHABET.contains(c)) && last.is_some_and(|v| v % 4 == 0)
-}
-
 fn names_are_unique(placed: &mut [Placed]) -> Result<(), NodesError> {
     // Stable, so of two entries with one name the later in the file is the one that is blamed.
     placed.sort_by(|a, b| a.node.name.cmp(&b.node.name));
@@ -304,6 +331,19 @@ fn macs_are_unique(placed: &[Placed]) -> Result<(), NodesError> {
         if let Some(first) = owners.insert(p.node.mac, &p.node.name) {
             let (first, second) = (first.clone(), p.node.name.clone());
             return Err(fail(p.mac_at, NodesProblem::SharedMac { mac: p.node.mac, first, second }));
+        }
+    }
+    Ok(())
+}
+
+fn keys_are_unique(placed: &[Placed]) -> Result<(), NodesError> {
+    let mut owners: HashMap<PublicKey, &NodeName> = HashMap::new();
+    for p in placed {
+        for (key, at) in p.node.public_keys.iter().zip(&p.keys_at) {
+            if let Some(first) = owners.insert(*key, &p.node.name) {
+                let (first, second) = (first.clone(), p.node.name.clone());
+                return Err(fail(*at, NodesProblem::SharedKey { key: *key, first, second }));
+            }
         }
     }
     Ok(())
@@ -359,7 +399,7 @@ fn unknown(key: &str, known: &[&'static str]) -> NodesProblem {
     NodesProblem::UnknownKey { key: shorten(key), suggestion: yaml::nearest(key, known.iter().copied()) }
 }
 
-fn fail(at: At, problem: NodesProblem) -> NodesError {
+pub(super) fn fail(at: At, problem: NodesProblem) -> NodesError {
     NodesError { at: Some(at), problem }
 }
 

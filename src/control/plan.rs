@@ -2,21 +2,22 @@
 //!
 //! Pure: configuration, list and underlay in, one plan out. Does not know how any of it is put into effect.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::config::{Config, Mtu, OverlayAddress};
-use crate::engine::stats::PeerStats;
-use crate::engine::tables::{Local, PeerSpec};
+use super::known::{Known, Reach, Wish};
+use crate::config::{Config, Encryption, Mtu, OverlayAddress};
+use crate::engine::tables::{ENCAPSULATION, Local, PeerSpec};
+use crate::engine::tunnel;
+use crate::key::PublicKey;
 use crate::node::{Mac, Node, NodeList, NodeName};
 
-/// What VXLAN costs over IPv4: outer IP 20, UDP 8, VXLAN 8, inner Ethernet 14.
-pub const OVERHEAD_V4: u32 = 50;
-/// What it costs over IPv6, whose header is 20 bytes longer.
-pub const OVERHEAD_V6: u32 = 70;
+/// Outer IP and UDP header, over IPv4 and IPv6: what any datagram costs.
+const DATAGRAM_V4: u32 = 28;
+const DATAGRAM_V6: u32 = 48;
+/// Watched neighbours on either side of the ring.
+const NEIGHBOURS: usize = 3;
 /// IPv6 does not work below (RFC 8200 §5).
 const V6_MIN_MTU: u32 = 1280;
 
@@ -64,6 +65,25 @@ pub enum PlanError {
         "the overlay has IPv6 subnets, which need an MTU of 1280 (RFC 8200 §5), but it is {0}: raise the underlay's MTU or `mtu`, or leave IPv6 subnets out"
     )]
     MtuBelowIpv6(u32),
+    /// A node is to be encrypted, and nobody knows its key.
+    #[error(
+        "node `{0}` is to be encrypted (`encryption: wireguard`) and has no `public-key` in the node list: add it          (`meshctl key show` prints it there), or give the node `encryption: none`"
+    )]
+    NoPublicKey(NodeName),
+    /// Peers would encrypt for somebody else.
+    #[error(
+        "the node list says that this node's {what} is {listed}, but its private key belongs to {ours}: correct the list,          or put the right key into {file}"
+    )]
+    AnotherKey {
+        /// Which of the keys.
+        what: String,
+        /// What the list says.
+        listed: PublicKey,
+        /// What is true.
+        ours: String,
+        /// The private key's file.
+        file: String,
+    },
 }
 
 impl Plan {
@@ -77,15 +97,14 @@ impl Plan {
     }
 }
 
-/// Works out what `list` means for the node `own`, which is carried by `carriers`. `known` are the counters of peers by
-/// name: those of a peer that stays are kept, those of a new one are added.
+/// Works out what `list` means for the node `own`, which is carried by `carriers`. `known` are the peers of the former
+/// list: counters and sessions of those that stay are kept.
 pub fn plan(
     config: &Config,
     list: &NodeList,
     own: &Node,
     carriers: &[Carrier],
-    known: &mut HashMap<NodeName, Arc<PeerStats>>,
-    workers: usize,
+    known: &mut Known,
 ) -> Result<Plan, PlanError> {
     let mut warnings = Vec::new();
     let mut ways = Vec::new();
@@ -100,9 +119,22 @@ pub fn plan(
     }
     // an IPv4 packet has at most 65,535 bytes, whatever the link takes: the loopback device, which routed underlays use, says 65,536
     let longest = |carrier: &Carrier| if carrier.ip.is_ipv4() { carrier.mtu.min(65_535) } else { carrier.mtu };
-    let room = |carrier: &Carrier| overlay_mtu(longest(carrier), carrier.ip.is_ipv6());
-    let fits_all = ways.iter().map(|(_, (_, carrier))| room(carrier)).min();
-    let path = fits_all.or_else(|| carriers.iter().map(room).min()).unwrap_or(0).min(u32::from(u16::MAX));
+    own_keys_are_ours(config, own, known)?;
+    let mode = |node: &Node| node.encryption.unwrap_or(config.encryption);
+    let has_tunnel = |node: &Node| known.identity().is_some() && !node.public_keys.is_empty();
+    let encrypted = |node: &Node| mode(own) == Encryption::Wireguard && mode(node) == Encryption::Wireguard;
+    if let Some((node, _)) = ways.iter().find(|(node, _)| encrypted(node) && !has_tunnel(node)) {
+        let keyless = if node.public_keys.is_empty() { node } else { &own };
+        return Err(PlanError::NoPublicKey(keyless.name.clone()));
+    }
+    // what a tunnel adds is more than what VXLAN does: a peer that may change from one to the other has room for both
+    let room = |carrier: &Carrier, tunnel: bool| {
+        let (mtu, v6) = (longest(carrier), carrier.ip.is_ipv6());
+        if tunnel { tunnel_mtu(mtu, v6) } else { overlay_mtu(mtu, v6) }
+    };
+    let fits_all = ways.iter().map(|(node, (_, carrier))| room(carrier, has_tunnel(node))).min();
+    let alone = || carriers.iter().map(|carrier| room(carrier, known.identity().is_some())).min();
+    let path = fits_all.or_else(alone).unwrap_or(0).min(u32::from(u16::MAX));
     let mtu = match config.mtu {
         Mtu::Auto => path,
         Mtu::Fixed(mtu) => u32::from(mtu.get()),
@@ -120,22 +152,55 @@ pub fn plan(
 
     let overlay = overlay_addresses(&config.address, own)?;
     let addresses = carriers.iter().map(|carrier| carrier.ip).chain(overlay.iter().copied()).collect();
-    let local = Local { mac: own.mac, vni: config.vni, subnets: own.subnets.clone(), addresses, mtu: mtu as u16 };
+    let (identity, former_identity) = (known.identity().cloned(), known.former_identity().cloned());
+    let local = Local {
+        mac: own.mac,
+        vni: config.vni,
+        subnets: own.subnets.clone(),
+        addresses,
+        mtu: mtu as u16,
+        identity,
+        former_identity,
+    };
+    // the other side knows no more of our lanes than our entry says
+    let own_lanes = own.public_keys.len().max(1);
+    let ring = ring(list, own);
     let peers: Vec<PeerSpec> = ways
         .into_iter()
-        .map(|(node, (endpoint, carrier))| PeerSpec {
-            name: node.name.clone(),
-            endpoint,
-            underlay: node.underlay_ips().collect(),
-            mac: node.mac,
-            subnets: node.subnets.clone(),
-            mtu: room(&carrier).min(u32::from(u16::MAX)) as u16,
-            stats: known.entry(node.name.clone()).or_insert_with(|| Arc::new(PeerStats::new(workers))).clone(),
+        .map(|(node, (endpoint, carrier))| {
+            let keys = node.public_keys.get(..own_lanes.min(node.public_keys.len())).unwrap_or_default();
+            let wish = Wish { keys, encrypted: encrypted(node), keepalive: node.keepalive };
+            let Reach { stats, tunnel, former } = known.peer(&node.name, endpoint, wish);
+            let liveness = known.liveness(&node.name, ring.contains(&&node.name));
+            PeerSpec {
+                name: node.name.clone(),
+                endpoint,
+                underlay: node.underlay_ips().collect(),
+                mac: node.mac,
+                subnets: node.subnets.clone(),
+                mtu: room(&carrier, tunnel.is_some()).min(u32::from(u16::MAX)) as u16,
+                stats,
+                tunnel,
+                former,
+                liveness,
+            }
         })
         .collect();
-    known.retain(|name, _| peers.binary_search_by(|peer| peer.name.cmp(name)).is_ok());
+    known.retain(|name| peers.binary_search_by(|peer| peer.name.cmp(name)).is_ok());
     let own_subnets = own.subnets.clone();
     Ok(Plan { mac: own.mac, overlay, mtu, own_subnets, subnets, local, peers, warnings })
+}
+
+/// The nodes that this one watches whether or not there is traffic: those next to it in the ring of all names. Both ends of
+/// such a pair see it that way, and everybody is watched by as many in a mesh of any size.
+fn ring<'l>(list: &'l NodeList, own: &Node) -> Vec<&'l NodeName> {
+    let nodes = &list.nodes; // sorted by name
+    let before = nodes.iter().rev().skip_while(|node| node.name >= own.name).chain(nodes.iter().rev());
+    let after = nodes.iter().skip_while(|node| node.name <= own.name).chain(nodes.iter());
+    let others = |node: &&Node| node.name != own.name;
+    let mut ring: Vec<&NodeName> = before.filter(others).take(NEIGHBOURS).map(|node| &node.name).collect();
+    ring.extend(after.filter(others).take(NEIGHBOURS).map(|node| &node.name));
+    ring
 }
 
 /// How a node is reached: the first of its addresses of a family that we have.
@@ -146,9 +211,43 @@ fn way(node: &Node, carriers: &[Carrier]) -> Option<(std::net::SocketAddr, Carri
     })
 }
 
-/// The longest inner packet over an underlay link of that MTU.
+/// The longest inner packet that VXLAN carries over an underlay link of that MTU: 50 bytes less over IPv4, 70 over IPv6.
 pub fn overlay_mtu(underlay_mtu: u32, is_v6: bool) -> u32 {
-    underlay_mtu.saturating_sub(if is_v6 { OVERHEAD_V6 } else { OVERHEAD_V4 })
+    room_in_datagram(underlay_mtu, is_v6, ENCAPSULATION)
+}
+
+/// The same where WireGuard carries it: 60 bytes less over IPv4, 80 over IPv6.
+pub fn tunnel_mtu(underlay_mtu: u32, is_v6: bool) -> u32 {
+    room_in_datagram(underlay_mtu, is_v6, tunnel::OVERHEAD)
+}
+
+/// What an outer IP and UDP header and `encapsulation` bytes leave of a link's MTU.
+fn room_in_datagram(underlay_mtu: u32, is_v6: bool, encapsulation: usize) -> u32 {
+    let headers = if is_v6 { DATAGRAM_V6 } else { DATAGRAM_V4 };
+    underlay_mtu.saturating_sub(headers + encapsulation as u32)
+}
+
+/// Whether peers that follow the list encrypt for keys that this node has.
+fn own_keys_are_ours(config: &Config, own: &Node, known: &Known) -> Result<(), PlanError> {
+    let Some(identity) = known.identity() else { return Ok(()) };
+    let ours = identity.public_keys();
+    // a key that was just changed here is still to be changed in the list
+    let before = known.former_identity().map(|former| former.public_keys()).unwrap_or_default();
+    if own.public_keys.first().is_some_and(|listed| before.first() == Some(listed)) {
+        return Ok(());
+    }
+    for (lane, listed) in own.public_keys.iter().enumerate() {
+        // lanes beyond our workers are others' business: they are never used
+        if ours.get(lane).is_some_and(|ours| ours != listed) || (lane == 0 && ours.is_empty()) {
+            return Err(PlanError::AnotherKey {
+                what: if lane == 0 { "`public-key`".to_owned() } else { format!("key of lane {lane}") },
+                listed: *listed,
+                ours: ours.get(lane).map(PublicKey::to_string).unwrap_or_default(),
+                file: config.private_key_path().display().to_string(),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn overlay_addresses(wanted: &OverlayAddress, own: &Node) -> Result<Vec<IpAddr>, PlanError> {
@@ -165,7 +264,7 @@ fn overlay_addresses(wanted: &OverlayAddress, own: &Node) -> Result<Vec<IpAddr>,
 }
 
 /// Network + 1; of a subnet that is a single address, that one.
-fn first_address(net: &IpNet) -> IpAddr {
+pub fn first_address(net: &IpNet) -> IpAddr {
     match net {
         IpNet::V4(net) if net.prefix_len() < 32 => Ipv4Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
         IpNet::V6(net) if net.prefix_len() < 128 => Ipv6Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
@@ -176,6 +275,9 @@ fn first_address(net: &IpNet) -> IpAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::sync::Arc;
+
     use crate::config::Sources;
     use crate::control::nodes_file;
 
@@ -197,7 +299,7 @@ mod tests {
         let own = list.get(&config.node_name).unwrap();
         let carriers: Vec<_> =
             carriers.iter().map(|(ip, mtu)| Carrier { ip: ip.parse().unwrap(), mtu: *mtu }).collect();
-        plan(&config, &list, own, &carriers, &mut HashMap::new(), 2)
+        plan(&config, &list, own, &carriers, &mut Known::new(2, None))
     }
 
     #[test]
@@ -253,6 +355,31 @@ mod tests {
     }
 
     #[test]
+    fn each_node_is_watched_by_as_many_in_a_mesh_of_any_size_and_both_ends_agree() {
+        let list = |nodes: usize| {
+            let line = |n| {
+                format!("  - {{name: n{n:03}, underlay: 10.9.{}.{}, subnets: 10.42.{n}.0/24}}\n", n / 200, n % 200 + 1)
+            };
+            format!("nodes:\n{}", (0..nodes).map(line).collect::<String>())
+        };
+        for (nodes, neighbours) in [(1, 0), (2, 1), (3, 2), (6, 5), (8, 6), (200, 6)] {
+            let list = nodes_file::parse(list(nodes).as_bytes(), config("").port).unwrap();
+            let rings: Vec<Vec<&NodeName>> = list.nodes.iter().map(|own| ring(&list, own)).collect();
+            for (own, ring) in list.nodes.iter().zip(&rings) {
+                let mut distinct = ring.clone();
+                distinct.sort();
+                distinct.dedup();
+                assert_eq!(distinct.len(), neighbours, "{nodes}");
+                assert!(!distinct.contains(&&own.name));
+                for name in distinct {
+                    let at = list.nodes.iter().position(|node| node.name == *name).unwrap();
+                    assert!(rings[at].contains(&&own.name), "{} watches {name}, and not the other way", own.name);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn overlay_addresses() {
         let ips = |text: &str| make(text, LIST, &[("10.9.0.1", 1500)]).map(|p| p.overlay);
         assert_eq!(ips("address: network").unwrap()[0], "10.42.1.0".parse::<IpAddr>().unwrap());
@@ -270,12 +397,12 @@ mod tests {
         let list = nodes_file::parse(LIST.as_bytes(), config.port).unwrap();
         let own = list.get(&config.node_name).unwrap();
         let carriers = [Carrier { ip: "10.9.0.1".parse().unwrap(), mtu: 1500 }];
-        let mut known = HashMap::new();
-        let first = plan(&config, &list, own, &carriers, &mut known, 1).unwrap();
-        let second = plan(&config, &list, own, &carriers, &mut known, 1).unwrap();
+        let mut known = Known::new(1, None);
+        let first = plan(&config, &list, own, &carriers, &mut known).unwrap();
+        let second = plan(&config, &list, own, &carriers, &mut known).unwrap();
         assert!(Arc::ptr_eq(&first.peers[0].stats, &second.peers[0].stats));
         let alone = NodeList { nodes: vec![own.clone()] };
-        plan(&config, &alone, own, &carriers, &mut known, 1).unwrap();
+        plan(&config, &alone, own, &carriers, &mut known).unwrap();
         assert!(known.is_empty());
     }
 }

@@ -117,7 +117,7 @@ mod tests {
     fn list(names: &[&str]) -> NodeList {
         let node = |name: &str, i: usize| {
             let name: NodeName = name.trim_end_matches('*').parse().unwrap();
-            Node { mac: name.derived_mac(), name, underlay: vec![([10, 9, 0, i as u8], 8472).into()], subnets: vec![] }
+            Node { underlay: vec![([10, 9, 0, i as u8], 8472).into()], ..Node::named(name) }
         };
         // A star moves the node, an address of 200 is nobody else's.
         let nodes = names.iter().map(|n| node(n, if n.ends_with('*') { 200 } else { 1 }));

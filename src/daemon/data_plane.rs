@@ -55,6 +55,8 @@ pub(super) struct Facts {
     pub offloads: Arc<UdpOffloads>,
     pub reasons: Vec<(&'static str, String)>,
     pub receivers: Arc<Vec<Socket>>,
+    /// The outer source ports that flows are spread over, for each of the node's addresses.
+    pub source_ports: Vec<(IpAddr, Vec<u16>)>,
 }
 
 /// Why the data plane cannot be started.
@@ -108,6 +110,7 @@ impl DataPlane {
                 offloads: offloads.clone(),
                 reasons: std::mem::take(&mut device.reasons),
                 receivers: Arc::default(),
+                source_ports: Vec::new(),
             },
             stops: Vec::new(),
             threads: Vec::new(),
@@ -115,6 +118,7 @@ impl DataPlane {
         let mut receivers = Vec::new();
         let mut workers = Vec::new();
         let sources = reserve(parts)?;
+        plane.facts.source_ports = numbers(parts, &sources);
         for (index, tun) in std::mem::take(&mut device.queues).into_iter().enumerate() {
             let ports = open_ports(parts, &sources, &offloads)?;
             receivers.extend(ports.iter().filter_map(|port| port.watch().ok()));
@@ -132,6 +136,11 @@ impl DataPlane {
                 stop: stopped,
             });
         }
+        for port in workers.first().map(|worker| worker.ports.as_slice()).unwrap_or_default() {
+            if let Err(error) = port.steer(workers.len()) {
+                tracing::debug!("the kernel spreads WireGuard sessions over workers by itself: {error}");
+            }
+        }
         plane.facts.receivers = Arc::new(receivers);
         Ok((plane, workers))
     }
@@ -141,7 +150,8 @@ impl DataPlane {
         offloads: Arc<UdpOffloads>,
         mut reasons: Vec<(&'static str, String)>,
     ) -> Result<Self, StartError> {
-        let ports = open_ports(parts, &reserve(parts)?, &offloads)?;
+        let sources = reserve(parts)?;
+        let ports = open_ports(parts, &sources, &offloads)?;
         let receivers = ports.iter().filter_map(|port| port.watch().ok()).collect();
         let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
         let plain = Plain {
@@ -169,6 +179,7 @@ impl DataPlane {
             offloads,
             reasons,
             receivers: Arc::new(receivers),
+            source_ports: numbers(parts, &sources),
         };
         Ok(DataPlane { facts, stops: vec![stop], threads: vec![thread] })
     }
@@ -198,6 +209,11 @@ impl Drop for DataPlane {
 /// The outer source ports on each of the node's addresses.
 fn reserve(parts: &Parts) -> Result<Vec<Sources>, UdpError> {
     parts.addresses.iter().map(|ip| udp::reserve(*ip, SENDERS)).collect()
+}
+
+fn numbers(parts: &Parts, sources: &[Sources]) -> Vec<(IpAddr, Vec<u16>)> {
+    let of = |(ip, sources): (&IpAddr, &Sources)| (*ip, sources.iter().map(|(_, port)| *port).collect());
+    parts.addresses.iter().zip(sources).map(of).collect()
 }
 
 fn open_ports(parts: &Parts, sources: &[Sources], offloads: &Arc<UdpOffloads>) -> Result<Vec<UdpPort>, UdpError> {

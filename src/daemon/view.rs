@@ -1,23 +1,31 @@
 //! What the admin socket shows, read out of what the daemon shares.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use futures::FutureExt;
+use futures::future::{BoxFuture, ready};
+use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::data_plane::Facts;
+use super::member::Member;
 use crate::admin::protocol::{
-    BatchesView, Encryption, JourneyView, NodeRole, NodeState, NodeView, OffloadsView, PeerState, PeerView, Role,
-    StatsView, StatusView, TrafficView,
+    BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView,
+    PeerState, PeerView, Role, SessionView, StatsView, StatusView, TrafficView, why,
 };
 use crate::admin::server::Mesh;
+use crate::control::foreign::{Recipe, Setting, recipe};
 use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
+use crate::engine::tunnel::Tunnel;
+use crate::health::peer::{Liveness, Verdict};
+use crate::membership::link;
 use crate::node::{NodeList, NodeName};
 use crate::sys::udp;
 
@@ -33,14 +41,19 @@ pub(super) struct Shared {
     pub facts: Mutex<Option<Facts>>,
     pub overlay: Mutex<Vec<std::net::IpAddr>>,
     pub tun_drops: AtomicU64,
+    /// What the kernel dropped at sockets that are closed by now.
+    pub udp_drops_before: AtomicU64,
     problems: Mutex<BTreeMap<Concern, String>>,
     held: Mutex<Option<NodeList>>,
     pub accept: Notify,
+    pub member: Member,
 }
 
 /// What can be wrong; one line each in `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Concern {
+    Expelled,
+    Joining,
     Nodes,
     HeldBack,
     Underlay,
@@ -48,6 +61,17 @@ pub(super) enum Concern {
     Host,
     Device,
     Config,
+    Servers,
+    Sidecar,
+    Kept,
+    Attach,
+}
+
+impl Concern {
+    /// Whether packets cross all the same.
+    fn is_a_note(self) -> bool {
+        matches!(self, Concern::Servers | Concern::Sidecar | Concern::Kept | Concern::Attach)
+    }
 }
 
 impl Shared {
@@ -63,9 +87,11 @@ impl Shared {
             facts: Mutex::default(),
             overlay: Mutex::default(),
             tun_drops: AtomicU64::new(0),
+            udp_drops_before: AtomicU64::new(0),
             problems: Mutex::default(),
             held: Mutex::default(),
             accept: Notify::new(),
+            member: None,
         }
     }
 
@@ -74,6 +100,15 @@ impl Shared {
         let mut problems = lock(&self.problems);
         if problems.get(&concern) != Some(&message) {
             tracing::warn!("{message}");
+            problems.insert(concern, message);
+        }
+    }
+
+    /// Something is not there yet, which is no fault.
+    pub(super) fn waits(&self, concern: Concern, message: String) {
+        let mut problems = lock(&self.problems);
+        if problems.get(&concern) != Some(&message) {
+            tracing::info!("{message}");
             problems.insert(concern, message);
         }
     }
@@ -97,18 +132,46 @@ impl Shared {
         lock(&self.held).take()
     }
 
-    fn peer(&self, peer: &Peer, now_ms: u64) -> PeerView {
+    /// The data plane is closed; what the kernel counted at its sockets goes with them, and is kept here.
+    pub(super) fn closed(&self) {
+        if let Some(facts) = lock(&self.facts).take() {
+            self.udp_drops_before.fetch_add(udp_drops(&facts), Ordering::Relaxed);
+        }
+    }
+
+    /// Those of `names` from which something valid came within `time`.
+    pub(super) fn heard_of(&self, mut names: BTreeMap<String, String>, time: Duration) -> BTreeMap<String, String> {
+        let (now_ms, tables) = (self.started.elapsed().as_millis() as u64, self.tables.load());
+        let recent = |seen: u64| u128::from(now_ms.saturating_sub(seen)) < time.as_millis();
+        let heard: HashSet<&str> = tables
+            .peers()
+            .iter()
+            .filter(|peer| peer.spec.stats.last_seen().is_some_and(recent))
+            .map(|peer| peer.spec.name.as_str())
+            .collect();
+        names.retain(|name, _| heard.contains(name.as_str()));
+        names
+    }
+
+    pub(super) fn peer(&self, peer: &Peer, now_ms: u64) -> PeerView {
         let (spec, stats) = (&peer.spec, &peer.spec.stats);
+        let sealed = spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.seals());
+        let heard = spec.tunnel.as_ref().filter(|_| sealed).map(|tunnel| tunnel.endpoint());
         PeerView {
             name: spec.name.to_string(),
-            endpoint: spec.endpoint,
+            endpoint: heard.unwrap_or(spec.endpoint),
             subnets: spec.subnets.clone(),
             mac: spec.mac.to_string(),
-            public_key: None,
-            encryption: Encryption::None,
-            state: PeerState::Unknown,
+            public_key: spec.tunnel.as_ref().and_then(|tunnel| tunnel.keys().first()).map(|key| key.to_string()),
+            encryption: if sealed { Encryption::Wireguard } else { Encryption::None },
+            session: spec.tunnel.as_deref().filter(|_| sealed).map(session),
+            state: match spec.liveness.as_deref().map(Liveness::verdict) {
+                Some(Verdict::Up) => PeerState::Up,
+                Some(Verdict::Down) => PeerState::Down,
+                Some(Verdict::Unknown) | None => PeerState::Unknown,
+            },
             last_seen_ms: stats.last_seen().map(|seen| now_ms.saturating_sub(seen)),
-            rtt_us: None,
+            rtt_us: spec.liveness.as_deref().and_then(Liveness::round_trip_us).map(u64::from),
             path_mtu: u32::from(spec.mtu),
             tx_packets: stats.sum(|flow| flow.tx_packets.get()),
             tx_bytes: stats.sum(|flow| flow.tx_bytes.get()),
@@ -116,6 +179,22 @@ impl Shared {
             rx_bytes: stats.sum(|flow| flow.rx_bytes.get()),
         }
     }
+}
+
+fn session(tunnel: &Tunnel) -> SessionView {
+    let facts = tunnel.facts();
+    SessionView {
+        handshake_age_ms: facts.handshake_age.map(|age| age.as_millis() as u64),
+        lanes: facts.lanes,
+        lanes_up: facts.lanes_up,
+        waiting: facts.held,
+        unanswered: facts.unanswered,
+    }
+}
+
+/// What the kernel dropped at the receiving sockets.
+fn udp_drops(facts: &Facts) -> u64 {
+    facts.receivers.iter().map(|socket| u64::from(udp::drops(socket.as_fd()).unwrap_or(0))).sum()
 }
 
 impl Mesh for Shared {
@@ -133,8 +212,7 @@ impl Mesh for Shared {
         };
         let mut drops: BTreeMap<String, u64> =
             Drop::ALL.iter().map(|reason| (reason.name().to_owned(), drops_of(*reason))).collect();
-        let overflow = facts.iter().flat_map(|facts| facts.receivers.iter());
-        let overflow = overflow.map(|socket| u64::from(udp::drops(socket.as_fd()).unwrap_or(0))).sum();
+        let overflow = facts.as_ref().map_or(0, udp_drops) + self.udp_drops_before.load(Ordering::Relaxed);
         drops.insert("udp_queue_overflow".to_owned(), overflow);
         drops.insert("tun_queue_overflow".to_owned(), self.tun_drops.load(Ordering::Relaxed));
         let tun = TrafficView {
@@ -195,15 +273,23 @@ impl Mesh for Shared {
     fn status(&self) -> StatusView {
         let tables = self.tables.load();
         let local = tables.local();
-        let reasons: Vec<String> = lock(&self.problems).values().cloned().collect();
+        let problems = lock(&self.problems).clone();
+        let reasons = problems.values().cloned().collect();
         StatusView {
             node: self.node.to_string(),
-            role: Role::Run,
+            role: self.member.as_ref().map_or(Role::Run, |member| member.role()),
             overlay_addresses: lock(&self.overlay).clone(),
             vtep_mac: local.mac.to_string(),
-            public_key: None,
+            public_key: self
+                .tables
+                .load()
+                .local()
+                .identity
+                .as_ref()
+                .and_then(|identity| identity.public_key())
+                .map(|key| key.to_string()),
             mtu: u32::from(local.mtu),
-            ready: reasons.is_empty(),
+            ready: problems.keys().all(|concern| concern.is_a_note()),
             reasons,
             tun: self.tun.clone(),
             io: lock(&self.facts).as_ref().map_or("none", |facts| facts.io).to_owned(),
@@ -211,10 +297,14 @@ impl Mesh for Shared {
             vni: local.vni.get(),
             peers: tables.peers().len() as u64,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            membership: self.member.as_ref().map(|member| member.view()),
         }
     }
 
-    fn nodes(&self) -> Vec<NodeView> {
+    fn nodes(&self) -> BoxFuture<'_, Vec<NodeView>> {
+        if let Some(member) = &self.member {
+            return member.nodes().boxed();
+        }
         let view = |node: &crate::node::Node| NodeView {
             name: node.name.to_string(),
             id: node.name.to_string(),
@@ -226,8 +316,20 @@ impl Mesh for Shared {
             taints: Vec::new(),
             joined_at: None,
             last_heartbeat: None,
+            observed: None,
         };
-        self.list.load().nodes.iter().map(view).collect()
+        ready(self.list.load().nodes.iter().map(view).collect()).boxed()
+    }
+
+    fn keys(&self) -> KeysView {
+        let tables = self.tables.load();
+        let keys = tables.local().identity.as_ref().map(|identity| identity.public_keys()).unwrap_or_default();
+        let mut keys = keys.iter().map(ToString::to_string);
+        KeysView { public_key: keys.next(), lane_keys: keys.collect() }
+    }
+
+    fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>> {
+        self.explain(ask).boxed()
     }
 
     fn accept_nodes(&self) -> Result<String, String> {
@@ -238,7 +340,41 @@ impl Mesh for Shared {
         self.accept.notify_one();
         Ok(format!("accepted: the node list with {nodes} nodes is being applied"))
     }
+
+    fn cluster(&self, ask: link::Request) -> BoxFuture<'_, Result<Value, String>> {
+        match &self.member {
+            Some(member) => member.ask(ask).boxed(),
+            None => ready(Err(NO_CLUSTER.to_owned())).boxed(),
+        }
+    }
+
+    fn node_commands(
+        &self,
+        name: String,
+        device: String,
+        private_key_file: String,
+    ) -> BoxFuture<'_, Result<ForeignView, String>> {
+        let Some(member) = &self.member else { return ready(Err(NO_CLUSTER.to_owned())).boxed() };
+        async move {
+            let (node, all) = member.foreign(&name).await?;
+            let local = self.tables.load().local().clone();
+            let setting = Setting { vni: local.vni, mtu: u32::from(local.mtu), device, private_key_file };
+            let Recipe { commands, notes } = recipe(&node, all.nodes.values(), &setting).map_err(|e| e.to_string())?;
+            Ok(ForeignView { name, commands, notes })
+        }
+        .boxed()
+    }
+
+    fn leave(&self, force: bool) -> BoxFuture<'_, Result<String, String>> {
+        match &self.member {
+            Some(member) => member.leave(force).boxed(),
+            None => ready(Err(NO_CLUSTER.to_owned())).boxed(),
+        }
+    }
 }
+
+const NO_CLUSTER: &str = "this meshd has its peers from a nodes-file, so there are no servers to ask: change that file, or \
+                          join a cluster with `meshd agent`";
 
 fn offloads(facts: &Facts) -> OffloadsView {
     OffloadsView {

@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use crate::wire::ip::{Packet, protocol};
+use zerocopy::FromBytes;
+
+use crate::wire::icmp;
+use crate::wire::ip::{self, Packet, protocol};
 
 /// The ports of a TCP or UDP packet, as they lie on the wire; `None` for other protocols and for fragments, whose
 /// transport header is missing or does not tell the flow of the next fragment.
@@ -56,6 +59,25 @@ pub fn is_unicast(destination: IpAddr) -> bool {
     }
 }
 
+/// Whether the packet would have its receiver change routes: an ICMP redirect (RFC 792; RFC 4861 §4.5) or a router
+/// advertisement (RFC 1256 §3; RFC 4861 §4.2). Both are a router's word on its own link, and the overlay is none.
+///
+/// A later fragment has no ICMP header; IPv6 hosts take neither message from fragments (RFC 6980 §5).
+#[inline]
+pub fn steers_routes(packet: &Packet, bytes: &[u8]) -> bool {
+    if !matches!(packet.protocol, protocol::ICMP | protocol::ICMPV6) {
+        return false;
+    }
+    let kind = bytes.get(usize::from(packet.header_len)).copied();
+    if packet.is_v6() {
+        let steers = matches!(kind, Some(icmp::V6_ROUTER_ADVERTISEMENT | icmp::V6_REDIRECT));
+        return steers && packet.protocol == protocol::ICMPV6 && !packet.fragment;
+    }
+    let is_first = ip::V4::ref_from_prefix(bytes).is_ok_and(|(ip, _)| ip.flags_offset.get() & ip::V4_OFFSET == 0);
+    let steers = matches!(kind, Some(icmp::V4_REDIRECT | icmp::V4_ROUTER_ADVERTISEMENT));
+    steers && packet.protocol == protocol::ICMP && is_first
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +129,32 @@ mod tests {
         assert_eq!(ports(&packet, &bytes[..22]), None);
         packet.protocol = protocol::ICMP;
         assert_eq!(ports(&packet, &bytes), None);
+    }
+
+    #[test]
+    fn what_steers_routes() {
+        let v4 = |protocol: u8, flags_offset: [u8; 2], kind: u8| {
+            let mut bytes =
+                b"\x45\0\0\x1c\0\x01\0\0\x40\0\0\0\x0a\x2a\x02\x01\x0a\x2a\x01\x01\0\x01\0\0\0\0\0\0".to_vec();
+            bytes[6..8].copy_from_slice(&flags_offset);
+            (bytes[9], bytes[20]) = (protocol, kind);
+            steers_routes(&Packet::parse(&bytes).unwrap(), &bytes)
+        };
+        assert!(v4(1, [0, 0], 5) && v4(1, [0x40, 0], 9));
+        assert!(v4(1, [0x20, 0], 5), "the first fragment has the header");
+        assert!(!v4(1, [0, 9], 5), "a later one has none");
+        assert!(!v4(1, [0, 0], 8) && !v4(17, [0, 0], 5) && !v4(58, [0, 0], 5));
+
+        let v6 = |next: u8, behind: &[u8]| {
+            let mut bytes = vec![0x60, 0, 0, 0, 0, behind.len() as u8, next, 255];
+            bytes.extend([[0xfd; 16], [0xfc; 16]].concat());
+            bytes.extend(behind);
+            steers_routes(&Packet::parse(&bytes).unwrap(), &bytes)
+        };
+        assert!(v6(58, &[134, 0, 0, 0]) && v6(58, &[137, 0, 0, 0]));
+        assert!(v6(60, &[58, 0, 0, 0, 0, 0, 0, 0, 134, 0, 0, 0]), "behind an extension header");
+        assert!(!v6(44, &[58, 0, 0, 1, 0, 0, 0, 0, 134, 0, 0, 0]), "no host takes it from a fragment");
+        assert!(!v6(58, &[128]) && !v6(58, &[135]) && !v6(58, &[]) && !v6(1, &[5]) && !v6(17, &[134]));
     }
 
     #[test]

@@ -50,6 +50,7 @@ pub struct Unit {
     flags: u8,
     id: Id,
     checksum: Checksum,
+    authentic: bool,
     /// Nothing more may join.
     closed: bool,
 }
@@ -109,6 +110,8 @@ pub struct Offer<'a> {
     pub at: usize,
     /// What it is.
     pub packet: &'a Packet,
+    /// Its bytes were authenticated, so that its checksum need not be looked at before it is joined.
+    pub authentic: bool,
 }
 
 /// The transport facts that decide about joining.
@@ -251,7 +254,7 @@ impl Coalescer {
     }
 
     fn start(&mut self, offer: Offer<'_>, bytes: &[u8], segment: Option<Segment>) -> bool {
-        let Offer { peer, at, packet } = offer;
+        let Offer { peer, at, packet, authentic } = offer;
         let unfinished = segment.is_some_and(|segment| is_unfinished(packet, bytes, &segment));
         let mut pieces = self.units.get_mut(self.used).map(|unit| std::mem::take(&mut unit.pieces)).unwrap_or_default();
         pieces.clear();
@@ -270,6 +273,7 @@ impl Coalescer {
             flags: segment.map_or(0, |s| s.flags),
             id: Id { last: ip_id(packet, bytes), fixed: false },
             checksum: if unfinished { Checksum::Unfinished } else { Checksum::Unknown },
+            authentic,
             closed: !leads,
         };
         match self.units.get_mut(self.used) {
@@ -293,11 +297,12 @@ impl Unit {
     /// Joins a packet if the two are consecutive segments of one flow; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<Checksum> {
-        let Offer { peer, at, packet } = offer;
+        let Offer { peer, at, packet, authentic } = offer;
         let first = self.first.filter(|_| !self.closed)?;
         let head = arena.get(self.head()?)?.get(vnet_hdr::HEADER_LEN..)?;
         let udp = packet.protocol == protocol::UDP;
         let fits = self.peer == peer
+            && self.authentic == authentic
             && segment.header_len == first.header_len
             && segment.payload > 0
             && segment.payload <= first.payload
@@ -314,9 +319,13 @@ impl Unit {
 
         // the kernel will believe the joined packet's checksum: each part must be right, or all unfinished
         if self.checksum == Checksum::Unknown {
-            self.checksum = verify(&self.packet, head, &first);
+            self.checksum = if authentic { Checksum::Valid } else { verify(&self.packet, head, &first) };
         }
-        let checksum = verify(packet, bytes, segment);
+        let checksum = match authentic {
+            true if is_unfinished(packet, bytes, segment) => Checksum::Unfinished,
+            true => Checksum::Valid,
+            false => verify(packet, bytes, segment),
+        };
         if checksum != self.checksum || checksum == Checksum::Wrong {
             self.closed = true;
             return None;

@@ -41,12 +41,18 @@ drops! {
     MalformedOffload = "malformed_offload", Outbound;
     /// A multicast, broadcast or link-local destination: the overlay is layer 3 and carries unicast.
     Multicast = "multicast", Outbound;
+    /// An ICMP redirect or a router advertisement: a workload does not steer another's routes.
+    RogueIcmpOut = "rogue_icmp_out", Outbound;
     /// The source address does not belong to this node: the receiver would refuse it.
     SourceNotOurs = "source_not_ours", Outbound;
     /// No peer has the destination.
     NoRoute = "no_route", Outbound;
+    /// The peer has stopped answering; the sender was told.
+    PeerDown = "peer_down", Outbound;
     /// Longer than the path to the peer takes, and not to be fragmented; the sender was told.
     PacketTooBig = "packet_too_big", Outbound;
+    /// The peer is to be encrypted, and no session came up in time, or too much waited for it.
+    NoSession = "no_session", Outbound;
     /// The underlay has no way to the peer, or refused the datagram.
     UdpSendFailed = "udp_send_failed", Outbound;
     /// The underlay's send buffer stayed full.
@@ -56,6 +62,22 @@ drops! {
     UnknownSource = "unknown_source", Inbound;
     /// The datagram did not fit the receive buffer.
     TruncatedDatagram = "truncated_datagram", Inbound;
+    /// A WireGuard message type with a wrong length.
+    WireguardMalformed = "wireguard_malformed", Inbound;
+    /// A WireGuard message of a session that does not exist (any more): its sender will make a new one.
+    WireguardUnknownSession = "wireguard_unknown_session", Inbound;
+    /// A WireGuard message that was forged or damaged.
+    WireguardNotAuthentic = "wireguard_not_authentic", Inbound;
+    /// A WireGuard message that came already, or more than 1,024 behind the newest.
+    WireguardReplayed = "wireguard_replayed", Inbound;
+    /// A handshake for another key than ours, from a key that is no member's, or that nobody asked for.
+    HandshakeRefused = "handshake_refused", Inbound;
+    /// A handshake that is older than one that was taken.
+    HandshakeReplayed = "handshake_replayed", Inbound;
+    /// More handshakes from one address than it may start.
+    HandshakeLimited = "handshake_limited", Inbound;
+    /// VXLAN from a peer that is to be encrypted.
+    ClearFromEncryptedPeer = "clear_from_encrypted_peer", Inbound;
     /// Shorter than a VXLAN header, or without the I flag.
     BadVxlanHeader = "bad_vxlan_header", Inbound;
     /// Another VXLAN network.
@@ -70,6 +92,8 @@ drops! {
     InnerSourceNotAllowed = "inner_source_not_allowed", Inbound;
     /// The inner destination is not of this node.
     InnerDestinationNotOurs = "inner_destination_not_ours", Inbound;
+    /// An ICMP redirect or a router advertisement: a peer does not steer our routes.
+    RogueIcmpIn = "rogue_icmp_in", Inbound;
     /// The outer header says "congestion experienced", the inner transport cannot be told (RFC 6040 §4.2).
     EcnNotCapable = "ecn_not_capable", Inbound;
     /// The TUN device refused the packet.

@@ -1,22 +1,27 @@
 //! The journey in, UDP → TUN, in order:
 //!
-//! 1. **Demultiplex**: a datagram whose source is no member's is dropped before anything is parsed. A buffer may hold
-//!    many datagrams of one length (GRO).
-//! 2. **Open**: check and strip VXLAN and the inner Ethernet header.
-//! 3. **Admit**: the inner source belongs to the peer that sent it, the inner destination to this node.
+//! 1. **Demultiplex** on the first byte. VXLAN from a source that is no member's is dropped before anything is parsed;
+//!    WireGuard comes from wherever its peer is, and proves who that is. A buffer may hold many datagrams of one length (GRO).
+//! 2. **Open**: check and strip VXLAN and the inner Ethernet header, or decrypt. BFD packets end here: peers are asked
+//!    whether they are alive in a VXLAN network of its own, or through the tunnel.
+//! 3. **Admit**: the inner source belongs to the peer that sent it, the inner destination to this node, and
+//!    it is no ICMP message that would change routes here.
 //! 4. **ECN**: what the outer header learnt on its way goes into the inner one (RFC 6040).
 //! 5. **Coalesce**: consecutive segments of a flow become one super-packet, across the datagrams of a whole batch.
 //!
 //! Packets are changed and handed on where they were received; the offload header goes over the encapsulation.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use zerocopy::FromBytes;
 
+use super::classify;
 use super::coalesce::{self, Accepts, Coalescer, Offer, Unit};
 use super::drop::Drop;
 use super::stats::Stats;
-use super::tables::{ENCAPSULATION, PeerIndex, Tables};
+use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
+use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, SourceLimit};
+use crate::wire::bfd::{self, Control};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
 
@@ -30,7 +35,7 @@ pub struct Received {
     /// Bytes of each datagram but the last, where the kernel joined several.
     pub segment_len: Option<u16>,
     /// Who sent it.
-    pub source: IpAddr,
+    pub source: SocketAddr,
     /// Outer DSCP and ECN.
     pub tos: u8,
     /// It was longer than the buffer.
@@ -45,12 +50,51 @@ pub struct Inbound {
     coalescer: Coalescer,
     /// The last inner source that was admitted, and the peer it belongs to: packets come in runs.
     admitted: Option<(IpAddr, PeerIndex)>,
+    /// The number of the socket that sends from the data port.
+    data_socket: u16,
+    /// What tunnels want sent because of what came.
+    outbox: Outbox,
+    limit: SourceLimit,
+    /// Decrypted packets come here first.
+    room: Vec<u8>,
+    received_us: u64,
+    heard: Vec<PeerIndex>,
+}
+
+/// Where an inner packet lies, and whose it is.
+struct Inner {
+    peer: PeerIndex,
+    start: usize,
+    packet: Packet,
+    /// It came out of an AEAD: its bytes are those that the peer sent.
+    authentic: bool,
 }
 
 impl Inbound {
     /// The inbound half for worker number `worker`, whose TUN device takes `accepts`.
     pub fn new(stats: Stats, worker: usize, accepts: Accepts) -> Self {
-        Inbound { stats, worker, coalescer: Coalescer::new(accepts), admitted: None }
+        Inbound {
+            stats,
+            worker,
+            coalescer: Coalescer::new(accepts),
+            admitted: None,
+            data_socket: 1,
+            outbox: Outbox::default(),
+            limit: SourceLimit::default(),
+            room: Vec::new(),
+            received_us: 0,
+            heard: Vec::new(),
+        }
+    }
+
+    /// The same where the socket that sends from the data port has this number.
+    pub fn with_data_socket(self, data_socket: u16) -> Self {
+        Inbound { data_socket, ..self }
+    }
+
+    /// What tunnels want sent because of what came.
+    pub fn outbox(&mut self) -> &mut Outbox {
+        &mut self.outbox
     }
 
     /// Takes a received buffer. Whatever becomes of its datagrams is counted.
@@ -65,20 +109,26 @@ impl Inbound {
         let datagrams = len.div_ceil(step).max(1) as u64;
         stats.flow.udp_rx_packets.add(datagrams);
         stats.flow.udp_rx_bytes.add(len as u64);
-        let Some(peer) = tables.source(received.source) else { return stats.drop(Drop::UnknownSource, datagrams) };
+        let member = tables.source(received.source.ip());
         if received.truncated {
-            return stats.drop(Drop::TruncatedDatagram, datagrams);
+            let reason = if member.is_some() { Drop::TruncatedDatagram } else { Drop::UnknownSource };
+            return stats.drop(reason, datagrams);
         }
-        let (mut packets, mut bytes, mut uncut) = (0, 0, 0);
+        let mut session = None;
+        let mut tally = Tally { peer: PeerIndex::NOBODY, packets: 0, bytes: 0 };
         let mut offset = 0;
         loop {
-            let size = step.min(len - offset);
-            match self.journey(tables, arena, at + offset, size, peer, received) {
-                Ok((extra, inner)) => {
-                    uncut += extra;
-                    packets += 1 + extra;
-                    bytes += inner;
+            let (at, size) = (at + offset, step.min(len - offset));
+            match self.journey(tables, now_ms, arena, at, size, member, received, &mut session) {
+                Ok(Some((peer, packets, bytes))) => {
+                    if peer != tally.peer {
+                        self.seen(tables, now_ms, &tally);
+                        tally = Tally { peer, packets: 0, bytes: 0 };
+                    }
+                    tally.packets += packets;
+                    tally.bytes += bytes;
                 }
+                Ok(None) => self.consumed(),
                 Err(reason) => self.drop(reason),
             }
             offset += size;
@@ -86,14 +136,22 @@ impl Inbound {
                 break;
             }
         }
-        if let Some(stats) = self.stats.worker(self.worker).filter(|_| uncut > 0) {
-            stats.flow.udp_rx_packets.add(uncut);
-        }
-        let flow = tables.peer(peer).and_then(|peer| peer.spec.stats.worker(self.worker));
-        if let Some(flow) = flow.filter(|_| packets > 0) {
-            flow.rx_packets.add(packets);
-            flow.rx_bytes.add(bytes);
+        self.seen(tables, now_ms, &tally);
+    }
+
+    fn seen(&self, tables: &Tables, now_ms: u64, tally: &Tally) {
+        let flow = tables.peer(tally.peer).and_then(|peer| peer.spec.stats.worker(self.worker));
+        if let Some(flow) = flow {
+            flow.rx_packets.add(tally.packets);
+            flow.rx_bytes.add(tally.bytes);
             flow.last_seen.set(now_ms + 1);
+        }
+    }
+
+    #[cold]
+    fn consumed(&self) {
+        if let Some(stats) = self.stats.worker(self.worker) {
+            stats.flow.consumed_inbound.add(1);
         }
     }
 
@@ -137,40 +195,44 @@ impl Inbound {
         self.admitted = None;
     }
 
-    /// One datagram. Returns how many packets more than one it stands for, and the bytes of all.
+    /// One datagram. Returns whose it was, how many packets it stands for, and the bytes of all; `None` where it was for
+    /// the tunnel itself.
     #[inline]
-    fn journey(
+    #[allow(clippy::too_many_arguments)]
+    fn journey<'t>(
         &mut self,
-        tables: &Tables,
+        tables: &'t Tables,
+        now_ms: u64,
         arena: &mut [u8],
         at: usize,
         len: usize,
-        peer: PeerIndex,
+        member: Option<PeerIndex>,
         received: Received,
-    ) -> Result<(u64, u64), Drop> {
+        session: &mut Option<Session<'t>>,
+    ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
         // 2. open
         let datagram = arena.get_mut(at..at + len).ok_or(Drop::BadVxlanHeader)?;
-        let (vxlan, frame) = vxlan::Header::ref_from_prefix(datagram).map_err(|_| Drop::BadVxlanHeader)?;
-        if vxlan.flags & vxlan::FLAG_I == 0 {
-            return Err(Drop::BadVxlanHeader);
-        }
-        let local = tables.local();
-        if vxlan.vni() != local.vni.get() {
-            return Err(Drop::WrongVni);
-        }
-        let (ethernet, inner) = ethernet::Header::ref_from_prefix(frame).map_err(|_| Drop::InnerNotIp)?;
-        if ethernet.destination != local.mac.0 && ethernet.destination != [0xff; 6] {
-            return Err(Drop::BadInnerMac);
-        }
-        let v6 = match ethernet.ether_type.get() {
-            ethernet::IPV4 => false,
-            ethernet::IPV6 => true,
-            _ => return Err(Drop::InnerNotIp),
+        let inner = if tunnel::is_wireguard(datagram) {
+            match self.decrypt(tables, now_ms, datagram, member, received, session)? {
+                Some((peer, bytes)) => {
+                    let packet = Packet::parse(bytes).map_err(|_| Drop::BadInnerPacket)?;
+                    Inner { peer, start: at + tunnel::INNER_AT, packet, authentic: true }
+                }
+                None => return Ok(None),
+            }
+        } else {
+            let peer = member.ok_or(Drop::UnknownSource)?;
+            if tables.tunnel(peer).is_some_and(|tunnel| tunnel.policy() == Policy::Required) {
+                return Err(Drop::ClearFromEncryptedPeer);
+            }
+            let packet = match open_vxlan(tables, datagram) {
+                Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
+                opened => opened?,
+            };
+            Inner { peer, start: at + ENCAPSULATION, packet, authentic: false }
         };
-        let mut packet = Packet::parse(inner).map_err(|_| Drop::BadInnerPacket)?;
-        if packet.is_v6() != v6 {
-            return Err(Drop::BadInnerPacket);
-        }
+        let Inner { peer, start, mut packet, authentic } = inner;
+        let local = tables.local();
 
         // 3. admit
         if self.admitted != Some((packet.source, peer)) {
@@ -180,35 +242,209 @@ impl Inbound {
             self.admitted = Some((packet.source, peer));
         }
         if !tables.is_behind_us(packet.destination) {
+            let bytes = arena.get(start..start + usize::from(packet.total_len)).unwrap_or_default();
+            if authentic && self.is_bfd_packet(tables, now_ms, peer, bytes) {
+                return Ok(None);
+            }
             return Err(Drop::InnerDestinationNotOurs);
+        }
+        let total = usize::from(packet.total_len);
+        let bytes = arena.get_mut(start..start + total).ok_or(Drop::BadInnerPacket)?;
+        if classify::steers_routes(&packet, bytes) {
+            return Err(Drop::RogueIcmpIn);
         }
 
         // 4. ECN
-        let start = at + ENCAPSULATION;
-        let total = usize::from(packet.total_len);
-        let bytes = arena.get_mut(start..start + total).ok_or(Drop::BadInnerPacket)?;
         packet.tos = decapsulate_ecn(bytes, packet.tos, received.tos).ok_or(Drop::EcnNotCapable)?;
 
         // 5. coalesce
-        let offer = Offer { peer, at: start, packet: &packet };
-        let unfinished = match super_size(&packet, bytes, local.mtu, len, received) {
+        let offer = Offer { peer, at: start, packet: &packet, authentic };
+        let size = if authentic { None } else { super_size(&packet, bytes, local.mtu, len, received) };
+        let unfinished = match size {
             Some(size) => {
                 let before = self.units().len();
                 let segments = self.coalescer.add_super(arena, offer, size);
                 if let Some(stats) = self.stats.worker(self.worker) {
                     stats.flow.partial_csum_in.add(u64::from(segments));
+                    stats.flow.udp_rx_packets.add(u64::from(segments).saturating_sub(1));
                 }
                 let bytes =
                     self.units().get(before..).unwrap_or_default().iter().map(|unit| u64::from(unit.bytes)).sum();
-                return Ok((u64::from(segments).saturating_sub(1), bytes));
+                return Ok(Some((peer, u64::from(segments).max(1), bytes)));
             }
             None => self.coalescer.add(arena, offer),
         };
         if let Some(stats) = self.stats.worker(self.worker).filter(|_| unfinished) {
             stats.flow.partial_csum_in.add(1);
         }
-        Ok((0, total as u64))
+        Ok(Some((peer, 1, total as u64)))
     }
+
+    /// Decrypts a WireGuard message where it lies: the inner packet is at [`tunnel::INNER_AT`] then. `None` where it was
+    /// for the tunnel itself.
+    #[inline]
+    fn decrypt<'t, 'd>(
+        &mut self,
+        tables: &'t Tables,
+        now_ms: u64,
+        datagram: &'d mut [u8],
+        member: Option<PeerIndex>,
+        received: Received,
+        session: &mut Option<Session<'t>>,
+    ) -> Result<Option<(PeerIndex, &'d [u8])>, Drop> {
+        let index = match tunnel::kind(datagram)? {
+            Kind::For(index) => index,
+            Kind::Initiation => {
+                *session = None; // of two lanes only one is ever locked
+                return self.initiation(tables, now_ms, datagram, received).map(|()| None);
+            }
+        };
+        let (slot, lane) = tunnel::place(index);
+        if !session.as_ref().is_some_and(|session| session.is(slot, lane)) {
+            *session = None;
+            let Some((peer, tunnel, lane)) = tables.session(index) else {
+                session_lost(tables, member, lane, now_ms);
+                return Err(Drop::WireguardUnknownSession);
+            };
+            *session = Some(tunnel.lane(peer, lane));
+        }
+        let open = session.as_mut().ok_or(Drop::WireguardUnknownSession)?;
+        self.room.resize(self.room.len().max(datagram.len()), 0);
+        let opened = open.open(datagram, received.source, now_ms, self.data_socket, &mut self.room, &mut self.outbox);
+        match opened {
+            Ok(Opened::Packet(len)) => {
+                let place = datagram.get_mut(tunnel::INNER_AT..).and_then(|rest| rest.get_mut(..len));
+                let place = place.ok_or(Drop::WireguardMalformed)?;
+                place.copy_from_slice(self.room.get(..len).ok_or(Drop::WireguardMalformed)?);
+                Ok(Some((open.peer(), place)))
+            }
+            Ok(Opened::Consumed) => {
+                self.seen(tables, now_ms, &Tally { peer: open.peer(), packets: 0, bytes: 0 });
+                Ok(None)
+            }
+            Err(reason) => {
+                if reason == Drop::WireguardUnknownSession {
+                    *session = None; // of two lanes only one is ever locked
+                    session_lost(tables, member, lane, now_ms);
+                }
+                Err(reason)
+            }
+        }
+    }
+
+    #[cold]
+    fn initiation(&mut self, tables: &Tables, now_ms: u64, datagram: &[u8], received: Received) -> Result<(), Drop> {
+        let Received { source, .. } = received;
+        let Local { identity, former_identity, .. } = tables.local();
+        let limit = &mut self.limit;
+        if identity.is_none() {
+            return Err(Drop::HandshakeRefused);
+        }
+        if limit.is_spent(source.ip(), now_ms) {
+            return Err(Drop::HandshakeLimited);
+        }
+        let mut found = Err(Drop::HandshakeRefused);
+        for ours in identity.iter().chain(former_identity) {
+            let allows = |source| limit.allows(source, now_ms);
+            let initiator = ours.initiator(datagram, source, allows, self.data_socket, &mut self.outbox);
+            found = initiator.map(|initiator| (ours, initiator));
+            // for which of our keys it is the first bytes tell; all else is said by the one that it is for
+            if !matches!(found, Err(Drop::HandshakeRefused)) {
+                break;
+            }
+        }
+        let (ours, Initiator::Key(key, lane)) = found? else { return Ok(()) };
+        let (peer, tunnel) = tables.answerer(&key, ours, lane).ok_or(Drop::HandshakeRefused)?;
+        self.room.resize(self.room.len().max(datagram.len()), 0);
+        let mut session = tunnel.lane(peer, lane);
+        session.open(datagram, source, now_ms, self.data_socket, &mut self.room, &mut self.outbox)?;
+        self.seen(tables, now_ms, &Tally { peer, packets: 0, bytes: 0 });
+        Ok(())
+    }
+}
+
+/// Liveness: what is taken out before admission.
+impl Inbound {
+    /// The time, finer than in milliseconds, at which what comes next was received.
+    pub fn received_at(&mut self, now_us: u64) {
+        self.received_us = now_us;
+    }
+
+    /// Peers that BFD packets came from, since this was emptied.
+    pub fn heard(&mut self) -> &mut Vec<PeerIndex> {
+        &mut self.heard
+    }
+
+    /// Takes a frame of the management network (RFC 8971 §6).
+    #[cold]
+    fn is_bfd_frame(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, datagram: &[u8]) -> bool {
+        let Some(liveness) = tables.liveness(peer) else { return false };
+        let Ok((vxlan, frame)) = vxlan::Header::ref_from_prefix(datagram) else { return false };
+        let Ok((ethernet, _)) = ethernet::Header::ref_from_prefix(frame) else { return false };
+        let for_us = [bfd::MANAGEMENT_MAC, tables.local().mac.0].contains(&ethernet.destination);
+        if vxlan.vni() != liveness.settings().vni || !for_us {
+            return false;
+        }
+        let Some((destination, control)) = bfd::read_frame(datagram) else { return false };
+        let ours = bfd::is_loopback(destination) || tables.local().addresses.contains(&destination);
+        ours && self.take(tables, now_ms, peer, &control)
+    }
+
+    /// Takes a packet that came through the tunnel to one of this node's own addresses. Where it comes from is admitted.
+    #[cold]
+    fn is_bfd_packet(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, bytes: &[u8]) -> bool {
+        let Some((destination, control)) = bfd::read_packet(bytes) else { return false };
+        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &control)
+    }
+
+    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, control: &Control) -> bool {
+        let Some(liveness) = tables.liveness(peer) else { return false };
+        liveness.heard(self.worker, self.received_us.max(now_ms * 1000), control);
+        if self.heard.last() != Some(&peer) {
+            self.heard.push(peer);
+        }
+        self.seen(tables, now_ms, &Tally { peer, packets: 0, bytes: 0 });
+        true
+    }
+}
+
+/// What one peer sent within a buffer.
+struct Tally {
+    peer: PeerIndex,
+    packets: u64,
+    bytes: u64,
+}
+
+/// A member sends by a session that we do not have: after our restart it still has its own.
+#[cold]
+fn session_lost(tables: &Tables, member: Option<PeerIndex>, lane: usize, now_ms: u64) {
+    if let Some(tunnel) = member.and_then(|peer| tables.tunnel(peer)) {
+        tunnel.nudge(lane, now_ms);
+    }
+}
+
+/// Checks VXLAN and Ethernet header, and reads the IP packet behind them.
+#[inline]
+fn open_vxlan(tables: &Tables, datagram: &[u8]) -> Result<Packet, Drop> {
+    let (vxlan, frame) = vxlan::Header::ref_from_prefix(datagram).map_err(|_| Drop::BadVxlanHeader)?;
+    if vxlan.flags & vxlan::FLAG_I == 0 {
+        return Err(Drop::BadVxlanHeader);
+    }
+    let local = tables.local();
+    if vxlan.vni() != local.vni.get() {
+        return Err(Drop::WrongVni);
+    }
+    let (ethernet, inner) = ethernet::Header::ref_from_prefix(frame).map_err(|_| Drop::InnerNotIp)?;
+    if ethernet.destination != local.mac.0 && ethernet.destination != [0xff; 6] {
+        return Err(Drop::BadInnerMac);
+    }
+    let v6 = match ethernet.ether_type.get() {
+        ethernet::IPV4 => false,
+        ethernet::IPV6 => true,
+        _ => return Err(Drop::InnerNotIp),
+    };
+    let packet = Packet::parse(inner).map_err(|_| Drop::BadInnerPacket)?;
+    if packet.is_v6() == v6 { Ok(packet) } else { Err(Drop::BadInnerPacket) }
 }
 
 /// Bytes of each datagram in a buffer.
@@ -218,7 +454,7 @@ impl Inbound {
 fn datagram_len(buffer: &[u8], segment_len: Option<u16>) -> usize {
     let whole = buffer.len().max(1);
     let Some(step) = segment_len.map(usize::from).filter(|step| *step > 0 && *step < whole) else { return whole };
-    if is_one_frame(buffer) { whole } else { step }
+    if !tunnel::is_wireguard(buffer) && is_one_frame(buffer) { whole } else { step }
 }
 
 /// Whether the inner packet of the first datagram reaches exactly to the end of the buffer.

@@ -16,4 +16,6 @@ pub mod stats;
 pub mod tables;
 #[doc(hidden)]
 pub mod testing;
+pub mod tunnel;
 pub mod tx_batch;
+pub mod vigil;

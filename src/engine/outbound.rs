@@ -1,13 +1,18 @@
 //! The journey out, TUN → UDP, in order:
 //!
-//! 1. **Classify**: is it an IP packet that the overlay carries, which flow, what does the offload header ask for?
+//! 1. **Classify**: is it an IP packet that the overlay carries (unicast, no ICMP that would change routes), which flow, what does the offload header ask for?
 //! 2. **Admit**: does its source belong to this node? A receiver would refuse it otherwise; here the cause can be named.
-//! 3. **Route**: the longest prefix in the table names the peer.
+//! 3. **Route**: the longest prefix in the table names the peer. For one that is dead the sender is told so.
 //! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed.
 //! 5. **Segment**: a super-packet becomes segments; only headers are written, payload stays where it was read.
-//! 6. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
+//! 6. **Seal**: the VXLAN header goes before it; for an encrypted peer WireGuard writes the whole datagram, or the packet
+//!    waits for a session.
+//! 7. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
 //!
-//! Small packets are not copied either: the encapsulation goes into the room before them, over the offload header.
+//! In the clear small packets are not copied either: the encapsulation goes into the room before them, over the offload
+//! header.
+
+use std::net::SocketAddr;
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -15,8 +20,10 @@ use super::classify;
 use super::drop::Drop;
 use super::segment::{self, Gso, Offload, Segmenter};
 use super::stats::{Flow, Stats, WorkerStats};
-use super::tables::{ENCAPSULATION, Peer, Tables};
+use super::tables::{ENCAPSULATION, Peer, PeerIndex, Tables};
+use super::tunnel::{self, Outbox, Session};
 use super::tx_batch::{Key, Piece, Run, TxBatch};
+use crate::health::peer::Liveness;
 use crate::wire::checksum::Sum;
 use crate::wire::icmp;
 use crate::wire::ip::{self, Packet};
@@ -37,6 +44,10 @@ pub struct Outbound {
     batch: TxBatch,
     errors: Vec<Span>,
     error_window: (u64, u32),
+    /// An inner packet in one piece, for WireGuard.
+    whole: Vec<u8>,
+    /// Handshakes that packets of this batch have started.
+    outbox: Outbox,
 }
 
 /// Some bytes of a slab.
@@ -58,8 +69,21 @@ pub enum Sent {
 impl Outbound {
     /// The outbound half for worker number `worker`, which spreads flows over `sockets` sending sockets.
     pub fn new(stats: Stats, worker: usize, sockets: u16) -> Self {
-        let (batch, errors) = (TxBatch::default(), Vec::with_capacity(ERRORS_PER_WINDOW as usize));
-        Outbound { stats, worker, sockets: sockets.max(1), batch, errors, error_window: (0, 0) }
+        Outbound {
+            stats,
+            worker,
+            sockets: sockets.max(1),
+            batch: TxBatch::default(),
+            errors: Vec::with_capacity(ERRORS_PER_WINDOW as usize),
+            error_window: (0, 0),
+            whole: Vec::new(),
+            outbox: Outbox::default(),
+        }
+    }
+
+    /// The number of the socket that sends from the data port: the one behind the pool.
+    pub fn data_socket(&self) -> u16 {
+        self.sockets
     }
 
     /// Takes one frame: an offload header at `arena[at]`, the packet behind it, `len` bytes in all, with at least
@@ -73,12 +97,39 @@ impl Outbound {
         }
     }
 
+    /// Adds what tunnels want sent to the batch, counts it, and empties the outbox.
+    pub fn post(&mut self, outbox: &mut Outbox) {
+        let Some(stats) = self.stats.worker(self.worker) else { return };
+        for (letter, bytes) in outbox.letters() {
+            let slab = self.batch.slab_mut();
+            let (at, len) = (slab.len() as u32, bytes.len());
+            slab.extend_from_slice(bytes);
+            let (inner, run) = match letter.waited {
+                Some((peer, inner)) => {
+                    count_read(&stats.flow, 1, u64::from(inner));
+                    let key = Key { socket: letter.socket, peer };
+                    (inner as usize, self.batch.open(key, letter.to, letter.tos, len))
+                }
+                None => {
+                    stats.flow.originated_outbound.add(1);
+                    let key = Key { socket: letter.socket, peer: PeerIndex::NOBODY };
+                    (0, self.batch.open_alone(key, letter.to, letter.tos, len))
+                }
+            };
+            run.push(len, inner, &[Piece::Header { at, len: len as u32 }]);
+        }
+        let (packets, bytes) = outbox.expired();
+        count_read(&stats.flow, packets, bytes);
+        stats.drop(Drop::NoSession, packets);
+        outbox.clear();
+    }
+
     /// What is to be sent, in order.
     pub fn batch(&self) -> &TxBatch {
         &self.batch
     }
 
-    /// Frames for the TUN device, offload header first: errors that answer packets which did not fit.
+    /// Frames for the TUN device, offload header first: errors that answer packets which did not fit or had nowhere to go.
     pub fn errors(&self) -> impl Iterator<Item = &[u8]> {
         self.errors.iter().filter_map(|span| self.batch.slab().get(span.at..span.at + span.len))
     }
@@ -149,6 +200,9 @@ impl Outbound {
         if !classify::is_unicast(packet.destination) {
             return Err(drop(Drop::Multicast));
         }
+        if classify::steers_routes(&packet, bytes) {
+            return Err(drop(Drop::RogueIcmpOut));
+        }
         let hash = classify::flow_hash(&packet, classify::ports(&packet, bytes));
 
         // 2. admit
@@ -159,8 +213,16 @@ impl Outbound {
         // 3. route
         let index = tables.route(packet.destination).ok_or(drop(Drop::NoRoute))?;
         let peer = tables.peer(index).ok_or(drop(Drop::NoRoute))?;
-        let key = Key { socket: (hash % u32::from(self.sockets)) as u16, peer: index };
-        let route = Route { peer, key };
+        if peer.spec.liveness.as_deref().is_some_and(Liveness::is_down) {
+            self.answer(now_ms, |room| icmp::unreachable(&packet, bytes, room));
+            return Err(drop(Drop::PeerDown));
+        }
+        let mut route = self.route(peer, index, hash);
+        if let Some(session) = route.session.as_mut().filter(|session| !session.is_up())
+            && !session.can_hold(packets as usize, all_bytes as usize)
+        {
+            return Err(drop(Drop::NoSession));
+        }
 
         // 4. fit
         let longest = match offload {
@@ -168,33 +230,53 @@ impl Outbound {
             _ => total_len,
         };
         if longest > usize::from(peer.spec.mtu) {
-            return match self.does_not_fit(route, now_ms, &packet, offload, arena, start) {
-                Some(()) => {
-                    self.count(packets, all_bytes);
-                    Ok(())
+            let done = self.does_not_fit(&mut route, now_ms, &packet, offload, arena, start);
+            done.ok_or(drop(Drop::PacketTooBig))?;
+        } else {
+            // 5. segment, 6. seal, 7. batch
+            let queued = match offload {
+                Offload::Segment(gso) => self.segment(&mut route, now_ms, &packet, gso, bytes, start),
+                Offload::Checksum { start: from, offset } => {
+                    self.single(&mut route, now_ms, &packet, Some((from, offset)), arena, start)
                 }
-                None => Err(drop(Drop::PacketTooBig)),
+                Offload::None => self.single(&mut route, now_ms, &packet, None, arena, start),
             };
+            queued.ok_or(drop(Drop::MalformedOffload))?;
         }
-
-        // 5. segment, 6. batch
-        let queued = match offload {
-            Offload::Segment(gso) => self.segment(route, &packet, gso, bytes, start),
-            Offload::Checksum { start: from, offset } => {
-                self.single(route, &packet, Some((from, offset)), arena, start)
+        match route.session.filter(|session| !session.is_up()) {
+            // what waits is counted when it leaves, or is discarded
+            Some(mut session) => {
+                session.start(now_ms, self.sockets, &mut self.outbox);
+                std::mem::drop(session);
+                let mut outbox = std::mem::take(&mut self.outbox);
+                self.post(&mut outbox);
+                self.outbox = outbox;
             }
-            Offload::None => self.single(route, &packet, None, arena, start),
-        };
-        queued.ok_or(drop(Drop::MalformedOffload))?;
-        self.count(packets, all_bytes);
+            None => self.count(packets, all_bytes),
+        }
         Ok(())
     }
 
-    /// One packet: the encapsulation goes before it, where the offload header was.
+    /// How packets of this flow get to the peer. For an encrypted one this locks its lane.
+    #[inline]
+    fn route<'t>(&self, peer: &'t Peer, index: PeerIndex, hash: u32) -> Route<'t> {
+        let Some(tunnel) = peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) else {
+            let key = Key { socket: (hash % u32::from(self.sockets)) as u16, peer: index };
+            return Route { peer, key, endpoint: peer.spec.endpoint, session: None };
+        };
+        // after a change of keys, until the new ones have a session
+        let former = peer.spec.former.as_deref().filter(|former| former.is_up(0) && !tunnel.is_up(0));
+        let session = former.unwrap_or(tunnel).session(index, hash);
+        let key = Key { socket: session.socket(self.sockets), peer: index };
+        Route { peer, key, endpoint: session.endpoint(), session: Some(session) }
+    }
+
+    /// One packet: in the clear the encapsulation goes before it, where the offload header was.
     #[inline]
     fn single(
         &mut self,
-        Route { peer, key }: Route<'_>,
+        route: &mut Route<'_>,
+        now_ms: u64,
         packet: &Packet,
         checksum: Option<(usize, usize)>,
         arena: &mut [u8],
@@ -204,25 +286,44 @@ impl Outbound {
         if let Some((from, offset)) = checksum {
             segment::complete_checksum(packet, arena.get_mut(start..start + inner)?, from, offset)?;
         }
+        if let Some(session) = &mut route.session {
+            let whole = arena.get(start..start + inner)?;
+            return seal(&mut self.batch, route.key, route.endpoint, session, now_ms, packet.tos, whole);
+        }
         let at = start.checked_sub(ENCAPSULATION)?;
-        *arena.get_mut(at..start)?.first_chunk_mut()? = peer.header(packet.is_v6());
+        *arena.get_mut(at..start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
-        self.batch.open(key, peer.spec.endpoint, packet.tos, len).push(len, inner, &[piece]);
+        self.batch.open(route.key, route.endpoint, packet.tos, len).push(len, inner, &[piece]);
         Some(())
     }
 
     /// A super-packet: for each segment headers into the slab, payload where it is. Segments fill up runs, also across
     /// super-packets: a 64 KiB one does not fit one send, and its rest goes with the next.
     #[inline]
-    fn segment(&mut self, route: Route<'_>, packet: &Packet, gso: Gso, bytes: &[u8], start: usize) -> Option<()> {
-        let Route { peer, key } = route;
+    fn segment(
+        &mut self,
+        route: &mut Route<'_>,
+        now_ms: u64,
+        packet: &Packet,
+        gso: Gso,
+        bytes: &[u8],
+        start: usize,
+    ) -> Option<()> {
+        let Route { peer, key, endpoint, session } = route;
         let segmenter = Segmenter::new(packet, gso, bytes)?;
         let encapsulation = peer.header(packet.is_v6());
         let header_len = ENCAPSULATION + gso.header_len;
         let payload = bytes.get(gso.header_len..)?;
         for index in 0..gso.segments() {
             let (from, len) = (index * gso.size, segmenter.payload_len(index));
+            if let Some(session) = session {
+                self.whole.clear();
+                segmenter.write(index, payload.get(from..from + len)?, &mut self.whole)?;
+                self.whole.extend_from_slice(payload.get(from..from + len)?);
+                seal(&mut self.batch, *key, *endpoint, session, now_ms, packet.tos, &self.whole)?;
+                continue;
+            }
             let slab = self.batch.slab_mut();
             let at = slab.len();
             slab.extend_from_slice(&encapsulation);
@@ -232,7 +333,7 @@ impl Outbound {
                 Piece::Payload { at: (start + gso.header_len + from) as u32, len: len as u32 },
             ];
             let whole = header_len + len;
-            let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole);
+            let run = self.batch.open(*key, *endpoint, packet.tos, whole);
             run.push(whole, gso.header_len + len, &pieces);
         }
         Some(())
@@ -243,7 +344,7 @@ impl Outbound {
     #[cold]
     fn does_not_fit(
         &mut self,
-        route: Route<'_>,
+        route: &mut Route<'_>,
         now_ms: u64,
         packet: &Packet,
         offload: Offload,
@@ -258,28 +359,36 @@ impl Outbound {
         };
         if may_fragment {
             match offload {
-                Offload::None => return self.fragment(route, packet, arena, start),
+                Offload::None => return self.fragment(route, now_ms, packet, arena, start),
                 Offload::Checksum { start: from, offset } => {
                     segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
-                    return self.fragment(route, packet, arena, start);
+                    return self.fragment(route, now_ms, packet, arena, start);
                 }
                 Offload::Segment(gso) if packet.protocol == ip::protocol::TCP && gso.header_len + 8 <= mtu => {
                     let smaller = Gso { size: mtu - gso.header_len, ..gso };
                     let extra = smaller.segments() - gso.segments();
-                    self.segment(route, packet, smaller, arena.get(start..start + total)?, start)?;
-                    self.originated(extra);
+                    self.segment(route, now_ms, packet, smaller, arena.get(start..start + total)?, start)?;
+                    self.originated(route, extra);
                     return Some(());
                 }
                 Offload::Segment(_) => {}
             }
         }
-        self.answer_too_big(now_ms, packet, route.peer.spec.mtu, arena.get(start..start + total)?);
+        let bytes = arena.get(start..start + total)?;
+        self.answer(now_ms, |room| icmp::too_big(packet, bytes, route.peer.spec.mtu, room));
         None
     }
 
     /// Fragments an IPv4 packet (RFC 791 §3.2).
-    fn fragment(&mut self, route: Route<'_>, packet: &Packet, arena: &[u8], start: usize) -> Option<()> {
-        let Route { peer, key } = route;
+    fn fragment(
+        &mut self,
+        route: &mut Route<'_>,
+        now_ms: u64,
+        packet: &Packet,
+        arena: &[u8],
+        start: usize,
+    ) -> Option<()> {
+        let Route { peer, key, endpoint, session } = &mut *route;
         let bytes = arena.get(start..start + usize::from(packet.total_len))?;
         let (header, payload) = bytes.split_at_checked(usize::from(packet.header_len))?;
         let (fixed, options) = ip::V4::ref_from_prefix(header).ok()?;
@@ -311,21 +420,31 @@ impl Outbound {
             head.checksum = sum.bytes(slab.get(at + ENCAPSULATION + ip::V4_MIN_LEN..)?).finish();
             let place = slab.get_mut(at + ENCAPSULATION..)?.get_mut(..ip::V4_MIN_LEN)?;
             place.copy_from_slice(head.as_bytes());
+            made += 1;
+            if let Some(session) = session {
+                self.whole.clear();
+                self.whole.extend_from_slice(slab.get(at + ENCAPSULATION..)?);
+                self.whole.extend_from_slice(part);
+                slab.truncate(at);
+                seal(&mut self.batch, *key, *endpoint, session, now_ms, packet.tos, &self.whole)?;
+                continue;
+            }
             let header_len = ENCAPSULATION + header.len();
             let pieces = [
                 Piece::Header { at: at as u32, len: header_len as u32 },
                 Piece::Payload { at: (start + header.len() + index * room) as u32, len: part.len() as u32 },
             ];
             let whole = header_len + part.len();
-            let run = self.batch.open(key, peer.spec.endpoint, packet.tos, whole);
+            let run = self.batch.open(*key, *endpoint, packet.tos, whole);
             run.push(whole, header.len() + part.len(), &pieces);
-            made += 1;
         }
-        self.originated(made.saturating_sub(1));
+        self.originated(route, made.saturating_sub(1));
         Some(())
     }
 
-    fn answer_too_big(&mut self, now_ms: u64, packet: &Packet, mtu: u16, bytes: &[u8]) {
+    /// Answers a packet with the ICMP error that `write` writes, unless there were too many.
+    #[cold]
+    fn answer(&mut self, now_ms: u64, write: impl FnOnce(&mut [u8]) -> Option<usize>) {
         let window = now_ms / 100;
         if self.error_window.0 != window {
             self.error_window = (window, 0);
@@ -338,7 +457,7 @@ impl Outbound {
         slab.extend_from_slice(&[0; vnet_hdr::HEADER_LEN]);
         slab.resize(at + vnet_hdr::HEADER_LEN + icmp::MAX_LEN, 0);
         let room = slab.get_mut(at + vnet_hdr::HEADER_LEN..).unwrap_or_default();
-        let len = icmp::too_big(packet, bytes, mtu, room).map_or(0, |len| len + vnet_hdr::HEADER_LEN);
+        let len = write(room).map_or(0, |len| len + vnet_hdr::HEADER_LEN);
         slab.truncate(at + len);
         if len > 0 {
             self.errors.push(Span { at, len });
@@ -353,18 +472,44 @@ impl Outbound {
         }
     }
 
-    fn originated(&self, packets: usize) {
-        if let Some(stats) = self.stats.worker(self.worker) {
+    /// Counts packets that came out of one that had to be cut; those that wait are counted when they leave.
+    fn originated(&self, route: &Route<'_>, packets: usize) {
+        let waits = route.session.as_ref().is_some_and(|session| !session.is_up());
+        if let Some(stats) = self.stats.worker(self.worker).filter(|_| !waits) {
             stats.flow.originated_outbound.add(packets as u64);
         }
     }
 }
 
-/// To whom a packet goes, and through which socket.
-#[derive(Clone, Copy)]
-struct Route<'a> {
-    peer: &'a Peer,
+/// To whom a packet goes, through which socket, and under which lock.
+struct Route<'t> {
+    peer: &'t Peer,
     key: Key,
+    endpoint: SocketAddr,
+    session: Option<Session<'t>>,
+}
+
+/// Seals a whole inner packet into the batch, or has it wait for a session.
+#[inline]
+fn seal(
+    batch: &mut TxBatch,
+    key: Key,
+    endpoint: SocketAddr,
+    session: &mut Session<'_>,
+    now_ms: u64,
+    tos: u8,
+    packet: &[u8],
+) -> Option<()> {
+    if !session.is_up() {
+        session.hold(packet, tos, now_ms);
+        return Some(());
+    }
+    let slab = batch.slab_mut();
+    let at = slab.len();
+    let len = session.seal(packet, slab)?;
+    let piece = Piece::Header { at: at as u32, len: len as u32 };
+    batch.open(key, endpoint, tos & tunnel::ECN, len).push(len, packet.len(), &[piece]);
+    Some(())
 }
 
 fn count_read(flow: &Flow, packets: u64, bytes: u64) {

@@ -4,34 +4,16 @@
 //! of a packet. Readers may see one counter a batch earlier than its neighbour; at rest the sums are exact.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam::utils::CachePadded;
 
+pub use self::counter::Counter;
 use super::drop::{self, Drop};
 
-/// A number that one thread adds to and any may read.
-#[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
-
-impl Counter {
-    /// Adds; only the owner may call this.
-    #[inline]
-    pub fn add(&self, n: u64) {
-        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
-    }
-
-    /// Replaces the value; only the owner may call this.
-    #[inline]
-    pub fn set(&self, n: u64) {
-        self.0.store(n, Ordering::Relaxed);
-    }
-
-    /// The value now.
-    #[inline]
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
+mod counter;
+/// What `counter` is made of; `tests/interleavings.rs` puts its own in this place.
+mod atomic {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering};
 }
 
 macro_rules! counters {

@@ -13,6 +13,9 @@ use foldhash::fast::FixedState;
 use ipnet::IpNet;
 
 use super::stats::PeerStats;
+use super::tunnel::{self, Identity, Tunnel};
+use crate::health::peer::Liveness;
+use crate::key::PublicKey;
 use crate::node::{Mac, NodeName, Vni};
 use crate::wire::{ethernet, vxlan};
 
@@ -22,6 +25,11 @@ pub const ENCAPSULATION: usize = vxlan::HEADER_LEN + ethernet::HEADER_LEN;
 /// A peer's place in [`Tables::peers`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PeerIndex(pub u32);
+
+impl PeerIndex {
+    /// No peer: a place that no table has.
+    pub const NOBODY: PeerIndex = PeerIndex(u32::MAX);
+}
 
 /// What the engine knows of a peer.
 #[derive(Debug, Clone)]
@@ -41,6 +49,12 @@ pub struct PeerSpec {
     pub mtu: u16,
     /// Its counters.
     pub stats: Arc<PeerStats>,
+    /// How it is encrypted; `None` for a peer without a key.
+    pub tunnel: Option<Arc<Tunnel>>,
+    /// After a change of keys, the tunnel before.
+    pub former: Option<Arc<Tunnel>>,
+    /// Whether it is alive; `None` where nobody watches.
+    pub liveness: Option<Arc<Liveness>>,
 }
 
 /// What the engine knows of this node.
@@ -56,6 +70,10 @@ pub struct Local {
     pub addresses: Vec<IpAddr>,
     /// The TUN device's MTU.
     pub mtu: u16,
+    /// This node's keys; without them no peer has a tunnel.
+    pub identity: Option<Arc<Identity>>,
+    /// The keys before the last change, while a peer may still use them.
+    pub former_identity: Option<Arc<Identity>>,
 }
 
 /// A peer in the table.
@@ -84,6 +102,9 @@ pub struct Tables {
     peers: Vec<Peer>,
     routes: Lpm,
     sources: HashMap<IpAddr, PeerIndex, FixedState>,
+    slots: HashMap<u32, PeerIndex, FixedState>,
+    /// Who has a key, present or former.
+    keys: HashMap<PublicKey, PeerIndex, FixedState>,
 }
 
 impl Tables {
@@ -92,7 +113,12 @@ impl Tables {
         let mut routes = Lpm::default();
         let mut sources = HashMap::with_capacity_and_hasher(specs.len(), FixedState::default());
         let mut peers = Vec::with_capacity(specs.len());
+        let (mut slots, mut keys) = (HashMap::default(), HashMap::default());
         for (index, spec) in (0u32..).zip(specs) {
+            for tunnel in spec.former.iter().chain(&spec.tunnel) {
+                slots.insert(tunnel.slot(), PeerIndex(index));
+                keys.extend(tunnel.keys().iter().map(|key| (*key, PeerIndex(index))));
+            }
             for subnet in &spec.subnets {
                 routes.insert(*subnet, PeerIndex(index));
             }
@@ -103,7 +129,7 @@ impl Tables {
             peers.push(Peer { spec, header });
         }
         routes.sort();
-        Tables { local, peers, routes, sources }
+        Tables { local, peers, routes, sources, slots, keys }
     }
 
     /// A table without a peer.
@@ -138,6 +164,42 @@ impl Tables {
     #[inline]
     pub fn source(&self, underlay: IpAddr) -> Option<PeerIndex> {
         self.sources.get(&underlay).copied()
+    }
+
+    /// Whom a WireGuard session index belongs to, and which of the peer's lanes.
+    #[inline]
+    pub fn session(&self, index: u32) -> Option<(PeerIndex, &Tunnel, usize)> {
+        let (slot, lane) = tunnel::place(index);
+        let index = *self.slots.get(&slot)?;
+        let PeerSpec { tunnel, former, .. } = &self.peer(index)?.spec;
+        let tunnel = tunnel.iter().chain(former).find(|tunnel| tunnel.slot() == slot)?;
+        Some((index, tunnel, lane))
+    }
+
+    /// Whom an initiation concerns: the key that it comes from, and our keys and lane that it is for.
+    pub fn answerer(&self, key: &PublicKey, ours: &Arc<Identity>, lane: usize) -> Option<(PeerIndex, &Tunnel)> {
+        let index = *self.keys.get(key)?;
+        let PeerSpec { tunnel, former, .. } = &self.peer(index)?.spec;
+        let tunnel = tunnel.iter().chain(former).find(|tunnel| tunnel.answers(ours, key, lane))?;
+        Some((index, tunnel))
+    }
+
+    /// The peer's tunnel, if it has one.
+    #[inline]
+    pub fn tunnel(&self, peer: PeerIndex) -> Option<&Tunnel> {
+        self.peer(peer)?.spec.tunnel.as_deref()
+    }
+
+    /// The peer's liveness, if anybody watches it.
+    #[inline]
+    pub fn liveness(&self, peer: PeerIndex) -> Option<&Liveness> {
+        self.peer(peer)?.spec.liveness.as_deref()
+    }
+
+    /// Whether any peer has a tunnel.
+    #[inline]
+    pub fn has_tunnels(&self) -> bool {
+        !self.slots.is_empty()
     }
 
     /// Whether a packet from `source` may come from this node.
@@ -242,6 +304,9 @@ mod tests {
             subnets: subnets.iter().map(|s| s.parse().unwrap()).collect(),
             mtu: 1450,
             stats: Arc::new(PeerStats::new(1)),
+            tunnel: None,
+            former: None,
+            liveness: None,
         }
     }
 
@@ -252,6 +317,8 @@ mod tests {
             subnets: vec!["10.42.1.0/24".parse().unwrap()],
             addresses: vec!["10.9.0.1".parse().unwrap()],
             mtu: 1450,
+            identity: None,
+            former_identity: None,
         }
     }
 

@@ -17,8 +17,12 @@ use super::drop::{Direction, Drop};
 use super::inbound::{Inbound, Received};
 use super::outbound::{HEADROOM, Outbound, Sent};
 use super::stats::{PeerStats, Stats};
-use super::tables::{ENCAPSULATION, Local, PeerSpec, Tables};
+use super::tables::{ENCAPSULATION, Local, Peer, PeerSpec, Tables};
+use super::tunnel::{Identity, Outbox, Policy, Tunnel};
 use super::tx_batch::{MAX_BYTES, MAX_SEGMENTS, Piece};
+use crate::health::machine::Timers;
+use crate::health::peer::{Liveness, Settings};
+use crate::key::SecretKey;
 use crate::node::{Mac, NodeName, Vni};
 use crate::wire::transport::flags;
 use crate::wire::vnet_hdr::{self, VnetHdr};
@@ -46,7 +50,15 @@ pub fn mesh_with_mtu(own: u8, mtu: u16) -> Tables {
         nets.to_vec()
     };
     let mac = |n: u8| Mac([2, 0, 0, 0, 0, n]);
-    let local = Local { mac: mac(own), vni: Vni::DEFAULT, subnets: subnets(own), addresses: underlay(own), mtu };
+    let local = Local {
+        mac: mac(own),
+        vni: Vni::DEFAULT,
+        subnets: subnets(own),
+        addresses: underlay(own),
+        mtu,
+        identity: None,
+        former_identity: None,
+    };
     let spec = |n: u8| PeerSpec {
         name: format!("n{n}").parse().unwrap(),
         endpoint: SocketAddr::new(underlay(n)[0], 8472),
@@ -55,8 +67,65 @@ pub fn mesh_with_mtu(own: u8, mtu: u16) -> Tables {
         subnets: subnets(n),
         mtu,
         stats: Arc::new(PeerStats::new(1)),
+        tunnel: None,
+        former: None,
+        liveness: None,
     };
     Tables::new(local, (1..=4).filter(|n| *n != own).map(spec).collect())
+}
+
+/// The secret key of node `n` of [`encrypted_mesh`]: 32 times its number.
+pub fn secret(n: u8) -> SecretKey {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode([n; 32]).parse().unwrap()
+}
+
+/// [`mesh`] where each node has so many lanes with each other.
+pub fn encrypted_mesh(own: u8, lanes: usize, policy: Policy) -> Tables {
+    let clear = mesh(own);
+    let identity = Arc::new(Identity::new(&secret(own), lanes));
+    let peers = clear.peers().iter().map(|peer| {
+        let of: u8 = peer.spec.name.as_str().trim_start_matches('n').parse().unwrap();
+        let keys: Vec<_> = (0..lanes as u8).map(|lane| secret(of).lane(lane).public()).collect();
+        let (slot, identity) = (u32::from(of), identity.clone());
+        let tunnel = Some(Arc::new(Tunnel::new(slot, identity, &keys, peer.spec.endpoint, None, policy)));
+        PeerSpec { tunnel, ..peer.spec.clone() }
+    });
+    let peers = peers.collect();
+    Tables::new(Local { identity: Some(identity.clone()), ..clear.local().clone() }, peers)
+}
+
+/// The same peers, whose lives are watched.
+pub fn watched(tables: &Tables) -> Tables {
+    let timers = Timers { interval_us: 150_000, multiplier: 6 };
+    let settings = Settings { enabled: true, timers, vni: Vni::MANAGEMENT.get() };
+    let spec = |(peer, number): (&Peer, u32)| {
+        let liveness = Some(Arc::new(Liveness::new(settings, number)));
+        PeerSpec { liveness, ..peer.spec.clone() }
+    };
+    Tables::new(tables.local().clone(), tables.peers().iter().zip(100..).map(spec).collect())
+}
+
+/// Sessions on all lanes between two nodes of [`encrypted_mesh`].
+pub fn connect(a: &Tables, b: &Tables) {
+    let ends = [a, b].map(|tables| (tables, Inbound::new(Stats::new(1), 0, ALL)));
+    let index = |tables: &Tables, ip| tables.source(ip).unwrap();
+    let ip = |tables: &Tables| tables.local().addresses[0];
+    let (peer, mut outbox) = (index(a, ip(b)), Outbox::default());
+    let lanes = a.tunnel(peer).unwrap().facts().lanes;
+    (0..lanes).for_each(|lane| a.tunnel(peer).unwrap().lane(peer, lane).start(0, 1, &mut outbox));
+    let mut under_way: Vec<Vec<u8>> = outbox.letters().map(|(_, bytes)| bytes.to_vec()).collect();
+    let [mut a, mut b] = ends;
+    while !under_way.is_empty() {
+        std::mem::swap(&mut a, &mut b);
+        let ((tables, inbound), source) = (&mut a, SocketAddr::new(ip(b.0), 8472));
+        for mut bytes in under_way {
+            let received = Received { at: 0, len: bytes.len(), segment_len: None, source, tos: 0, truncated: false };
+            inbound.push(tables, 0, &mut bytes, received);
+        }
+        under_way = inbound.outbox().letters().map(|(_, bytes)| bytes.to_vec()).collect();
+        inbound.outbox().clear();
+    }
 }
 
 /// Peer `index` of [`big_mesh`]: its underlay address and the first address of its subnet.
@@ -78,13 +147,24 @@ pub fn big_peer_spec(index: usize) -> PeerSpec {
         subnets: vec![Ipv4Net::new_assert(inner, 26).trunc().into(), Ipv6Net::new_assert(v6, 64).into()],
         mtu: MTU,
         stats: Arc::new(PeerStats::new(1)),
+        tunnel: None,
+        former: None,
+        liveness: None,
     }
 }
 
 /// A node of a big mesh, peer 0 of it, with `peers` others.
 pub fn big_mesh(peers: usize) -> Tables {
     let own = big_peer_spec(0);
-    let local = Local { mac: own.mac, vni: Vni::DEFAULT, subnets: own.subnets, addresses: own.underlay, mtu: MTU };
+    let local = Local {
+        mac: own.mac,
+        vni: Vni::DEFAULT,
+        subnets: own.subnets,
+        addresses: own.underlay,
+        mtu: MTU,
+        identity: None,
+        former_identity: None,
+    };
     Tables::new(local, (1..=peers).map(big_peer_spec).collect())
 }
 
@@ -532,6 +612,7 @@ impl Receiving {
         let (at, len) = (self.arena.len(), buffer.bytes.len());
         self.arena.extend(&buffer.bytes);
         let Buffer { segment_len, source, tos, truncated, .. } = *buffer;
+        let source = SocketAddr::new(source, 40_000);
         let received = Received { at, len, segment_len, source, tos, truncated };
         self.inbound.push(&self.tables, 7, &mut self.arena, received);
     }

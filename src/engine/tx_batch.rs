@@ -159,6 +159,16 @@ impl TxBatch {
         &mut self.runs[index]
     }
 
+    /// A run of one datagram, whatever there is of this key: for what belongs to no peer, where a key names no endpoint.
+    pub fn open_alone(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize) -> &mut Run {
+        let index = self.add(key, endpoint, tos, len);
+        // add() gives the index of a run that exists
+        #[allow(clippy::indexing_slicing)]
+        let run = &mut self.runs[index];
+        run.closed = true;
+        run
+    }
+
     fn add(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize) -> usize {
         let index = self.used;
         self.used += 1;

@@ -283,7 +283,7 @@ impl Route {
     }
 }
 
-fn family(ip: IpAddr) -> AddressFamily {
+pub(super) fn family(ip: IpAddr) -> AddressFamily {
     if ip.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 
@@ -295,8 +295,9 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
     }
 }
 
-fn kind_name(kind: u8) -> &'static str {
+pub(super) fn kind_name(kind: u8) -> &'static str {
     match kind {
+        UNICAST => "unicast",
         2 => "local",
         3 => "broadcast",
         4 => "anycast",

@@ -2,6 +2,7 @@
 //!
 //! Owns the socket, timeouts, lost and interrupted answers. Does not know what any of it is for.
 
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,12 +14,12 @@ use rtnetlink::packet_core::{
 };
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::packet_route::route::{RouteMessage, RouteScope};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteScope};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use tokio::task::JoinHandle;
 
 use super::HostError;
-use super::facts::{Address, Link, Route};
+use super::facts::{Address, Link, Route, family};
 
 /// A connection that opens itself anew when it broke.
 pub(super) struct Netlink(Mutex<Connection>);
@@ -135,6 +136,24 @@ impl Netlink {
             all.extend(routes);
         }
         Ok(all)
+    }
+
+    /// The route that the kernel takes to an address: as it stands in its table with `matched`, else as it is used.
+    pub(super) async fn route_to(&self, to: IpAddr, matched: bool) -> Result<Option<Route>, HostError> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(to);
+        message.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+        message.header.flags = if matched { RouteFlags::FibMatch } else { RouteFlags::LookupTable };
+        message.attributes.push(RouteAttribute::Destination(to.into()));
+        let mut found = None;
+        let doing = || format!("look up the route to {to}");
+        self.ask(RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST, doing, |m| {
+            if let RouteNetlinkMessage::NewRoute(m) = m {
+                found = Route::read(&m);
+            }
+        })
+        .await?;
+        Ok(found)
     }
 
     /// Carries out one change. `Ok(false)` when there was nothing to do: it existed already, or was gone.

@@ -67,6 +67,25 @@ pub(super) fn owners(ip: IpAddr, port: u16, links: &[Link]) -> Vec<Owner> {
     owners
 }
 
+/// Everybody who holds the port, each with the address: one for each process and address, however many sockets.
+pub(super) fn holders(tables: &[String], port: u16, links: &[Link]) -> Vec<(IpAddr, Owner)> {
+    let mut found = Vec::new();
+    for socket in tables.iter().flat_map(|table| sockets(table)).filter(|socket| socket.port == port) {
+        let mut owners = processes(&HashSet::from([socket.inode]));
+        if owners.is_empty() {
+            let vxlans = links.iter().filter(|l| l.vxlan_port == Some(port));
+            owners.extend(vxlans.map(|l| Owner::Vxlan(l.name.clone())));
+        }
+        let owners = if owners.is_empty() { vec![Owner::Unknown] } else { owners };
+        for owner in owners {
+            if !found.contains(&(socket.ip, owner.clone())) {
+                found.push((socket.ip, owner));
+            }
+        }
+    }
+    found
+}
+
 /// A line of `/proc/net/udp` or `/proc/net/udp6`.
 #[derive(Debug, PartialEq, Eq)]
 struct Socket {

@@ -6,28 +6,34 @@
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use tokio::io::Interest;
 use tokio::net::{UdpSocket, UnixStream};
+use tokio::time::sleep;
 use tokio_tun::Tun;
 
 use super::tun::{TunError, explain};
 use super::udp::UdpPort;
-use super::worker::{WorkerError, take_in};
+use super::worker::{Clockwork, WorkerError, send, take_in, until_turn, watch};
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::Inbound;
 use crate::engine::outbound::{HEADROOM, Outbound};
-use crate::engine::stats::Stats;
+use crate::engine::stats::{Stats, WorkerStats};
 use crate::engine::tables::Tables;
+use crate::engine::vigil::Vigil;
 use crate::sys::tun as sys;
 use crate::wire::vnet_hdr;
 
 /// The offload header that the engine expects before a packet; all zero says that there is nothing left to do.
 const FRONT: usize = (HEADROOM + vnet_hdr::HEADER_LEN).next_multiple_of(64);
 const AT: usize = FRONT - vnet_hdr::HEADER_LEN;
+/// How often tunnels are told the time when there is nothing else to do.
+const TICK: Duration = Duration::from_millis(50);
+/// How often it is looked whether there is a new table with tunnels.
+const IDLE: Duration = Duration::from_secs(1);
 /// Packets that are read before the runtime looks at the sockets again.
 const READS: usize = 32;
 
@@ -55,7 +61,11 @@ impl Plain {
 
     /// Opens the device, tells `opened`, and works until the other side of `stop` is closed.
     pub fn run(self, opened: impl FnOnce(Result<(), TunError>)) -> Result<(), WorkerError> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(WorkerError::Poll)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .map_err(WorkerError::Poll)?;
         runtime.block_on(async {
             let tun = match open(&self.name) {
                 Ok(tun) => tun,
@@ -73,7 +83,9 @@ impl Plain {
         let Plain { mut ports, senders, tables, stats, started, stop, .. } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), 0, senders);
-        let mut inbound = Inbound::new(stats.clone(), 0, Self::ACCEPTS);
+        let mut inbound = Inbound::new(stats.clone(), 0, Self::ACCEPTS).with_data_socket(outbound.data_socket());
+        let mut clockwork = Clockwork::new(0, 1);
+        let mut vigil = Vigil::new(0, 1);
         let Some(stats) = stats.worker(0) else { return Ok(()) };
         let mut frame = vec![0; FRONT + 65_535];
         stop.set_nonblocking(true).map_err(WorkerError::Poll)?;
@@ -81,14 +93,23 @@ impl Plain {
         let ready = ports.iter().map(|port| UdpSocket::from_std(port.watch()?.into())).collect::<io::Result<Vec<_>>>();
         let ready = ready.map_err(WorkerError::Poll)?;
         let mut packet = Vec::new();
+        let (mut ticks, mut late) = (true, false);
         loop {
+            let patience = match (late, ticks) {
+                (true, _) => Duration::ZERO,
+                (false, true) => TICK,
+                (false, false) => IDLE,
+            };
             let event = tokio::select! {
                 read = tun.recv(frame.get_mut(FRONT..).unwrap_or_default()) => Event::Read(read),
                 port = any(&ready) => Event::Port(port.map_err(WorkerError::Poll)?),
                 _ = stop.readable() => return Ok(()),
+                _ = sleep(patience.min(until_turn(&vigil, started))) => Event::Tick,
             };
-            let now_ms = started.elapsed().as_millis() as u64;
+            let now_us = started.elapsed().as_micros() as u64;
+            let now_ms = now_us / 1000;
             let tables = tables.load();
+            ticks = tables.has_tunnels();
             match event {
                 Event::Read(read) => {
                     let mut first = Some(read);
@@ -120,31 +141,52 @@ impl Plain {
                     let (Some(port), Some(ready)) = (ports.get_mut(index), ready.get(index)) else { continue };
                     // what would block is reported as such, so that tokio waits for the kernel again
                     let taken = ready.try_io(Interest::READABLE, || {
-                        let more = take_in(port, &mut inbound, tables, now_ms, stats);
+                        let more = take_in(port, &mut inbound, tables, started, now_ms, stats);
                         if more { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
                     });
                     if taken.is_err() {
                         continue;
                     }
-                    for unit in inbound.units() {
-                        packet.clear();
-                        for piece in unit.pieces() {
-                            packet.extend_from_slice(piece.of(port.arena(), inbound.slab()));
-                        }
-                        let written = tun.try_send(packet.get(vnet_hdr::HEADER_LEN..).unwrap_or_default());
-                        inbound.written(unit, written.is_ok());
-                    }
-                    stats.flow.tun_writes.add(inbound.units().len() as u64);
-                    inbound.clear();
+                    write(port, &mut inbound, &tun, &mut packet, stats);
                 }
+                Event::Tick => {}
+            }
+            let mut settled = vigil.is_due(now_us);
+            if settled {
+                // before somebody is held for dead, everything that came until now is received
+                for port in &mut ports {
+                    settled &= !take_in(port, &mut inbound, tables, started, now_ms, stats);
+                    write(port, &mut inbound, &tun, &mut packet, stats);
+                }
+            }
+            watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
+            late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
+            if !inbound.outbox().is_empty() {
+                outbound.post(inbound.outbox());
+                send(&mut ports, &mut outbound, tables, &[], stats);
             }
         }
     }
 }
 
+/// Writes what was received, a packet a call.
+fn write(port: &UdpPort, inbound: &mut Inbound, tun: &Tun, packet: &mut Vec<u8>, stats: &WorkerStats) {
+    for unit in inbound.units() {
+        packet.clear();
+        for piece in unit.pieces() {
+            packet.extend_from_slice(piece.of(port.arena(), inbound.slab()));
+        }
+        let written = tun.try_send(packet.get(vnet_hdr::HEADER_LEN..).unwrap_or_default());
+        inbound.written(unit, written.is_ok());
+    }
+    stats.flow.tun_writes.add(inbound.units().len() as u64);
+    inbound.clear();
+}
+
 enum Event {
     Read(io::Result<usize>),
     Port(usize),
+    Tick,
 }
 
 /// Opens the device as one that may have several queues, as the other back ends do: a device that a former run left can

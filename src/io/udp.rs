@@ -13,7 +13,7 @@ use crate::engine::drop::Drop;
 use crate::engine::outbound::{Outbound, Sent};
 use crate::engine::stats::WorkerStats;
 use crate::engine::tables::Tables;
-use crate::engine::tx_batch::{Run, TxBatch};
+use crate::engine::tx_batch::{Piece, Run, TxBatch};
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
 
@@ -54,6 +54,8 @@ pub struct UdpPort {
     offloads: Arc<UdpOffloads>,
     buffers: RecvBatch,
     batch: SendBatch,
+    /// For one datagram alone.
+    single: SendBatch,
     /// Of the batch that is being sent: the run of each message.
     owners: Vec<u32>,
     /// For each run how many datagrams left, and why others did not.
@@ -65,6 +67,8 @@ pub struct UdpPort {
 struct Sender {
     socket: Socket,
     gso: bool,
+    /// Its buffer was full, and waiting did not help: no more of that until it was seen to have room.
+    full: bool,
 }
 
 impl UdpPort {
@@ -97,19 +101,31 @@ impl UdpPort {
             if !gso {
                 offloads.no_gso.store(true, Ordering::Relaxed);
             }
-            pool.push(Sender { socket, gso });
+            pool.push(Sender { socket, gso, full: false });
         }
+        // behind the pool the receiver itself, whose source port is the data port: what WireGuard peers expect
+        let socket = receiver.try_clone().map_err(fail("send"))?;
+        udp::set(socket.as_fd(), Opt::SendBuffer(SEND_BUFFER)).ok();
+        let gso = udp::knows_segment(socket.as_fd());
+        pool.push(Sender { socket, gso, full: false });
         Ok(UdpPort {
             receiver,
             senders: pool,
             offloads: offloads.clone(),
             buffers: RecvBatch::new(BUFFERS),
             batch: SendBatch::default(),
+            single: SendBatch::default(),
             owners: Vec::new(),
             outcomes: Vec::new(),
             mean_len: 2048,
             v6: address.is_ipv6(),
         })
+    }
+
+    /// Spreads WireGuard's sessions over the workers by their lanes. To be called on one of the workers' ports, when all are
+    /// open.
+    pub fn steer(&self, workers: usize) -> io::Result<()> {
+        udp::steer(self.receiver.as_fd(), workers as u32)
     }
 
     /// To wait for something received.
@@ -168,8 +184,8 @@ impl UdpPort {
     /// All runs of one sending socket, in order.
     fn send_through(&mut self, number: usize, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
         let v6 = self.is_v6();
-        let UdpPort { senders, offloads, batch: scratch, owners, outcomes, .. } = self;
-        let Some(Sender { socket, gso }) = senders.get_mut(number) else { return };
+        let UdpPort { senders, offloads, batch: scratch, single, owners, outcomes, .. } = self;
+        let Some(Sender { socket, gso, full }) = senders.get_mut(number) else { return };
         let socket = socket.as_fd();
         let mut sending = scratch.start();
         owners.clear();
@@ -192,7 +208,6 @@ impl UdpPort {
         }
         let mut from = 0;
         let mut waited = false;
-        let mut retry_singly = None;
         while from < sending.len() {
             stats.flow.udp_send_calls.add(1);
             let error = match sending.send(socket, from) {
@@ -209,18 +224,27 @@ impl UdpPort {
                 Err(error) => error,
             };
             let Some(owner) = owners.get(from).map(|owner| *owner as usize) else { break };
-            let segments = batch.runs().get(owner).map_or(0, |run| run.segments);
+            let Some(run) = batch.runs().get(owner) else { break };
             let reason = match error.raw_os_error() {
                 Some(libc::EINTR) => continue,
                 Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) if !waited => {
                     waited = true; // once a batch: a peer without room must not hold up the others
-                    poll::poll(&mut [PollFd::new(socket, poll::WRITABLE)], Some(SEND_PATIENCE_MS)).ok();
+                    let mut room = [PollFd::new(socket, poll::WRITABLE)];
+                    poll::poll(&mut room, Some(if *full { 0 } else { SEND_PATIENCE_MS })).ok();
+                    let [room] = room;
+                    *full = room.happened() == 0;
                     continue;
                 }
                 Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Drop::UdpBufferFull,
-                Some(libc::EIO | libc::EINVAL) if *gso && segments > 1 => {
-                    retry_singly = Some(from);
-                    break;
+                // Some kernels and devices advertise UDP_SEGMENT and refuse it at the send; others say the same of a peer
+                // that has no route. One datagram alone tells: if it leaves, segmentation was to blame.
+                Some(libc::EIO | libc::EINVAL) if *gso && run.segments > 1 => {
+                    let mut alone = run.datagrams().take(1);
+                    if send_singly(single, socket, run, &mut alone, batch, payload, stats) == 1 {
+                        *gso = false;
+                        break;
+                    }
+                    Drop::UdpSendFailed
                 }
                 _ => Drop::UdpSendFailed,
             };
@@ -229,41 +253,51 @@ impl UdpPort {
             }
             from += 1;
         }
-        let Some(from) = retry_singly else { return };
-        // Some kernels and devices advertise UDP_SEGMENT and refuse it at the send. One datagram alone tells: if it
-        // leaves, segmentation was to blame and this socket does without; the batch is sent again from there.
-        let retry: Vec<u32> = owners.iter().copied().skip(from).collect();
-        let mut refused = None;
-        for owner in retry {
-            let Some(run) = batch.runs().get(owner as usize) else { continue };
-            for datagram in run.datagrams() {
-                let mut sending = scratch.start();
-                sending.message(run.endpoint, run.tos, None);
-                datagram.iter().for_each(|piece| sending.part(piece.of(payload, batch.slab())));
-                stats.flow.udp_send_calls.add(1);
-                let Some((count, reason)) = outcomes.get_mut(owner as usize) else { continue };
-                match sending.send(socket, 0) {
-                    Ok(_) => {
-                        stats.flow.udp_send_messages.add(1);
-                        *count += 1;
-                        refused.get_or_insert(true);
-                    }
-                    Err(_) => {
-                        *reason = Some(Drop::UdpSendFailed);
-                        refused.get_or_insert(false);
-                    }
-                }
-            }
+        if from >= sending.len() || *gso {
+            return;
         }
-        if refused == Some(true) {
-            *gso = false;
-            offloads.gso_failed.store(true, Ordering::Relaxed);
+        // this socket does without segmentation from now on; of the first run one datagram has left
+        offloads.gso_failed.store(true, Ordering::Relaxed);
+        for (index, owner) in owners.iter().skip(from).enumerate() {
+            let Some(run) = batch.runs().get(*owner as usize) else { continue };
+            let already = usize::from(index == 0);
+            let mut rest = run.datagrams().skip(already);
+            let sent = send_singly(single, socket, run, &mut rest, batch, payload, stats) + already as u16;
+            if let Some((count, reason)) = outcomes.get_mut(*owner as usize) {
+                *count = sent;
+                *reason = (sent < run.segments).then_some(Drop::UdpSendFailed);
+            }
         }
     }
 
     fn is_v6(&self) -> bool {
         self.v6
     }
+}
+
+/// Sends datagrams of a run one by one, and returns how many left.
+#[cold]
+fn send_singly(
+    scratch: &mut SendBatch,
+    socket: BorrowedFd<'_>,
+    run: &Run,
+    datagrams: &mut dyn Iterator<Item = &[Piece]>,
+    batch: &TxBatch,
+    payload: &[u8],
+    stats: &WorkerStats,
+) -> u16 {
+    let mut left = 0;
+    for datagram in datagrams {
+        let mut sending = scratch.start();
+        sending.message(run.endpoint, run.tos, None);
+        datagram.iter().for_each(|piece| sending.part(piece.of(payload, batch.slab())));
+        stats.flow.udp_send_calls.add(1);
+        if sending.send(socket, 0).is_ok() {
+            stats.flow.udp_send_messages.add(1);
+            left += 1;
+        }
+    }
+    left
 }
 
 /// Reserves so many outer source ports on this address: sockets that hold the ports until workers share them.

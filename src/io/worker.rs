@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
@@ -16,7 +16,9 @@ use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::{Inbound, Received};
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{Stats, WorkerStats};
-use crate::engine::tables::Tables;
+use crate::engine::tables::{PeerIndex, Tables};
+use crate::engine::tunnel::Outbox;
+use crate::engine::vigil::Vigil;
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::Meta;
 
@@ -28,6 +30,14 @@ const READ_BYTES: usize = 96 << 10;
 const READ_PACKETS: usize = 128;
 /// Rounds of a busy worker between two looks at whether it is to stop.
 const LOOK_UP: u32 = 32;
+/// How often tunnels are told the time, in milliseconds, and how many a worker looks at each time at least: each has its
+/// turn within four times that.
+const TUNNEL_TICK_MS: u16 = 50;
+const TUNNELS_A_TICK: usize = 256;
+/// Datagrams after which packets have their turn again: a handshake costs some 100 µs, and after a start each peer wants one.
+const LETTERS_A_TURN: usize = 32;
+/// How often an idle worker looks whether there is a new table with tunnels, in milliseconds.
+const IDLE_MS: u16 = 1_000;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
@@ -70,22 +80,34 @@ impl Worker {
         let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, started, stop } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), index, senders);
-        let mut inbound = Inbound::new(stats.clone(), index, accepts);
+        let mut inbound = Inbound::new(stats.clone(), index, accepts).with_data_socket(outbound.data_socket());
+        let mut clockwork = Clockwork::new(index, stats.workers());
+        let mut vigil = Vigil::new(index, stats.workers());
         let Some(stats) = stats.worker(index) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut tun_ready = true;
         let mut ports_ready = vec![true; ports.len()];
         let mut rounds = 0u32;
         loop {
-            let now_ms = started.elapsed().as_millis() as u64;
+            let now_us = started.elapsed().as_micros() as u64;
+            let now_ms = now_us / 1000;
             let tables = tables.load();
             if tun_ready {
                 tun_ready = read_and_send(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats)?;
             }
+            // before somebody is held for dead, everything that came until now is received, whatever poll() said before
+            let look = vigil.is_due(now_us);
             for (port, ready) in ports.iter_mut().zip(&mut ports_ready) {
-                if *ready {
-                    *ready = receive_and_write(port, &mut tun, &mut inbound, tables, now_ms, stats);
+                if *ready || look {
+                    *ready = receive_and_write(port, &mut tun, &mut inbound, tables, started, now_ms, stats);
                 }
+            }
+            let settled = look && !ports_ready.contains(&true);
+            watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
+            let late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
+            if !inbound.outbox().is_empty() {
+                outbound.post(inbound.outbox());
+                send(&mut ports, &mut outbound, tables, &[], stats);
             }
             let busy = tun_ready || ports_ready.contains(&true);
             rounds = rounds.wrapping_add(1);
@@ -93,8 +115,13 @@ impl Worker {
                 continue;
             }
             // under endless load there is no sleep, yet somebody may want the worker to stop
-            let patience = if busy { Some(0) } else { None };
-            let asked_to_stop = sleep(&tun, &ports, &stop, patience, &mut tun_ready, &mut ports_ready)?;
+            let patience = match (busy || late, tables.has_tunnels()) {
+                (true, _) => 0,
+                (false, true) => TUNNEL_TICK_MS,
+                (false, false) => IDLE_MS,
+            };
+            let patience = patience.min(until_turn(&vigil, started).as_millis() as u16);
+            let asked_to_stop = sleep(&tun, &ports, &stop, Some(patience), &mut tun_ready, &mut ports_ready)?;
             stats.flow.sleeps.add(u64::from(!busy));
             if asked_to_stop {
                 return Ok(());
@@ -136,15 +163,102 @@ fn read_and_send(
         return Ok(more);
     }
     stats.flow.tun_reads.add(packets as u64);
-    for port in ports {
-        port.send(outbound, tables, frames, stats);
-    }
     for frame in outbound.errors() {
         let written = tun.write(frame).is_ok();
         outbound.error_written(frame, written);
     }
-    outbound.clear();
+    send(ports, outbound, tables, frames, stats);
     Ok(more)
+}
+
+/// Sends the batch, and starts the next.
+pub(super) fn send(
+    ports: &mut [UdpPort],
+    outbound: &mut Outbound,
+    tables: &Tables,
+    frames: &[u8],
+    stats: &WorkerStats,
+) {
+    for port in ports {
+        port.send(outbound, tables, frames, stats);
+    }
+    outbound.clear();
+}
+
+/// Gives BFD sessions their turn: those whose packets came, and all when they are due. `received_us`: when receiving began.
+pub(super) fn watch(
+    vigil: &mut Vigil,
+    tables: &Tables,
+    started: Instant,
+    received_us: u64,
+    settled: bool,
+    inbound: &mut Inbound,
+    data_socket: u16,
+) {
+    if !vigil.is_due(received_us) && !vigil.looks(received_us) && inbound.heard().is_empty() {
+        return;
+    }
+    // a poll is timed from when it leaves
+    let now_us = started.elapsed().as_micros() as u64;
+    let mut heard = std::mem::take(inbound.heard());
+    let settled = settled.then_some(received_us);
+    vigil.turn(tables, now_us, settled, &mut heard, data_socket, inbound.outbox());
+    *inbound.heard() = heard;
+}
+
+/// For how long no session is due: whole milliseconds, and a second at most.
+pub(super) fn until_turn(vigil: &Vigil, started: Instant) -> Duration {
+    let now_us = started.elapsed().as_micros() as u64;
+    let ms = vigil.next_turn_us().saturating_sub(now_us).div_ceil(1000);
+    Duration::from_millis(ms.min(u64::from(IDLE_MS)))
+}
+
+/// Tells tunnels the time, some of them each tick: those that belong to this worker.
+pub(super) struct Clockwork {
+    worker: usize,
+    workers: usize,
+    next_ms: u64,
+    at: usize,
+    second: u64,
+}
+
+impl Clockwork {
+    pub(super) fn new(worker: usize, workers: usize) -> Self {
+        Clockwork { worker, workers: workers.max(1), next_ms: 0, at: worker, second: 0 }
+    }
+
+    /// Does what is due, and returns whether there is more.
+    pub(super) fn turn(&mut self, tables: &Tables, now_ms: u64, data_socket: u16, outbox: &mut Outbox) -> bool {
+        if now_ms < self.next_ms || !tables.has_tunnels() {
+            return false;
+        }
+        self.next_ms = now_ms + u64::from(TUNNEL_TICK_MS);
+        if let Some(identity) = tables.local().identity.as_ref().filter(|_| self.worker == 0)
+            && self.second != now_ms / 1000
+        {
+            self.second = now_ms / 1000;
+            identity.second_passed();
+        }
+        let peers = tables.peers().len();
+        let turns = (peers / self.workers / 4).max(TUNNELS_A_TICK);
+        for _ in 0..turns {
+            if self.at >= peers {
+                self.at = self.worker;
+                break;
+            }
+            let peer = PeerIndex(self.at as u32);
+            let spec = tables.peer(peer).map(|peer| &peer.spec);
+            for tunnel in spec.into_iter().flat_map(|spec| spec.tunnel.iter().chain(&spec.former)) {
+                tunnel.tick(peer, now_ms, data_socket, outbox);
+            }
+            self.at += self.workers;
+            if outbox.len() >= LETTERS_A_TURN {
+                self.next_ms = now_ms;
+                return true;
+            }
+        }
+        false
+    }
 }
 
 /// A batch UDP → TUN. Returns whether there may be more.
@@ -153,10 +267,11 @@ fn receive_and_write(
     tun: &mut TunQueue,
     inbound: &mut Inbound,
     tables: &Tables,
+    started: Instant,
     now_ms: u64,
     stats: &WorkerStats,
 ) -> bool {
-    let more = take_in(port, inbound, tables, now_ms, stats);
+    let more = take_in(port, inbound, tables, started, now_ms, stats);
     for unit in inbound.units() {
         let written = tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
         inbound.written(unit, written);
@@ -171,6 +286,7 @@ pub(super) fn take_in(
     port: &mut UdpPort,
     inbound: &mut Inbound,
     tables: &Tables,
+    started: Instant,
     now_ms: u64,
     stats: &WorkerStats,
 ) -> bool {
@@ -179,6 +295,7 @@ pub(super) fn take_in(
         // an error that was pending on the socket is fetched by this; what is wrong shows at the next send
         Err(error) => return error.kind() == io::ErrorKind::Interrupted,
     };
+    inbound.received_at(started.elapsed().as_micros() as u64);
     stats.flow.udp_recv_calls.add(1);
     stats.flow.udp_recv_buffers.add(buffers as u64);
     for index in 0..buffers {
@@ -217,4 +334,60 @@ fn sleep(
         *ready = port.happened() != 0;
     }
     Ok(stop.happened() != 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::net::SocketAddr;
+
+    use crate::engine::stats::PeerStats;
+    use crate::engine::tables::{Local, PeerSpec};
+    use crate::engine::tunnel::{Identity, Policy, Tunnel};
+    use crate::key::SecretKey;
+    use crate::node::{Mac, NodeName, Vni};
+
+    #[test]
+    fn handshakes_with_all_peers_at_once_let_packets_through_in_between() {
+        let identity = Arc::new(Identity::new(&SecretKey::generate().unwrap(), 1));
+        let mac = Mac([2, 0, 0, 0, 0, 1]);
+        let spec = |slot: u32| {
+            let endpoint = SocketAddr::from(([10, 9, 0, slot as u8], 8472));
+            let keys = [SecretKey::generate().unwrap().public()];
+            let tunnel = Tunnel::new(slot, identity.clone(), &keys, endpoint, None, Policy::Required);
+            let name: NodeName = format!("n{slot}").parse().unwrap();
+            let stats = Arc::new(PeerStats::new(1));
+            let (underlay, tunnel) = (vec![endpoint.ip()], Some(Arc::new(tunnel)));
+            PeerSpec {
+                name,
+                endpoint,
+                underlay,
+                mac,
+                subnets: vec![],
+                mtu: 1440,
+                stats,
+                tunnel,
+                former: None,
+                liveness: None,
+            }
+        };
+        let vni = Vni::DEFAULT;
+        let local = Local {
+            mac,
+            vni,
+            subnets: vec![],
+            addresses: vec![],
+            mtu: 1440,
+            identity: Some(identity.clone()),
+            former_identity: None,
+        };
+        let tables = Tables::new(local, (1..=100).map(spec).collect());
+        let (mut clockwork, mut outbox, mut sent) = (Clockwork::new(0, 1), Outbox::default(), Vec::new());
+        while clockwork.turn(&tables, 0, 8, &mut outbox) {
+            sent.push(outbox.len());
+            outbox.clear();
+        }
+        assert_eq!((sent, outbox.len()), (vec![LETTERS_A_TURN; 3], 4), "each peer once");
+    }
 }

@@ -4,7 +4,9 @@
 
 #![allow(unsafe_code)]
 
+pub mod clock;
 pub mod poll;
+pub mod terminal;
 pub mod tun;
 pub mod udp;
 

@@ -74,6 +74,30 @@ pub fn discard_received(socket: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::setsockopt(fd, level, name, (&raw const program).cast(), length) }).map(drop)
 }
 
+/// Has the kernel give each WireGuard transport message to the socket of the worker whose number is the lane in the
+/// message's receiver index (bits 8 to 11), among the `workers` sockets that share this one's port, in the order in which
+/// they were bound. All else is spread by the flow hash as before: the filter's answer is no socket's number then
+/// (`reuseport_select_sock` falls back). Set on one of them, it holds for all (socket(7), `SO_ATTACH_REUSEPORT_CBPF`).
+pub fn steer(socket: BorrowedFd<'_>, workers: u32) -> io::Result<()> {
+    const NOBODY: u32 = u32::MAX;
+    let op = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    // the filter sees the datagram from its payload on
+    let mut code = [
+        op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // type 4 and three reserved bytes
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 4, 0x0400_0000),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 5), // bits 8 to 15 of the little-endian receiver index
+        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, 0x0f),
+        op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, workers.max(1)),
+        op(libc::BPF_RET | libc::BPF_A, 0, 0, 0),
+        op(libc::BPF_RET | libc::BPF_K, 0, 0, NOBODY),
+    ];
+    let program = libc::sock_fprog { len: code.len() as u16, filter: code.as_mut_ptr() };
+    let (fd, length) = (socket.as_raw_fd(), size_of::<libc::sock_fprog>() as libc::socklen_t);
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF);
+    // SAFETY: the kernel reads one sock_fprog and the `len` instructions it points to; both live on this stack.
+    check(unsafe { libc::setsockopt(fd, level, name, (&raw const program).cast(), length) }).map(drop)
+}
+
 /// How many datagrams the kernel discarded at this socket, mostly because its buffer was full (`SO_MEMINFO`).
 pub fn drops(socket: BorrowedFd<'_>) -> io::Result<u32> {
     let mut info = [0u32; SK_MEMINFO_DROPS + 1];
@@ -149,11 +173,16 @@ impl<'d> Sending<'_, 'd> {
     /// Adds bytes to the message.
     #[inline]
     pub fn part(&mut self, bytes: &'d [u8]) {
-        let base = bytes.as_ptr().cast_mut().cast();
-        self.batch.parts.push(libc::iovec { iov_base: base, iov_len: bytes.len() });
-        if let Some(message) = self.batch.messages.last_mut() {
-            message.parts += 1;
+        let base: *mut libc::c_void = bytes.as_ptr().cast_mut().cast();
+        let Some(message) = self.batch.messages.last_mut() else { return };
+        // what lies directly behind the last part goes with it: the kernel's work grows with the number of parts
+        let last = self.batch.parts.last_mut().filter(|_| message.parts > 0);
+        if let Some(last) = last.filter(|last| last.iov_base.wrapping_byte_add(last.iov_len) == base) {
+            last.iov_len += bytes.len();
+            return;
         }
+        self.batch.parts.push(libc::iovec { iov_base: base, iov_len: bytes.len() });
+        message.parts += 1;
     }
 
     /// How many messages there are.
@@ -243,7 +272,7 @@ pub struct Meta {
     /// Bytes of each datagram but the last, where the kernel joined several (`UDP_GRO`).
     pub segment_len: Option<u16>,
     /// Who sent it; `None` for an address family that the socket does not have.
-    pub source: Option<IpAddr>,
+    pub source: Option<SocketAddr>,
     /// TOS or traffic class.
     pub tos: u8,
     /// It was longer than the buffer.
@@ -345,18 +374,20 @@ impl RecvBatch {
     }
 }
 
-fn source(name: &libc::sockaddr_storage) -> Option<IpAddr> {
+fn source(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
     match libc::c_int::from(name.ss_family) {
         libc::AF_INET => {
             // SAFETY: the family says that this is a sockaddr_in, which is shorter than sockaddr_storage and not more
             // strictly aligned.
             let name = unsafe { &*(&raw const *name).cast::<libc::sockaddr_in>() };
-            Some(IpAddr::V4(Ipv4Addr::from(u32::from_be(name.sin_addr.s_addr))))
+            let ip = Ipv4Addr::from(u32::from_be(name.sin_addr.s_addr));
+            Some(SocketAddr::new(IpAddr::V4(ip), u16::from_be(name.sin_port)))
         }
         libc::AF_INET6 => {
             // SAFETY: likewise for sockaddr_in6.
             let name = unsafe { &*(&raw const *name).cast::<libc::sockaddr_in6>() };
-            Some(IpAddr::V6(Ipv6Addr::from(name.sin6_addr.s6_addr)))
+            let ip = Ipv6Addr::from(name.sin6_addr.s6_addr);
+            Some(SocketAddr::new(IpAddr::V6(ip), u16::from_be(name.sin6_port)))
         }
         _ => None,
     }

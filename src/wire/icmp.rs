@@ -1,5 +1,6 @@
-//! ICMP errors that a router sends when a packet does not fit: Fragmentation Needed (RFC 792, next-hop MTU: RFC 1191 §4)
-//! and Packet Too Big (RFC 4443 §3.2).
+//! ICMP errors that a router sends: when a packet does not fit, Fragmentation Needed (RFC 792, next-hop MTU: RFC 1191 §4)
+//! and Packet Too Big (RFC 4443 §3.2); when nobody is there to take it, Host Unreachable (RFC 792) and Address Unreachable
+//! (RFC 4443 §3.1).
 
 use std::net::IpAddr;
 
@@ -15,8 +16,20 @@ const V6_QUOTE: usize = 1280 - ip::V6_LEN - 8;
 /// Room for the longest error.
 pub const MAX_LEN: usize = 1280;
 
+/// Redirect: another gateway for a destination (RFC 792).
+pub const V4_REDIRECT: u8 = 5;
+/// Router advertisement (RFC 1256 §3).
+pub const V4_ROUTER_ADVERTISEMENT: u8 = 9;
+/// Router advertisement (RFC 4861 §4.2).
+pub const V6_ROUTER_ADVERTISEMENT: u8 = 134;
+/// Redirect (RFC 4861 §4.5).
+pub const V6_REDIRECT: u8 = 137;
+
 const DESTINATION_UNREACHABLE: u8 = 3;
+const HOST_UNREACHABLE: u8 = 1;
 const FRAGMENTATION_NEEDED: u8 = 4;
+const V6_DESTINATION_UNREACHABLE: u8 = 1;
+const ADDRESS_UNREACHABLE: u8 = 3;
 const PACKET_TOO_BIG: u8 = 2;
 
 /// Writes to the front of `out` the error that tells the sender of `packet` (whose bytes are `bytes`) that the path takes
@@ -28,6 +41,23 @@ const PACKET_TOO_BIG: u8 = 2;
 /// `None` where RFC 1122 §3.2.2 and RFC 4443 §2.4(e) allow no error: about an ICMP error, a fragment other than the
 /// first, a multicast or unspecified address, or where `out` is too small.
 pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Option<usize> {
+    let kind = match packet.is_v6() {
+        false => (DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED),
+        true => (PACKET_TOO_BIG, 0),
+    };
+    error(packet, bytes, kind, u32::from(mtu), out)
+}
+
+/// The same for a packet whose destination cannot be reached at present.
+pub fn unreachable(packet: &Packet, bytes: &[u8], out: &mut [u8]) -> Option<usize> {
+    let kind = match packet.is_v6() {
+        false => (DESTINATION_UNREACHABLE, HOST_UNREACHABLE),
+        true => (V6_DESTINATION_UNREACHABLE, ADDRESS_UNREACHABLE),
+    };
+    error(packet, bytes, kind, 0, out)
+}
+
+fn error(packet: &Packet, bytes: &[u8], (kind, code): (u8, u8), value: u32, out: &mut [u8]) -> Option<usize> {
     let invites_no_error = |ip: IpAddr| ip.is_multicast() || ip.is_unspecified() || ip.is_loopback();
     if invites_no_error(packet.source) || packet.destination.is_multicast() || is_icmp_error(packet, bytes) {
         return None;
@@ -72,7 +102,7 @@ pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Optio
             put(header, 16, &to.octets())?;
             let check = Sum::default().bytes(header).finish();
             put(header, 10, &check)?;
-            write_message(message, DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED, u32::from(mtu), quote)?;
+            write_message(message, kind, code, value, quote)?;
             let check = Sum::default().bytes(message).finish();
             put(message, 2, &check)?;
             Some(length)
@@ -86,7 +116,7 @@ pub fn too_big(packet: &Packet, bytes: &[u8], mtu: u16, out: &mut [u8]) -> Optio
             put(header, 0, &[0x60, 0, 0, 0, hi, lo, ip::protocol::ICMPV6, 64])?;
             put(header, 8, &from.octets())?;
             put(header, 24, &to.octets())?;
-            write_message(message, PACKET_TOO_BIG, 0, u32::from(mtu), quote)?;
+            write_message(message, kind, code, value, quote)?;
             let pseudo = Sum::pseudo_v6(&from, &to, ip::protocol::ICMPV6, payload as u16);
             let check = pseudo.bytes(message).finish();
             put(message, 2, &check)?;
@@ -107,8 +137,8 @@ fn is_icmp_error(packet: &Packet, bytes: &[u8]) -> bool {
     }
 }
 
-fn write_message(message: &mut [u8], kind: u8, code: u8, mtu: u32, quote: &[u8]) -> Option<()> {
-    let [a, b, c, d] = mtu.to_be_bytes();
+fn write_message(message: &mut [u8], kind: u8, code: u8, value: u32, quote: &[u8]) -> Option<()> {
+    let [a, b, c, d] = value.to_be_bytes();
     put(message, 0, &[kind, code, 0, 0, a, b, c, d])?;
     put(message, 8, quote)
 }
@@ -154,6 +184,23 @@ mod tests {
         assert_eq!(&out[40..42], &[2, 0]);
         assert_eq!(&out[44..48], &[0, 0, 5, 0]);
         assert!(Sum::pseudo_v6(&b, &a, 58, 1240).bytes(&out[40..n]).is_valid());
+    }
+
+    #[test]
+    fn unreachable_is_told_in_both_families() {
+        let udp = b"\x45\x00\x00\x1c\x00\x01\x40\x00\x40\x11\x00\x00\x0a\x00\x00\x01\x0a\x00\x00\x02\x00\x01\x00\x02\x00\x08\x00\x00";
+        let mut out = [0; MAX_LEN];
+        let n = unreachable(&Packet::parse(udp).unwrap(), udp, &mut out).unwrap();
+        assert_eq!(&out[20..22], &[3, 1]);
+        assert_eq!(&out[24..28], &[0; 4]);
+        assert!(Sum::default().bytes(&out[20..n]).is_valid());
+        let mut v6 = vec![0x60, 0, 0, 0, 0, 0, 59, 64];
+        let (a, b): (std::net::Ipv6Addr, std::net::Ipv6Addr) = ("fd00::1".parse().unwrap(), "fd00::2".parse().unwrap());
+        v6.extend(a.octets());
+        v6.extend(b.octets());
+        let n = unreachable(&Packet::parse(&v6).unwrap(), &v6, &mut out).unwrap();
+        assert_eq!(&out[40..42], &[1, 3]);
+        assert!(Sum::pseudo_v6(&b, &a, 58, (n - 40) as u16).bytes(&out[40..n]).is_valid());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod bfd;
 pub mod checksum;
 pub mod ethernet;
 pub mod icmp;

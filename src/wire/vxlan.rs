@@ -13,7 +13,12 @@ pub const HEADER_LEN: usize = 8;
 /// first byte is a message type from 1 to 4.
 pub const FLAG_I: u8 = 0x08;
 
-/// A VXLAN header. The reserved bits are zero on transmission and ignored on receipt (RFC 7348 §5).
+/// A VXLAN header.
+///
+/// Reserved bits are sent as zero and ignored on receipt, as RFC 7348 §5 says it: a sender that gives them a meaning (the
+/// group policy extension) is then still heard. Linux' own device is stricter, and drops a frame with any of them set; it
+/// never sees one from here. What would make the rest of the datagram something else than Ethernet (VXLAN-GPE) does not
+/// get past the checks of the inner frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct Header {

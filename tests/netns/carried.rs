@@ -63,7 +63,7 @@ fn tcp_over(profile: char) {
 }
 
 #[track_caller]
-fn everything_between(mesh: &Mesh, a: &str, b: &str) {
+pub(crate) fn everything_between(mesh: &Mesh, a: &str, b: &str) {
     let [a, b] = mesh.two([a, b]);
     for family in [V4, V6] {
         for (from, to) in [(a, b), (b, a)] {

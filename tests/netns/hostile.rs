@@ -1,11 +1,13 @@
 //! Bad input on the wire: each piece is counted once, under its name, and the next good packet passes.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use etherparse::PacketBuilder;
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::mesh::{Builder, V4, V6};
+use crate::mesh::{Builder, Family, V4, V6};
 use crate::namespace::until;
 use crate::traffic::{content, receive};
 
@@ -20,10 +22,10 @@ fn bad(what: impl Into<String>, datagram: Vec<u8>, reason: &'static str) -> Bad 
     Bad { what: what.into(), datagram, reason }
 }
 
-const OURS: [u8; 6] = [0x0a, 0x58, 0x0a, 0x09, 0, 1];
+pub(crate) const OURS: [u8; 6] = [0x0a, 0x58, 0x0a, 0x09, 0, 1];
 const THEIRS: [u8; 6] = [0x0a, 0x58, 0x0a, 0x09, 0, 2];
 
-fn udp(source: &str, destination: &str, port: u16, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn udp(source: &str, destination: &str, port: u16, payload: &[u8]) -> Vec<u8> {
     let mut packet = Vec::new();
     let builder = match (source.parse().unwrap(), destination.parse().unwrap()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => PacketBuilder::ipv4(source.octets(), destination.octets(), 64),
@@ -34,19 +36,19 @@ fn udp(source: &str, destination: &str, port: u16, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-fn frame(to: [u8; 6], ether_type: u16, inner: &[u8]) -> Vec<u8> {
+pub(crate) fn frame(to: [u8; 6], ether_type: u16, inner: &[u8]) -> Vec<u8> {
     [&to[..], &THEIRS, &ether_type.to_be_bytes(), inner].concat()
 }
 
-fn vxlan(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn vxlan(frame: &[u8]) -> Vec<u8> {
     [&[8, 0, 0, 0, 0, 0, 1, 0], frame].concat()
 }
 
-fn ipv4(inner: &[u8]) -> Vec<u8> {
+pub(crate) fn ipv4(inner: &[u8]) -> Vec<u8> {
     vxlan(&frame(OURS, 0x0800, inner))
 }
 
-fn ipv6(inner: &[u8]) -> Vec<u8> {
+pub(crate) fn ipv6(inner: &[u8]) -> Vec<u8> {
     vxlan(&frame(OURS, 0x86dd, inner))
 }
 
@@ -115,20 +117,25 @@ fn changed_len(mut datagram: Vec<u8>) -> Vec<u8> {
 
 #[test]
 fn bad_datagrams_of_a_member_are_counted_by_name() {
-    each_is_counted("mmsg");
+    each_is_counted("mmsg", V4);
+}
+
+#[test]
+fn bad_datagrams_over_an_ipv6_underlay_are_counted_by_name() {
+    each_is_counted("mmsg", V6);
 }
 
 #[test]
 fn bad_datagrams_of_a_member_are_counted_by_name_with_the_plain_back_end() {
-    each_is_counted("tokio");
+    each_is_counted("tokio", V4);
 }
 
 #[track_caller]
-fn each_is_counted(io: &str) {
+fn each_is_counted(io: &str, outer: Family) {
     let Some(mesh) = Builder::new("each_is_counted") else { return };
-    let mesh = mesh.node("a").set("io", io).member("m").member("c").start();
+    let mesh = mesh.over(outer).node("a").set("io", io).member("m").member("c").start();
     let [a, m] = mesh.two(["a", "m"]);
-    let attacker = m.ns.udp(m.underlay(V4), 0);
+    let (attacker, target) = (m.ns.udp(m.underlay(outer), 0), SocketAddr::new(a.underlay(outer), 8472));
     let listeners = [V4, V6].map(|family| a.ns.udp(a.overlay(family), 7000));
     let drops = || {
         let mut drops: BTreeMap<String, u64> = serde_json::from_value(a.stats()["drops"].clone()).unwrap();
@@ -141,7 +148,7 @@ fn each_is_counted(io: &str) {
     ];
     let good_passes = |after: &str| {
         for (good, listener) in good.iter().zip(&listeners) {
-            send(&attacker, good);
+            send_to(&attacker, target, good);
             let mut buffer = [0; 16];
             let (len, _) =
                 receive(listener, &mut buffer).unwrap_or_else(|e| panic!("the good packet after {after}: {e}"));
@@ -153,7 +160,7 @@ fn each_is_counted(io: &str) {
     assert!(expected.values().all(|n| *n == 0), "{expected:?}");
     for Bad { what, datagram, reason } in bad_input() {
         for _ in 0..3 {
-            send(&attacker, &datagram);
+            send_to(&attacker, target, &datagram);
         }
         good_passes(&what);
         *expected.get_mut(reason).unwrap_or_else(|| panic!("there is no counter {reason}")) += 3;
@@ -162,7 +169,7 @@ fn each_is_counted(io: &str) {
     }
     // a whole batch at once, such as GRO may join
     for _ in 0..200 {
-        send(&attacker, &ipv4(&udp("10.42.3.1", "10.42.1.1", 7000, b"x")));
+        send_to(&attacker, target, &ipv4(&udp("10.42.3.1", "10.42.1.1", 7000, b"x")));
     }
     good_passes("200 at once");
     *expected.get_mut("inner_source_not_allowed").unwrap() += 200;
@@ -188,6 +195,87 @@ fn a_stranger_is_dropped_before_anything_is_parsed() {
     assert_eq!(receive(&listener, &mut [0; 16]).unwrap().0, 4, "positive control: of a member the same is taken");
     let stats = a.stats();
     assert_eq!(stats["inbound"]["dropped"], stats["drops"]["unknown_source"], "{stats:#}");
+    mesh.balances();
+}
+
+/// Datagrams larger than the underlay carries in one piece, and runs that GRO joins to 64 KiB.
+#[test]
+fn large_datagrams_are_judged_like_small_ones() {
+    for outer in [V4, V6] {
+        let Some(mesh) = Builder::new("large_datagrams_are_judged_like_small_ones") else { return };
+        let mesh = mesh.over(outer).node("a").member("m").member("c").start();
+        let [a, m] = mesh.two(["a", "m"]);
+        let (sender, target) = (m.ns.udp(m.underlay(outer), 0), SocketAddr::new(a.underlay(outer), 8472));
+        let listener = a.ns.udp(a.overlay(V4), 7000);
+        let mut buffer = vec![0; 65_536];
+        // longer than either MTU: cut and put together again by the kernels, outside meshd's sight
+        for len in [1500, 9000, 40_000, 65_000] {
+            let data = content(len as u64, len);
+            send_to(&sender, target, &ipv4(&udp("10.42.2.1", "10.42.1.1", 7000, &data)));
+            let (got, _) = receive(&listener, &mut buffer).unwrap_or_else(|e| panic!("{len} bytes: {e}"));
+            assert!(buffer[..got] == data, "{len}: {got}");
+            send_to(&sender, target, &ipv4(&udp("10.42.3.1", "10.42.1.1", 7000, &data)));
+        }
+        until("the forged ones are counted", || a.drops("inner_source_not_allowed") == 4);
+
+        // one send of 45 datagrams, of which each third is good and the others are bad in two ways
+        let of = |source: &str, vni: u8| {
+            let mut datagram = ipv4(&udp(source, "10.42.1.1", 7000, &content(5, 1300)));
+            datagram[6] = vni;
+            datagram
+        };
+        let kinds = [of("10.42.2.1", 1), of("10.42.3.1", 1), of("10.42.2.1", 2)];
+        let all: Vec<u8> = (0..45).flat_map(|index| kinds[index % 3].clone()).collect();
+        setsockopt(&sender, sockopt::UdpGsoSegment, &(kinds[0].len() as i32)).unwrap();
+        send_to(&sender, target, &all);
+        for number in 0..15 {
+            let (got, _) = receive(&listener, &mut buffer).unwrap_or_else(|e| panic!("number {number}: {e}"));
+            assert!(buffer[..got] == content(5, 1300), "number {number}");
+        }
+        until("and each bad one", || a.drops("inner_source_not_allowed") == 19 && a.drops("wrong_vni") == 15);
+        mesh.balances();
+    }
+}
+
+/// A fragment of an outer packet that never becomes whole, and one that lies over another, are the kernel's to drop: meshd
+/// sees neither, and goes on.
+#[test]
+fn outer_fragments_that_never_become_whole() {
+    let Some(mesh) = Builder::new("outer_fragments_that_never_become_whole") else { return };
+    let mesh = mesh.node("a").member("m").start();
+    let [a, m] = mesh.two(["a", "m"]);
+    let whole = ipv4(&udp("10.42.2.1", "10.42.1.1", 7000, &content(1, 3000)));
+    let mut datagram = Vec::new();
+    PacketBuilder::ipv4([10, 9, 0, 2], [10, 9, 0, 1], 64).udp(5000, 8472).write(&mut datagram, &whole).unwrap();
+    let payload = datagram.split_off(20);
+    let fragment = |id: u16, at: usize, len: usize, more: bool| {
+        let mut packet = datagram.clone();
+        packet.extend(&payload[at..at + len]);
+        let flags = (at / 8) as u16 | if more { 0x2000 } else { 0 };
+        packet[4..6].copy_from_slice(&id.to_be_bytes());
+        packet[6..8].copy_from_slice(&flags.to_be_bytes());
+        packet // the kernel fills in length and checksum
+    };
+    let raw = m.ns.enter(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))).unwrap();
+    let send_raw = |packet: &[u8]| {
+        raw.send_to(packet, &SocketAddr::new(a.underlay(V4), 0).into()).unwrap();
+    };
+    let listener = a.ns.udp(a.overlay(V4), 7000);
+    let rest = payload.len() - 1480;
+    for id in 1..200 {
+        send_raw(&fragment(id, 0, 1480, true)); // without an end
+        send_raw(&fragment(1000 + id, 1480, rest.min(1480), true)); // without a beginning
+        send_raw(&fragment(2000 + id, 0, 1480, true)); // overlapping
+        send_raw(&fragment(2000 + id, 1472, 1480, true));
+    }
+    assert_eq!(a.stats()["udp"]["rx_packets"], 0, "none is a datagram");
+    // positive control: the same, complete
+    send_raw(&fragment(9000, 0, 1480, true));
+    send_raw(&fragment(9000, 1480, 1480, true));
+    send_raw(&fragment(9000, 2960, payload.len() - 2960, false));
+    let mut buffer = vec![0; 65_536];
+    let (got, _) = receive(&listener, &mut buffer).unwrap();
+    assert!(buffer[..got] == content(1, 3000), "{got}");
     mesh.balances();
 }
 
@@ -217,8 +305,13 @@ fn what_may_not_leave_is_counted_by_name() {
 
 #[track_caller]
 fn send(socket: &UdpSocket, datagram: &[u8]) {
+    send_to(socket, "10.9.0.1:8472".parse().unwrap(), datagram);
+}
+
+#[track_caller]
+pub(crate) fn send_to(socket: &UdpSocket, target: SocketAddr, datagram: &[u8]) {
     // a pending ICMP error is reported once, instead of sending
-    if socket.send_to(datagram, "10.9.0.1:8472").is_err() {
-        socket.send_to(datagram, "10.9.0.1:8472").unwrap();
+    if socket.send_to(datagram, target).is_err() {
+        socket.send_to(datagram, target).unwrap();
     }
 }

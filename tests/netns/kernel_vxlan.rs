@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::hostile;
 use crate::mesh::{Builder, V4, V6, has, has_kernel_vxlan, skipped, tshark};
 use crate::namespace::Namespace;
 use crate::traffic::{Capture, content, ping, receive, tcp, udp};
@@ -49,6 +50,39 @@ fn pods_behind_a_kernel_vxlan_device_talk_to_pods_of_ours() {
         }
     }
     mesh.balances_with_the_kernel();
+}
+
+/// RFC 7348 §5 has reserved bits ignored; Linux' own device drops a frame with any of them set. We follow the RFC, and send
+/// none, so that either understands us.
+#[test]
+fn reserved_bits_are_ignored_by_us_and_not_by_the_kernel() {
+    let Some(mesh) = builder("reserved_bits_are_ignored_by_us_and_not_by_the_kernel") else { return };
+    let mesh = mesh.node("a").member("m").kernel("k").start();
+    let m = mesh.node("m");
+    let sender = m.ns.udp(m.underlay(V4), 0);
+    let reserved = [None, Some((0, 0x88)), Some((0, 0x0c)), Some((1, 1)), Some((3, 0xff)), Some((7, 1))];
+    for (name, ours) in [("a", true), ("k", false)] {
+        let node = mesh.node(name);
+        let listener = node.ns.udp(node.overlay(V4), 7000);
+        listener.set_read_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
+        let target = (node.underlay(V4), 8472).into();
+        for (number, bits) in reserved.iter().enumerate() {
+            let inner = hostile::udp("10.42.2.1", &node.overlay(V4).to_string(), 7000, &[number as u8]);
+            let mut to = hostile::OURS;
+            to[5] = node.number;
+            let mut datagram = hostile::vxlan(&hostile::frame(to, 0x0800, &inner));
+            if let Some((at, value)) = bits {
+                datagram[*at] = *value;
+            }
+            hostile::send_to(&sender, target, &datagram);
+            let mut buffer = [0xff; 4];
+            let arrived = receive(&listener, &mut buffer).is_ok();
+            assert!(!arrived || buffer[0] == number as u8);
+            assert_eq!(arrived, ours || bits.is_none(), "{name}: {bits:?}; without any is the positive control");
+        }
+    }
+    assert_eq!(mesh.node("a").drops("bad_vxlan_header"), 0);
+    mesh.balances();
 }
 
 #[track_caller]

@@ -19,15 +19,31 @@
 //! when what is waited for is so.
 
 mod carried;
+mod clock;
+mod cni;
+mod doctor;
+mod encrypted;
+mod figures;
+mod flood;
+mod foreign;
+mod full;
 mod hostile;
+mod joined;
 mod kernel_vxlan;
+mod left;
 mod lifecycle;
+mod lives;
 mod mesh;
 mod mtu;
 mod namespace;
+mod nested;
 mod pods;
 mod refused;
 mod reload;
+mod scale;
 mod shaken;
+mod steered;
+mod storms;
 mod told;
 mod traffic;
+mod why;

@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use meshd::key::{self, SecretKey};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -29,12 +30,16 @@ pub(crate) use Family::{V4, V6};
 enum Kind {
     /// Runs meshd.
     Meshd,
+    /// Runs `meshd server` or `meshd agent`, when the story starts it.
+    Joins(&'static str),
     /// Has a kernel VXLAN device as flannel sets it up, and is in the node list.
     Kernel,
     /// Has nothing, and is in the node list: a test speaks for it.
     Member,
     /// Has nothing, and is in nobody's list.
     Stranger,
+    /// Runs another implementation of WireGuard, and is in the node list.
+    WireGuard(&'static str),
 }
 
 /// A mesh that is being described.
@@ -45,6 +50,7 @@ pub(crate) struct Builder {
     underlay_mtu: u32,
     profile: char,
     pods: bool,
+    encrypted: bool,
 }
 
 impl Builder {
@@ -54,7 +60,15 @@ impl Builder {
             skipped(story, &reason);
             return None;
         }
-        Some(Builder { story, nodes: Vec::new(), outer: V4, underlay_mtu: 1500, profile: 'a', pods: false })
+        Some(Builder {
+            story,
+            nodes: Vec::new(),
+            outer: V4,
+            underlay_mtu: 1500,
+            profile: 'a',
+            pods: false,
+            encrypted: false,
+        })
     }
 
     fn add(mut self, name: &'static str, kind: Kind) -> Self {
@@ -65,6 +79,16 @@ impl Builder {
     /// A node that runs meshd. Node number N is the N-th that is added.
     pub(crate) fn node(self, name: &'static str) -> Self {
         self.add(name, Kind::Meshd)
+    }
+
+    /// A node that serves the control plane.
+    pub(crate) fn server(self, name: &'static str) -> Self {
+        self.add(name, Kind::Joins("server"))
+    }
+
+    /// A node that joins.
+    pub(crate) fn agent(self, name: &'static str) -> Self {
+        self.add(name, Kind::Joins("agent"))
     }
 
     /// A node with a kernel VXLAN device.
@@ -111,6 +135,17 @@ impl Builder {
         self
     }
 
+    /// A node that runs this program: `wireguard-go` or `boringtun-cli`. The mesh has to be encrypted.
+    pub(crate) fn wireguard(self, name: &'static str, program: &'static str) -> Self {
+        self.add(name, Kind::WireGuard(program))
+    }
+
+    /// Every node has a key; those with meshd encrypt.
+    pub(crate) fn encrypted(mut self) -> Self {
+        self.encrypted = true;
+        self
+    }
+
     /// Builds all of it, without any meshd.
     pub(crate) fn build(self) -> Mesh {
         Mesh::build(self)
@@ -147,9 +182,13 @@ impl Mesh {
             mtu = plan.underlay_mtu
         ));
         let mut mesh = Mesh { nodes: Vec::new(), switch, dir, outer: plan.outer };
-        for (number, (name, kind, settings)) in (1..).zip(plan.nodes) {
+        for (number, (name, kind, mut settings)) in (1..).zip(plan.nodes) {
             let dir = mesh.dir.path().join(name);
             fs::create_dir(&dir).unwrap();
+            let key = plan.encrypted.then(|| key::file::load_or_make(&dir.join("data/node.key")).unwrap().0);
+            if plan.encrypted {
+                settings.entry("encryption").or_insert_with(|| "wireguard".to_owned());
+            }
             let node = Node {
                 name,
                 number,
@@ -160,13 +199,16 @@ impl Mesh {
                 nodes_file: mesh.dir.path().join("nodes.yaml"),
                 dir,
                 settings: Mutex::new(settings),
+                token: Mutex::new(None),
                 daemon: Mutex::new(None),
+                key,
             };
             node.plug(&mesh.switch, plan.underlay_mtu, plan.profile);
             node.make_pod();
             mesh.nodes.push(node);
         }
         mesh.make_kernel_nodes(plan.underlay_mtu);
+        mesh.make_wireguard_nodes(plan.underlay_mtu);
         mesh.publish();
         mesh
     }
@@ -203,7 +245,8 @@ impl Mesh {
 
     /// A node list with those nodes.
     pub(crate) fn list(&self, wanted: impl Fn(&Node) -> bool) -> String {
-        let members = self.nodes.iter().filter(|node| node.kind != Kind::Stranger && wanted(node));
+        let members =
+            self.nodes.iter().filter(|node| !matches!(node.kind, Kind::Stranger | Kind::Joins(_)) && wanted(node));
         members.fold("nodes:\n".to_owned(), |list, node| list + &node.entry())
     }
 
@@ -264,6 +307,15 @@ impl Mesh {
         }
     }
 
+    fn make_wireguard_nodes(&self, underlay_mtu: u32) {
+        for node in &self.nodes {
+            if let Kind::WireGuard(program) = node.kind {
+                let peers: Vec<_> = self.meshd().collect();
+                node.start_wireguard(program, &peers, underlay_mtu);
+            }
+        }
+    }
+
     /// Static neighbour, FDB entry and on-link route for each other node, as flannel makes them.
     fn make_kernel_nodes(&self, underlay_mtu: u32) {
         for node in self.nodes.iter().filter(|node| node.kind == Kind::Kernel) {
@@ -311,7 +363,9 @@ pub(crate) struct Node {
     nodes_file: PathBuf,
     pub(crate) dir: PathBuf,
     settings: Mutex<BTreeMap<&'static str, String>>,
+    token: Mutex<Option<String>>,
     daemon: Mutex<Option<Process>>,
+    key: Option<SecretKey>,
 }
 
 impl Node {
@@ -359,13 +413,80 @@ impl Node {
     }
 
     pub(crate) fn entry_at(&self, underlay: &str) -> String {
-        format!(
+        let mut entry = format!(
             "  - name: {}\n    underlay: \"{underlay}\"\n    subnets: [{}, \"{}\"]\n    mac: \"{}\"\n",
             self.name,
             self.subnet(V4),
             self.subnet(V6),
             self.mac()
-        )
+        );
+        match (&self.key, self.kind) {
+            (Some(_), Kind::Kernel) => entry += "    encryption: none\n",
+            (Some(key), Kind::Meshd) => {
+                writeln!(entry, "    public-key: {}\n    lane-keys: [{}]", key.public(), key.lane(1).public()).unwrap();
+            }
+            (Some(key), _) => writeln!(entry, "    public-key: {}", key.public()).unwrap(),
+            (None, _) => {}
+        }
+        entry
+    }
+
+    /// The node's public key.
+    pub(crate) fn public_key(&self) -> String {
+        self.key.as_ref().expect("the mesh is encrypted").public().to_string()
+    }
+
+    /// The public key of its second lane.
+    pub(crate) fn lane_key(&self) -> String {
+        self.key.as_ref().expect("the mesh is encrypted").lane(1).public().to_string()
+    }
+
+    /// The interface of another WireGuard implementation. Its control socket lies in a directory that all namespaces
+    /// share, so it has to be nobody else's name.
+    pub(crate) fn wg(&self) -> String {
+        // the namespace's name has the process and the number of the mesh in it
+        let mesh = self.ns.name().split('-').nth(2).unwrap_or_default().to_owned();
+        format!("w{}m{mesh}n{}", std::process::id() % 1_000_000, self.number)
+    }
+
+    /// Starts the other implementation and gives it its peers.
+    pub(crate) fn start_wireguard(&self, program: &str, peers: &[&Node], underlay_mtu: u32) {
+        let wg = self.wg();
+        let mut command = self.ns.command(program);
+        match program {
+            "boringtun-cli" => command.args(["--foreground", "--disable-drop-privileges", &wg]),
+            _ => command.args(["--foreground", &wg]).env("WG_PROCESS_FOREGROUND", "1"),
+        };
+        let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
+        let process = Process::spawn(command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log));
+        *self.daemon() = Some(process);
+        until("the interface is there", || self.ns.succeeds(&format!("wg show {wg}")));
+        let (overhead, key) = (if self.outer == V4 { 60 } else { 80 }, self.dir.join("data/node.key"));
+        let mut script = format!(
+            "wg set {wg} private-key {key} listen-port 8472
+             ip addr add {v4}/32 dev {wg}
+             ip addr add {v6}/128 dev {wg} nodad
+             ip link set {wg} mtu {mtu} up\n",
+            key = key.display(),
+            v4 = self.overlay(V4),
+            v6 = self.overlay(V6),
+            mtu = underlay_mtu - overhead,
+        );
+        for peer in peers {
+            let (s4, s6) = (peer.subnet(V4), peer.subnet(V6));
+            let at = std::net::SocketAddr::new(peer.underlay(self.outer), 8472);
+            writeln!(
+                script,
+                "wg set {wg} peer {} allowed-ips {s4},{s6} endpoint {at}
+                 ip route add {s4} dev {wg} src {}
+                 ip route add {s6} dev {wg} src {}",
+                peer.public_key(),
+                self.overlay(V4),
+                self.overlay(V6)
+            )
+            .unwrap();
+        }
+        self.ns.sh(&script);
     }
 
     fn plug(&self, switch: &Namespace, mtu: u32, profile: char) {
@@ -436,6 +557,9 @@ impl Node {
             ("data-dir", self.dir.join("data").display().to_string()),
             ("socket", self.socket().display().to_string()),
         ]);
+        if matches!(self.kind, Kind::Joins(_)) {
+            all.remove("nodes-file");
+        }
         if self.pod.is_some() {
             all.insert("address", "network".to_owned());
         }
@@ -463,8 +587,54 @@ impl Node {
     /// Starts meshd without waiting for it.
     pub(crate) fn spawn(&self) {
         let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let process = Process::spawn(self.meshd("run").stdout(Stdio::null()).stderr(log));
-        *self.daemon() = Some(process);
+        let verb = if let Kind::Joins(verb) = self.kind { verb } else { "run" };
+        let mut command = self.meshd(verb);
+        for (key, _) in std::env::vars_os().filter(|(key, _)| key.to_string_lossy().starts_with("MESHD_")) {
+            command.env_remove(key);
+        }
+        command.envs(self.token.lock().unwrap().iter().map(|token| ("MESHD_TOKEN", token)));
+        *self.daemon() = Some(Process::spawn(command.stdout(Stdio::null()).stderr(log)));
+    }
+
+    /// The token that it is started with from now on, in the environment.
+    pub(crate) fn token(&self, token: Option<&str>) {
+        *self.token.lock().unwrap() = token.map(str::to_owned);
+    }
+
+    /// Its overlay address as meshd has it: the servers' gift.
+    #[track_caller]
+    pub(crate) fn given(&self) -> IpAddr {
+        let status = self.json(&["status"]);
+        let address = status["overlay_addresses"][0].as_str().unwrap_or_else(|| panic!("{}: {status:#}", self.name));
+        address.parse().unwrap()
+    }
+
+    /// The process id of its sidecar.
+    #[track_caller]
+    pub(crate) fn sidecar(&self) -> Option<u32> {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap_or_default();
+        let is_sidecar = |pid: &&str| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "mesh-sidecar")
+        };
+        children.split_whitespace().find(is_sidecar).and_then(|pid| pid.parse().ok())
+    }
+
+    /// The same with another command before it, such as `unshare … --`.
+    pub(crate) fn spawn_under(&self, front: &[&str], environment: &[(&str, &str)]) {
+        self.write_config();
+        let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
+        let mut command = self.ns.command(front[0]);
+        command.args(&front[1..]).arg(MESHD).args(["run", "--config"]).arg(self.config());
+        command.envs(environment.iter().copied()).stdout(Stdio::null()).stderr(log);
+        *self.daemon() = Some(Process::spawn(&mut command));
+    }
+
+    /// CPU time that meshd has used, in milliseconds.
+    pub(crate) fn cpu_ms(&self) -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum();
+        ticks * 10 // USER_HZ is 100
     }
 
     /// Waits until meshd says that it is ready.
@@ -550,13 +720,13 @@ impl Node {
     pub(crate) fn host_state(&self) -> String {
         self.ns.sh("ip -o link show | sed 's/ state [A-Z]*//'; ip -o addr show | sed 's/ valid_lft.*//'; \
              ip route show table all; ip -6 route show table all | sed 's/ expires [0-9]*sec//'; \
-             ss -Hlnuapt | sed 's/ *users:.*//' | sort")
+             ss -Hlnuapt | sed 's/ *users:.*//' | awk '{ $3 = $4 = \"\"; print }' | sort")
     }
 }
 
 impl Drop for Node {
     fn drop(&mut self) {
-        if std::thread::panicking() && self.kind == Kind::Meshd {
+        if std::thread::panicking() && matches!(self.kind, Kind::Meshd | Kind::Joins(_)) {
             eprintln!("--- stats and log of meshd on {}\n{}{}", self.name, self.ctl(&["stats"]).out, self.log());
         }
         self.daemon().take();

@@ -56,7 +56,9 @@ impl Rng {
 pub(crate) fn sum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0u64;
     for part in parts {
-        sum += part.chunks(2).map(|p| u64::from(p[0]) << 8 | u64::from(*p.get(1).unwrap_or(&0))).sum::<u64>();
+        let (pairs, odd) = part.as_chunks();
+        sum += pairs.iter().map(|pair| u64::from(u16::from_be_bytes(*pair))).sum::<u64>();
+        sum += odd.first().map_or(0, |byte| u64::from(*byte) << 8);
     }
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -90,6 +90,9 @@ impl View {
         if !carried(seen.destination) {
             return drop("multicast", count, bytes);
         }
+        if steers_routes(packet, &seen) {
+            return drop("rogue_icmp_out", count, bytes);
+        }
         if !self.ours(seen.source) && !self.addresses.contains(&seen.source) {
             return drop("source_not_ours", count, bytes);
         }
@@ -119,7 +122,16 @@ impl View {
         tos: u8,
         datagram: &[u8],
         inner_size: Option<usize>,
+        truncated: bool,
     ) -> Result<(usize, Vec<Vec<u8>>), &'static str> {
+        if let ([kind @ 1..=4, 0, 0, 0, ..], false) = (datagram, truncated) {
+            // WireGuard, of which nobody here has a key
+            return Err(match (kind, datagram.len()) {
+                (1, 148) => "handshake_refused",
+                (2, 92) | (3, 64) | (4, 32..) => "wireguard_unknown_session",
+                _ => "wireguard_malformed",
+            });
+        }
         let peer = self.peers.iter().position(|peer| peer.underlay.contains(&from)).ok_or("unknown_source")?;
         if datagram.len() < 8 || datagram[0] & 8 == 0 {
             return Err("bad_vxlan_header");
@@ -146,6 +158,9 @@ impl View {
             return Err("inner_destination_not_ours");
         }
         let mut packet = frame[14..14 + seen.total].to_vec();
+        if steers_routes(&packet, &seen) {
+            return Err("rogue_icmp_in");
+        }
         let ecn = match (seen.tos & 3, tos & 3) {
             (0, 3) => return Err("ecn_not_capable"),
             (1 | 2, 3) => 3,
@@ -235,6 +250,15 @@ fn may_be_answered(packet: &[u8], seen: &Look) -> bool {
         1 => matches!(kind, Some(0 | 8 | 9 | 10 | 13..=18)) && be16(packet, 6) & 0x1fff == 0,
         58 => matches!(kind, Some(128..)),
         _ => seen.v6 || be16(packet, 6) & 0x1fff == 0,
+    }
+}
+
+/// Redirects and router advertisements; IPv4 also where the rest of the message comes in later fragments.
+fn steers_routes(packet: &[u8], seen: &Look) -> bool {
+    match (seen.v6, seen.protocol, packet.get(seen.l4)) {
+        (false, 1, Some(5 | 9)) => be16(packet, 6) & 0x1fff == 0,
+        (true, 58, Some(134 | 137)) => !seen.fragment,
+        _ => false,
     }
 }
 

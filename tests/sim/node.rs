@@ -1,11 +1,11 @@
 //! One simulated node: the production engines and tables, driven as a worker drives them, with every batch held against
 //! the model and every counter against what it should have become.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 
 use meshd::config::{Config, Sources};
+use meshd::control::known::Known;
 use meshd::control::nodes_file;
 use meshd::control::plan::{Carrier, plan};
 use meshd::control::reconcile::{Verdict, judge};
@@ -13,7 +13,7 @@ use meshd::engine::coalesce::Accepts;
 use meshd::engine::drop::{Direction, Drop};
 use meshd::engine::inbound::{Inbound, Received};
 use meshd::engine::outbound::{HEADROOM, Outbound, Sent};
-use meshd::engine::stats::{PeerStats, Stats, WorkerStats};
+use meshd::engine::stats::{Stats, WorkerStats};
 use meshd::engine::tables::{ENCAPSULATION, Tables};
 use meshd::engine::tx_batch::Piece;
 use meshd::node::{NodeList, NodeName};
@@ -56,7 +56,7 @@ pub(crate) struct Node {
     accepts: Accepts,
     senders: u16,
     tables: Tables,
-    known: HashMap<NodeName, Arc<PeerStats>>,
+    known: Known,
     stats: Stats,
     out: Vec<Outbound>,
     inn: Vec<Inbound>,
@@ -83,6 +83,8 @@ impl Node {
             subnets: Vec::new(),
             addresses: Vec::new(),
             mtu: 1450,
+            identity: None,
+            former_identity: None,
         };
         let view = View { mac: name.derived_mac().0, vni, mtu: 1450, ..View::default() };
         let mut node = Node {
@@ -98,7 +100,7 @@ impl Node {
             accepts,
             senders,
             tables: Tables::empty(local),
-            known: HashMap::new(),
+            known: Known::new(workers, None),
             stats: Stats::new(workers),
             out: Vec::new(),
             inn: Vec::new(),
@@ -112,7 +114,7 @@ impl Node {
         self.stats = Stats::new(self.workers);
         self.out = (0..self.workers).map(|w| Outbound::new(self.stats.clone(), w, self.senders)).collect();
         self.inn = (0..self.workers).map(|w| Inbound::new(self.stats.clone(), w, self.accepts)).collect();
-        self.known.clear();
+        self.known = Known::new(self.workers, None);
         if !self.list.nodes.is_empty() {
             self.put_into_effect().ok();
         }
@@ -142,7 +144,7 @@ impl Node {
     fn put_into_effect(&mut self) -> Check {
         let own = self.list.get(&self.name).cloned().ok_or("no own entry")?;
         let carriers: Vec<_> = self.underlay.iter().map(|ip| Carrier { ip: *ip, mtu: self.link_mtu }).collect();
-        let plan = plan(&self.config, &self.list, &own, &carriers, &mut self.known, self.workers)
+        let plan = plan(&self.config, &self.list, &own, &carriers, &mut self.known)
             .map_err(|error| format!("plan: {error}"))?;
         let room = |ip: &IpAddr| (self.link_mtu - if ip.is_ipv6() { 70 } else { 50 }) as usize;
         let mut view = View { mac: own.mac.0, vni: self.view.vni, subnets: own.subnets.clone(), ..View::default() };
@@ -306,7 +308,14 @@ impl Node {
             arena.extend(&buffer.bytes);
             arena.resize((at + buffer.bytes.len() + 64).next_multiple_of(64), 0x5a);
             let Buffer { from, tos, segment_len, truncated, .. } = *buffer;
-            received.push(Received { at, len: buffer.bytes.len(), segment_len, source: from, tos, truncated });
+            received.push(Received {
+                at,
+                len: buffer.bytes.len(),
+                segment_len,
+                source: (from, 40_000).into(),
+                tos,
+                truncated,
+            });
             delta.add("udp_rx_bytes", buffer.bytes.len() as u64);
             let step = match segment_len {
                 Some(step) if !buffer.uncut => usize::from(step),
@@ -318,7 +327,7 @@ impl Node {
             }
             let inner_size = segment_len.filter(|_| buffer.uncut).map(usize::from);
             for datagram in datagrams {
-                let fate = match self.view.arrive(from, tos, datagram, inner_size) {
+                let fate = match self.view.arrive(from, tos, datagram, inner_size, truncated) {
                     Err(reason) if reason == "unknown_source" || !truncated => Err(reason),
                     _ if truncated => Err("truncated_datagram"),
                     fate => fate,

@@ -8,6 +8,7 @@ fn peer(name: &str, state: PeerState) -> PeerView {
         mac: "0a:58:0a:09:00:02".to_owned(),
         public_key: None,
         encryption: Encryption::None,
+        session: None,
         state,
         last_seen_ms: None,
         rtt_us: None,
@@ -173,6 +174,7 @@ fn nodes_are_a_table() {
         taints: Vec::new(),
         joined_at: None,
         last_heartbeat: None,
+        observed: None,
     };
     #[rustfmt::skip]
     let expected = "\

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::config::{At, did_you_mean};
+use crate::key::{BadKey, PublicKey};
 use crate::node::{BadMac, BadNodeName, Mac, NodeName};
 
 /// A node list that is refused.
@@ -48,11 +49,17 @@ pub enum NodesProblem {
     BadSubnet { node: NodeName, value: String, why: String },
     #[error("node `{node}`: {source}")]
     BadMac { node: NodeName, source: BadMac },
-    #[error("node `{node}`: `public-key` is not 32 bytes in base64 (44 characters, the last is `=`)")]
-    BadPublicKey { node: NodeName },
-    #[error("node `{node}`: `encryption: wireguard` is not supported by this version yet; use `none`, or remove it")]
-    NoEncryptionYet { node: NodeName },
-    #[error("node `{node}`: `encryption` cannot be `{value}`; use `none`, or remove it")]
+    #[error("node `{node}`: a public key is {source}")]
+    BadPublicKey { node: NodeName, source: BadKey },
+    #[error("node `{node}` is to be encrypted and has no `public-key`; add it (`meshctl key show` prints it there)")]
+    NoPublicKey { node: NodeName },
+    #[error("node `{node}`: `lane-keys` go with a `public-key`, and are {most} at most")]
+    StrayLaneKeys { node: NodeName, most: usize },
+    #[error("nodes `{first}` and `{second}` have the same public key {key}; each lane of each node needs its own")]
+    SharedKey { key: PublicKey, first: NodeName, second: NodeName },
+    #[error("node `{node}`: `keepalive` cannot be `{value}`; give seconds from 1 to 65535, or remove it")]
+    BadKeepalive { node: NodeName, value: String },
+    #[error("node `{node}`: `encryption` cannot be `{value}`; use `none` or `wireguard`, or remove it")]
     BadEncryption { node: NodeName, value: String },
     #[error("node `{name}` is there twice, first in line {first}; rename or remove one")]
     SameName { name: NodeName, first: u32 },

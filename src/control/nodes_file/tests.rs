@@ -165,9 +165,22 @@ fn macs_keys_and_encryption_are_checked() {
     let a = "a".parse::<NodeName>().unwrap().derived_mac();
     refused(&format!("mac: {a}"), &["7:10:", "nodes `a` and `b` have the same MAC 02:ca:97:81:12:ca"]);
     assert!(beside_a("encryption: none").is_ok());
-    refused("encryption: wireguard", &["7:17:", "not supported by this version yet"]);
+    refused("encryption: wireguard", &["node `b` is to be encrypted and has no `public-key`"]);
     refused("encryption: off", &["`encryption` cannot be `off`"]);
-    assert!(beside_a("public-key: HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=").is_ok());
+    let key = "public-key: HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw=";
+    assert!(beside_a(key).is_ok());
+    let list = beside_a(&format!("{key}\n    encryption: wireguard\n    keepalive: 25")).unwrap();
+    let b = list.get(&"b".parse().unwrap()).unwrap();
+    assert_eq!((b.encryption, b.public_keys.len(), b.keepalive), (Some(Encryption::Wireguard), 1, Some(25)));
+    refused("lane-keys: [hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=]", &["go with a `public-key`"]);
+    refused(
+        &format!("{key}\n    lane-keys: HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw="),
+        &["8:", "the same public key"],
+    );
+    let lanes = beside_a(&format!("lane-keys: hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\n    {key}")).unwrap();
+    let keys = &lanes.get(&"b".parse().unwrap()).unwrap().public_keys;
+    assert!(keys[0].to_string().starts_with("HIgo") && keys[1].to_string().starts_with("hSDw"), "{keys:?}");
+    refused("keepalive: 0", &["seconds from 1 to 65535"]);
     for bad in
         ["HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw", "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8yk1=", "base64", "''"]
     {

@@ -551,7 +551,8 @@ proptest! {
     #[test]
     fn joined_again_a_super_packet_carries_the_same_bytes(
         (v6, is_tcp) in any::<(bool, bool)>(),
-        size in 1usize..1380,
+        // with 72 bytes of headers at most that fits the MTU of 1450
+        size in 1usize..=1378,
         len in 1usize..60_000,
         alone in any::<bool>(),
     ) {

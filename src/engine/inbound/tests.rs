@@ -54,7 +54,7 @@ fn a_packet_lies_where_it_was_received() {
     let mut node = Inbound::new(Stats::new(1), 0, ALL);
     let mut arena = encapsulate(2, 1, &good());
     let len = arena.len();
-    let source = "10.9.0.2".parse().unwrap();
+    let source = "10.9.0.2:40000".parse().unwrap();
     let received = Received { at: 0, len, segment_len: None, source, tos: 0, truncated: false };
     node.push(&mesh(1), 0, &mut arena, received);
     node.finish(&mut arena);
@@ -97,6 +97,17 @@ fn bad_vxlan_headers() {
     refused("bad_vxlan_header", 1, &spoilt(&[(0, 0xf7)]));
     for (at, value) in [(4, 1), (5, 1), (6, 0)] {
         refused("wrong_vni", 1, &spoilt(&[(at, value)]));
+    }
+}
+
+#[test]
+fn messages_that_would_change_routes() {
+    for (v6, kind) in [(false, 5), (false, 9), (true, 134), (true, 137)] {
+        let protocol = if v6 { 58 } else { 1 };
+        let message = |kind| Facts { transport: Transport::Other(protocol), ..udp(v6, 2, 1, vec![kind; 16]) }.bytes();
+        refused("rogue_icmp_in", 1, &Buffer::one(2, 1, &message(kind)));
+        let ping = message(if v6 { 128 } else { 8 });
+        assert_eq!(accepted(&Buffer::one(2, 1, &ping))[0].packet, ping, "other ICMP arrives");
     }
 }
 
@@ -230,7 +241,7 @@ fn a_refused_write_is_counted() {
         let datagram = encapsulate(2, 1, &packet);
         let (at, len) = (arena.len(), datagram.len());
         arena.extend(datagram);
-        let source = "10.9.0.2".parse().unwrap();
+        let source = "10.9.0.2:40000".parse().unwrap();
         node.push(&mesh(1), 0, &mut arena, Received { at, len, segment_len: None, source, tos: 0, truncated: false });
     }
     node.finish(&mut arena);

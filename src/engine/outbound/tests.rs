@@ -292,6 +292,17 @@ fn destinations_that_nobody_has() {
 }
 
 #[test]
+fn messages_that_would_change_routes_do_not_leave() {
+    for (v6, kind) in [(false, 5), (false, 9), (true, 134), (true, 137)] {
+        let protocol = if v6 { 58 } else { 1 };
+        let message = |kind| Facts { transport: Transport::Other(protocol), ..udp(v6, 1, 2, vec![kind; 16]) }.bytes();
+        refused("rogue_icmp_out", VnetHdr::default(), &message(kind));
+        let ping = message(if v6 { 128 } else { 8 });
+        assert_eq!(send(VnetHdr::default(), &ping), [ping], "other ICMP does");
+    }
+}
+
+#[test]
 fn a_source_that_a_receiver_would_refuse() {
     let from = |source: &str| Facts { source: source.parse().unwrap(), ..udp(false, 1, 2, payload(9)) }.bytes();
     refused("source_not_ours", VnetHdr::default(), &from("10.42.2.1"));

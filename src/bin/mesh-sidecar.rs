@@ -1,0 +1,146 @@
+//! The sidecar's command line: `meshd` starts it without arguments; people use it for backups.
+
+use std::io::{IsTerminal, Read, stderr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use meshd::membership::settings::{LINK_FD, LogFormat, Settings};
+use meshd::membership::store::sqlite;
+use meshd::membership::{privileges, sidecar};
+
+/// The largest settings.
+const MAX_SETTINGS: usize = 1 << 20;
+
+/// Membership for meshd, which starts it by itself. Without a command it expects meshd on its standard input.
+#[derive(Parser)]
+#[command(name = "mesh-sidecar", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Verb>,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Write a copy of a server's database, which may be running. It holds the cluster's keys: keep it safe
+    Backup {
+        /// The server's data-dir
+        #[arg(long, default_value = "/var/lib/meshd")]
+        data_dir: PathBuf,
+        /// The file to write; it must not exist
+        file: PathBuf,
+    },
+    /// Put a copy in the place of a server's database. Stop meshd first
+    Restore {
+        /// The server's data-dir
+        #[arg(long, default_value = "/var/lib/meshd")]
+        data_dir: PathBuf,
+        /// The copy
+        file: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        None => run(),
+        Some(Verb::Backup { data_dir, file }) => {
+            block_on(async { Ok(sqlite::backup(&data_dir.join(sidecar::DATABASE), &file).await?) })
+        }
+        Some(Verb::Restore { data_dir, file }) => restore(&data_dir.join(sidecar::DATABASE), &file),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-sidecar: {}", meshd::daemon::told(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let mut link = UnixStream::from(link()?);
+    let settings = settings(&mut link)?;
+    start_log(&settings);
+    // Before there is a second thread: privileges belong to threads.
+    if let Some(warning) = privileges::drop_all(&settings.data_dir)? {
+        tracing::warn!("{warning}");
+    }
+    link.set_nonblocking(true)?;
+    block_on(async { Ok(sidecar::run(settings, tokio::net::UnixStream::from_std(link)?).await?) })
+}
+
+fn restore(database: &std::path::Path, file: &std::path::Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::{MetadataExt, lchown};
+    if let Some(folder) = database.parent() {
+        meshd::membership::files::ensure_dir(folder)?;
+    }
+    block_on(async { Ok(sqlite::restore(file, database).await?) })?;
+    // Run by root, it must stay readable for the sidecar's account.
+    if let Some(folder) = database.parent() {
+        let owner = folder.metadata()?;
+        for entry in folder.read_dir()? {
+            let entry = entry?;
+            // not through a link, which that account can put there
+            let is_file = entry.file_type()?.is_file();
+            if is_file && entry.metadata()?.uid() != owner.uid() {
+                lchown(entry.path(), Some(owner.uid()), Some(owner.gid()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The socket to meshd.
+fn link() -> anyhow::Result<OwnedFd> {
+    let fd = match std::env::var(LINK_FD) {
+        Ok(number) => {
+            let number: i32 = number.parse().with_context(|| format!("{LINK_FD} is not a descriptor"))?;
+            let own = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())?;
+            let flags = rustix::process::PidfdGetfdFlags::empty();
+            rustix::process::pidfd_getfd(own, number, flags).with_context(|| format!("{LINK_FD}={number}"))?
+        }
+        Err(_) => std::io::stdin().as_fd().try_clone_to_owned()?,
+    };
+    if std::io::IsTerminal::is_terminal(&fd) {
+        bail!("meshd starts this by itself; run `meshd server` or `meshd agent`");
+    }
+    Ok(fd)
+}
+
+/// The first line, byte by byte, so that nothing behind it is taken.
+fn settings(link: &mut UnixStream) -> anyhow::Result<Settings> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.len() < MAX_SETTINGS {
+        match link.read(&mut byte).context("cannot read the settings from meshd")? {
+            0 => bail!("meshd closed the link before it sent the settings"),
+            _ if byte == *b"\n" => {
+                return serde_json::from_slice(&line).context("meshd sent no settings; are both of the same version?");
+            }
+            _ => line.extend(byte),
+        }
+    }
+    bail!("meshd sent settings without end")
+}
+
+fn start_log(settings: &Settings) {
+    let filter = EnvFilter::try_new(&settings.log).unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_target(false);
+    let started = match settings.log_format {
+        LogFormat::Text => log.with_ansi(stderr().is_terminal()).try_init(),
+        LogFormat::Json => log.json().try_init(),
+    };
+    if let Err(error) = started {
+        eprintln!("mesh-sidecar: no log: {error}");
+    }
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(work)
+}

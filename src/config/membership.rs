@@ -1,0 +1,206 @@
+//! What the values of the keys of `meshd server` and `meshd agent` are, and how each is read from a text.
+//!
+//! Knows one cluster's worth of words: registration addresses, tokens, prefixes to give out, labels. Whether a server
+//! answers or a token is good, only the servers know.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnet::{IpNet, Ipv4Net};
+
+use super::error::{ConfigError, Problem};
+use super::layers::Layers;
+use super::values::{self, Read, Refusal};
+use crate::membership::address::ServerAddress;
+use crate::membership::settings::{MaskSizes, SERVER_PORT, Secret};
+use crate::membership::token::Credential;
+
+/// `bind-address` unless it is set: every address, both families.
+pub(super) const ANY_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), SERVER_PORT);
+
+/// Where the token stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TokenFile {
+    /// `-`
+    StandardInput,
+    /// A file.
+    Path(PathBuf),
+}
+
+pub(super) fn server(text: &str) -> Read<String> {
+    match text.parse::<ServerAddress>() {
+        Ok(_) => Ok(text.to_owned()),
+        Err(_) => Err("write a registration address such as `https://10.9.0.1:9345`".into()),
+    }
+}
+
+/// A join token or a shared secret; what begins as a token and is none is never taken for a secret.
+pub(super) fn token(text: &str) -> Read<Secret> {
+    let text = text.trim();
+    Credential::parse(text).map(|_| Secret::new(text)).map_err(|error| Refusal::Fix(error.to_string()))
+}
+
+pub(super) fn token_file(text: &str) -> Read<TokenFile> {
+    if text == "-" { Ok(TokenFile::StandardInput) } else { values::path(text).map(TokenFile::Path) }
+}
+
+pub(super) fn cluster_cidr(layers: &Layers) -> Result<Vec<IpNet>, ConfigError> {
+    let given = layers.many("cluster-cidr", cidr, same_family)?;
+    let default = Ipv4Net::new(Ipv4Addr::new(10, 42, 0, 0), 16).map(IpNet::V4);
+    Ok(if given.is_empty() { default.into_iter().collect() } else { given })
+}
+
+/// The sizes, each of which has to leave room for at least one node in its prefix.
+pub(super) fn mask_sizes(layers: &Layers) -> Result<MaskSizes, ConfigError> {
+    let mut sizes = MaskSizes::default();
+    for length in layers.many("node-cidr-mask-size", mask_size, same_size)? {
+        if length <= 32 { sizes.v4 = length } else { sizes.v6 = length }
+    }
+    for cidr in cluster_cidr(layers)? {
+        let size = if matches!(cidr, IpNet::V4(_)) { sizes.v4 } else { sizes.v6 };
+        if size < cidr.prefix_len() {
+            let fix = format!("no subnet of that size fits `cluster-cidr: {cidr}`; use a longer one");
+            let problem = Problem::BadValue { key: "node-cidr-mask-size", value: size.to_string(), fix };
+            return Err(ConfigError { place: layers.place("node-cidr-mask-size"), problem });
+        }
+    }
+    Ok(sizes)
+}
+
+/// `datastore-endpoint` and `cluster-init`, of which this version knows the one store that needs neither.
+pub(super) fn datastore(layers: &Layers) -> Result<Option<String>, ConfigError> {
+    layers.one("cluster-init", cluster_init)?;
+    layers.one("datastore-endpoint", datastore_endpoint)
+}
+
+pub(super) fn tls_san(text: &str) -> Read<String> {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    if text.parse::<IpAddr>().is_ok() || is_host(name) {
+        Ok(text.to_owned())
+    } else {
+        Err("use a host name or an IP address, without scheme and port".into())
+    }
+}
+
+pub(super) fn bind_address(text: &str) -> Read<SocketAddr> {
+    let bare = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).unwrap_or(text);
+    match (text.parse::<SocketAddr>(), bare.parse::<IpAddr>()) {
+        (Ok(address), _) if address.port() != 0 => Ok(address),
+        (_, Ok(ip)) => Ok(SocketAddr::new(ip, SERVER_PORT)),
+        _ => Err("use an address with a port, as in `[::]:9345` or `10.9.0.1:9345`".into()),
+    }
+}
+
+/// A label, key and value.
+pub(super) type Label = (String, String);
+
+pub(super) fn label(text: &str) -> Read<Label> {
+    let wanted = || Refusal::from("write `key=value`, in letters, digits, `-`, `_`, `.` and, in the key, `/`");
+    let (key, value) = text.split_once('=').ok_or_else(wanted)?;
+    if is_key(key) && is_word(value) { Ok((key.to_owned(), value.to_owned())) } else { Err(wanted()) }
+}
+
+pub(super) fn same_label(a: &Label, b: &Label) -> Option<&'static str> {
+    (a.0 == b.0).then_some("this label is there twice; remove one")
+}
+
+pub(super) fn taint(text: &str) -> Read<String> {
+    const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
+    let wanted = || Refusal::from("write `key=value:effect`, with NoSchedule, PreferNoSchedule or NoExecute");
+    let (left, effect) = text.rsplit_once(':').ok_or_else(wanted)?;
+    let (key, value) = left.split_once('=').unwrap_or((left, ""));
+    let good = is_key(key) && is_word(value) && EFFECTS.contains(&effect);
+    if good { Ok(text.to_owned()) } else { Err(wanted()) }
+}
+
+pub(super) fn yes_or_no(text: &str) -> Read<bool> {
+    match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err("use `true` or `false`".into()),
+    }
+}
+
+/// Seconds; `None` for `off`.
+pub(super) fn purge_after(text: &str) -> Read<Option<u64>> {
+    const WANTED: &str = "use `off`, or a time from 1m on, such as `30m`, `1h` or `2d`";
+    if text == "off" {
+        return Ok(None);
+    }
+    let (digits, unit) = text.split_at(text.trim_end_matches(|c: char| !c.is_ascii_digit()).len());
+    let unit = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(WANTED.into()),
+    };
+    let seconds = values::number(digits, 1, 1_000_000).map(|n| u64::from(n) * unit);
+    seconds.filter(|s| *s >= 60).map(Some).ok_or_else(|| WANTED.into())
+}
+
+fn cidr(text: &str) -> Read<IpNet> {
+    let net: IpNet = text.parse().map_err(|_| Refusal::from("write a prefix such as `10.42.0.0/16`"))?;
+    if net.trunc() != net {
+        return Err(Refusal::Fix(format!("it has bits set behind the prefix; write `{}`", net.trunc())));
+    }
+    if net.prefix_len() < 8 || values::not_underlay(net.network()).is_some() {
+        return Err("use a private unicast prefix such as `10.42.0.0/16` or `fd42::/48`".into());
+    }
+    Ok(net)
+}
+
+fn same_family(a: &IpNet, b: &IpNet) -> Option<&'static str> {
+    let same = matches!((a, b), (IpNet::V4(_), IpNet::V4(_)) | (IpNet::V6(_), IpNet::V6(_)));
+    same.then_some("there is another of the same family; give one IPv4 and one IPv6 prefix at most")
+}
+
+fn mask_size(text: &str) -> Read<u8> {
+    let wanted = || "use a prefix length from 8 to 128; up to 32 it is for IPv4, above for IPv6".into();
+    values::number(text, 8, 128).and_then(|n| u8::try_from(n).ok()).ok_or_else(wanted)
+}
+
+fn same_size(a: &u8, b: &u8) -> Option<&'static str> {
+    ((*a <= 32) == (*b <= 32)).then_some("there is another for the same family; up to 32 it is for IPv4")
+}
+
+fn cluster_init(text: &str) -> Read<()> {
+    match yes_or_no(text)? {
+        true => Err(Refusal::Later("remove it: one server with SQLite needs none")),
+        false => Ok(()),
+    }
+}
+
+fn datastore_endpoint(text: &str) -> Read<String> {
+    let scheme = text.split_once("://").map(|(scheme, _)| scheme);
+    match scheme {
+        Some("sqlite") => Ok(text.to_owned()),
+        Some("mysql" | "mariadb" | "postgres" | "postgresql" | "etcd" | "http" | "https") => {
+            Err(Refusal::Later("remove it: state is then in SQLite below `data-dir`"))
+        }
+        _ => Err("use `sqlite://PATH`, or remove it for SQLite below `data-dir`".into()),
+    }
+}
+
+/// A host name (RFC 1123 §2.1) or an IPv4 address.
+fn is_host(text: &str) -> bool {
+    let good = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    };
+    text.len() <= 253 && text.strip_suffix('.').unwrap_or(text).split('.').all(good)
+}
+
+/// As Kubernetes has it: an optional DNS prefix and a slash, then a word that is not empty.
+fn is_key(text: &str) -> bool {
+    let (prefix, name) = text.rsplit_once('/').map_or((None, text), |(prefix, name)| (Some(prefix), name));
+    prefix.is_none_or(is_host) && !name.is_empty() && is_word(name)
+}
+
+fn is_word(text: &str) -> bool {
+    let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    text.len() <= 63 && text.chars().all(inner) && text.is_empty() | (text.starts_with(edge) && text.ends_with(edge))
+}

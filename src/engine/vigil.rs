@@ -1,0 +1,204 @@
+//! The watch over peers' lives: begins BFD sessions that are wanted, gives running ones the time, and originates their
+//! packets.
+//!
+//! Each worker keeps one. A session is looked after by the worker that receives its packets, since a peer may be held for
+//! dead only by who has received everything that came. Wanted are sessions with peers that packets go to or come from, and
+//! with a few neighbours: what a node does is the same in a mesh of any size. Does not know what keeps the time.
+
+use std::net::IpAddr;
+
+use super::tables::{PeerIndex, Tables};
+use super::tunnel::Outbox;
+use crate::health::peer::Liveness;
+use crate::wire::bfd::{self, Control};
+
+/// How often some peers are looked at, whether their sessions are wanted, in microseconds.
+const LOOK_US: u64 = 50_000;
+/// How many at least; at most all within a second.
+const LOOKS: usize = 256;
+/// Running sessions have their turn together, at most so often.
+const TURN_US: u64 = 4_000;
+
+/// One worker's.
+#[derive(Debug)]
+pub struct Vigil {
+    worker: usize,
+    workers: usize,
+    /// Where the table was that `running` belongs to. The next one is made while it still exists.
+    table: usize,
+    running: Vec<PeerIndex>,
+    next_turn_us: u64,
+    next_look_us: u64,
+    at: usize,
+    /// A packet of BFD is made here.
+    room: Vec<u8>,
+}
+
+/// What a turn of a session needs.
+struct Turn<'t, 'o> {
+    tables: &'t Tables,
+    now_us: u64,
+    settled_us: Option<u64>,
+    data_socket: u16,
+    outbox: &'o mut Outbox,
+}
+
+impl Vigil {
+    /// For worker number `worker` of so many.
+    pub fn new(worker: usize, workers: usize) -> Self {
+        Vigil {
+            worker,
+            workers: workers.max(1),
+            table: 0,
+            running: Vec::new(),
+            next_turn_us: u64::MAX,
+            next_look_us: 0,
+            at: worker,
+            room: Vec::new(),
+        }
+    }
+
+    /// Whether anything is due besides answers.
+    pub fn is_due(&self, now_us: u64) -> bool {
+        now_us >= self.next_turn_us
+    }
+
+    /// When it will be; `u64::MAX`: not unless a packet comes.
+    pub fn next_turn_us(&self) -> u64 {
+        self.next_turn_us
+    }
+
+    /// Whether it is time to look for traffic, which waits for a moment in which the worker is awake anyway.
+    pub fn looks(&self, now_us: u64) -> bool {
+        now_us >= self.next_look_us
+    }
+
+    /// Does what is due. `settled_us`: this worker has received whatever came before that time. `heard`: peers whose BFD
+    /// packets came since the last turn; it is emptied.
+    pub fn turn(
+        &mut self,
+        tables: &Tables,
+        now_us: u64,
+        settled_us: Option<u64>,
+        heard: &mut Vec<PeerIndex>,
+        data_socket: u16,
+        outbox: &mut Outbox,
+    ) {
+        let mut turn = Turn { tables, now_us, settled_us, data_socket, outbox };
+        let table = std::ptr::from_ref(tables).addr();
+        if self.table != table {
+            let resumes = std::mem::replace(&mut self.table, table) == 0;
+            self.take_over(&turn, resumes);
+        }
+        for peer in heard.drain(..) {
+            let deadline = self.give(&mut turn, peer);
+            self.run(peer, deadline);
+        }
+        if now_us >= self.next_look_us {
+            self.next_look_us = now_us + LOOK_US;
+            self.look(&mut turn);
+        }
+        if now_us >= self.next_turn_us {
+            self.next_turn_us = u64::MAX;
+            let mut running = std::mem::take(&mut self.running);
+            running.retain(|peer| match self.give(&mut turn, *peer) {
+                Some(deadline) => {
+                    self.next_turn_us = self.next_turn_us.min(deadline.max(now_us + TURN_US));
+                    true
+                }
+                None => false,
+            });
+            self.running = running;
+        }
+    }
+
+    /// The running sessions of a new table; idle ones go with the first turn.
+    #[cold]
+    fn take_over(&mut self, turn: &Turn<'_, '_>, resumes: bool) {
+        self.running.clear();
+        for index in (0..turn.tables.peers().len() as u32).map(PeerIndex) {
+            let Some(liveness) = turn.tables.liveness(index).filter(|liveness| self.owns(index, liveness)) else {
+                continue;
+            };
+            if resumes {
+                liveness.resume(turn.now_us);
+            }
+            self.running.push(index);
+        }
+        self.at = self.worker;
+        (self.next_turn_us, self.next_look_us) = (0, 0);
+    }
+
+    fn owns(&self, peer: PeerIndex, liveness: &Liveness) -> bool {
+        let first = peer.0 as usize % self.workers;
+        // there may be fewer workers than there were
+        Some(liveness.owner(first)).filter(|owner| *owner < self.workers).unwrap_or(first) == self.worker
+    }
+
+    fn run(&mut self, peer: PeerIndex, deadline: Option<u64>) {
+        let Some(deadline) = deadline else { return };
+        self.next_turn_us = self.next_turn_us.min(deadline);
+        if !self.running.contains(&peer) {
+            self.running.push(peer);
+        }
+    }
+
+    /// Looks at some of the peers, whether there is traffic.
+    fn look(&mut self, turn: &mut Turn<'_, '_>) {
+        let peers = turn.tables.peers().len();
+        let looks = (peers / self.workers / 20).max(LOOKS);
+        for _ in 0..looks {
+            if self.at >= peers {
+                self.at = self.worker;
+                return;
+            }
+            let index = PeerIndex(self.at as u32);
+            self.at += self.workers;
+            let Some(peer) = turn.tables.peer(index) else { continue };
+            let Some(liveness) = peer.spec.liveness.as_deref() else { continue };
+            let traffic = peer.spec.stats.sum(|flow| flow.tx_packets.get().wrapping_add(flow.rx_packets.get()));
+            if liveness.look(turn.now_us, traffic) && !self.running.contains(&index) {
+                // it begins here, and goes on where its packets are received
+                liveness.own(self.worker);
+                let deadline = self.give(turn, index);
+                self.run(index, deadline);
+            }
+        }
+    }
+
+    /// Gives a session the time. Returns when it wants it again; `None` where it sleeps, or is another worker's.
+    fn give(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) -> Option<u64> {
+        let peer = turn.tables.peer(index)?;
+        let liveness = peer.spec.liveness.as_deref().filter(|liveness| self.owns(index, liveness))?;
+        let last_seen_us = peer.spec.stats.last_seen().map(|ms| ms * 1000);
+        let (now_us, settled_us) = (turn.now_us, turn.settled_us);
+        liveness.turn(now_us, settled_us, last_seen_us, |control| self.post(turn, index, control))
+    }
+
+    /// Sends a packet the way that packets to the peer go.
+    fn post(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex, control: &Control) {
+        let Some(peer) = turn.tables.peer(index) else { return };
+        let (spec, local) = (&peer.spec, turn.tables.local());
+        let Some(liveness) = spec.liveness.as_deref() else { return };
+        let same_family = |ip: &&IpAddr| ip.is_ipv4() == spec.endpoint.is_ipv4();
+        // underlay addresses come first
+        let Some(own) = local.addresses.iter().find(same_family).copied() else { return };
+        // one and the same source port: the peer's kernel hands all of them to one worker
+        let spread = control.mine as u16;
+        let source_port = bfd::FIRST_SOURCE_PORT + spread % (u16::MAX - bfd::FIRST_SOURCE_PORT);
+        self.room.clear();
+        if let Some(tunnel) = spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
+            let Some(theirs) = spec.underlay.iter().find(same_family).copied() else { return };
+            bfd::write_packet(control, own, theirs, source_port, &mut self.room);
+            tunnel.originate(index, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
+        } else {
+            let vni = liveness.settings().vni;
+            bfd::write_frame(control, vni, local.mac.0, own, source_port, &mut self.room);
+            let socket = spread % turn.data_socket.max(1);
+            turn.outbox.originate(&self.room, spec.endpoint, socket, bfd::TOS);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,164 @@
+use super::*;
+
+use std::net::SocketAddr;
+
+use crate::engine::coalesce::Accepts;
+use crate::engine::drop::Drop;
+use crate::engine::inbound::{Inbound, Received};
+use crate::engine::outbound::{HEADROOM, Outbound};
+use crate::engine::stats::Stats;
+use crate::engine::testing::{connect, encrypted_mesh, mesh, watched};
+use crate::engine::tunnel::Policy;
+use crate::health::peer::Verdict;
+use crate::wire::ip::Packet;
+
+const ALL: Accepts = Accepts { tso: true, uso: true };
+
+struct Node {
+    tables: Tables,
+    stats: Stats,
+    vigil: Vigil,
+    inbound: Inbound,
+    outbox: Outbox,
+}
+
+impl Node {
+    fn new(tables: Tables) -> Self {
+        let stats = Stats::new(1);
+        let inbound = Inbound::new(stats.clone(), 0, ALL);
+        Node { tables, stats, vigil: Vigil::new(0, 1), inbound, outbox: Outbox::default() }
+    }
+
+    fn peer(&self, other: &Node) -> PeerIndex {
+        self.tables.source(other.tables.local().addresses[0]).unwrap()
+    }
+
+    fn verdict(&self, other: &Node) -> Verdict {
+        self.tables.liveness(self.peer(other)).unwrap().verdict()
+    }
+
+    fn turn(&mut self, now_us: u64) -> Vec<(SocketAddr, Vec<u8>)> {
+        let mut heard = std::mem::take(self.inbound.heard());
+        self.vigil.turn(&self.tables, now_us, Some(now_us), &mut heard, 1, &mut self.outbox);
+        let letters = self.outbox.letters().map(|(letter, bytes)| (letter.to, bytes.to_vec())).collect();
+        self.outbox.clear();
+        letters
+    }
+
+    fn receive(&mut self, now_us: u64, source: SocketAddr, mut bytes: Vec<u8>) {
+        let received = Received { at: 0, len: bytes.len(), segment_len: None, source, tos: 0, truncated: false };
+        self.inbound.received_at(now_us);
+        self.inbound.push(&self.tables, now_us / 1000, &mut bytes, received);
+        assert!(self.inbound.units().is_empty(), "nothing of it reaches the TUN device");
+    }
+
+    fn consumed(&self) -> u64 {
+        self.stats.sum(|worker| worker.flow.consumed_inbound.get())
+    }
+}
+
+/// Lets two nodes talk for so long, in milliseconds; returns how many datagrams there were.
+fn talk(a: &mut Node, b: &mut Node, from_ms: u64, to_ms: u64) -> usize {
+    let mut count = 0;
+    for now_us in (from_ms..to_ms).map(|ms| ms * 1000) {
+        for (to, bytes) in a.turn(now_us) {
+            if to.ip() == b.tables.local().addresses[0] {
+                count += 1;
+                b.receive(now_us, SocketAddr::new(a.tables.local().addresses[0], 8472), bytes);
+            }
+        }
+        std::mem::swap(a, b);
+        for (to, bytes) in a.turn(now_us) {
+            if to.ip() == b.tables.local().addresses[0] {
+                count += 1;
+                b.receive(now_us, SocketAddr::new(a.tables.local().addresses[0], 8472), bytes);
+            }
+        }
+        std::mem::swap(a, b);
+    }
+    count
+}
+
+fn up(encrypted: bool) -> [Node; 2] {
+    let tables = |own| if encrypted { encrypted_mesh(own, 1, Policy::Required) } else { mesh(own) };
+    let [mut a, mut b] = [1, 2].map(|own| Node::new(watched(&tables(own))));
+    if encrypted {
+        connect(&a.tables, &b.tables);
+    }
+    a.tables.liveness(a.peer(&b)).unwrap().set_neighbour(true);
+    let count = talk(&mut a, &mut b, 1_000, 4_000);
+    assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up), "encrypted: {encrypted}");
+    assert_eq!((a.consumed() + b.consumed()) as usize, count);
+    assert!(Drop::ALL.iter().all(|reason| a.stats.sum(|worker| worker.drops(*reason)) == 0));
+    [a, b]
+}
+
+#[test]
+fn in_the_clear_they_find_each_other_in_the_management_network() {
+    let [mut a, b] = up(false);
+    let sent = (4_000..4_400).flat_map(|ms| a.turn(ms * 1000)).find(|(to, _)| to.ip() == b.tables.local().addresses[0]);
+    let (_, bytes) = sent.unwrap();
+    assert_eq!(&bytes[..14], b"\x08\0\0\0\0\x0f\xff\0\0\0\x5e\0\x52\x02");
+    assert_eq!(bytes.len(), 22 + 20 + 8 + 24);
+}
+
+#[test]
+fn an_encrypted_pair_talks_through_its_tunnel() {
+    let [mut a, mut b] = up(true);
+    let (source, clear) = (SocketAddr::new(b.tables.local().addresses[0], 8472), up(false)[1].turn(4_200_000));
+    for (_, bytes) in clear {
+        a.receive(4_200_000, source, bytes);
+    }
+    assert!(a.stats.sum(|worker| worker.drops(Drop::ClearFromEncryptedPeer)) > 0, "nobody speaks for it in the clear");
+    assert!(talk(&mut a, &mut b, 4_200, 5_200) > 10);
+}
+
+#[test]
+fn packets_to_a_dead_peer_are_answered_at_once() {
+    let [mut a, b] = up(false);
+    (4_000..5_000).for_each(|ms| _ = a.turn(ms * 1000));
+    assert_eq!(a.verdict(&b), Verdict::Down);
+    let packets: [&[u8]; 2] = [
+        b"\x45\0\0\x1c\0\x01\0\0\x40\x11\0\0\x0a\x2a\x01\x05\x0a\x2a\x02\x05\0\x01\0\x02\0\x08\0\0",
+        b"\x60\0\0\0\0\x08\x11\x40\xfd\x42\0\0\0\0\0\x01\0\0\0\0\0\0\0\x05\xfd\x42\0\0\0\0\0\x02\0\0\0\0\0\0\0\x05\0\x01\0\x02\0\x08\0\0",
+    ];
+    for (packet, kind) in packets.into_iter().zip([[3, 1], [1, 3]]) {
+        let stats = Stats::new(1);
+        let mut outbound = Outbound::new(stats.clone(), 0, 1);
+        let mut arena = vec![0; HEADROOM + 10];
+        arena.extend_from_slice(packet);
+        outbound.push(&a.tables, 5_000, &mut arena, HEADROOM, 10 + packet.len());
+        assert!(outbound.batch().runs().is_empty());
+        assert_eq!(stats.sum(|worker| worker.drops(Drop::PeerDown)), 1);
+        let error = outbound.errors().next().unwrap()[10..].to_vec();
+        let parsed = Packet::parse(&error).unwrap();
+        assert_eq!(error[usize::from(parsed.header_len)..][..2], kind);
+        assert_eq!(parsed.destination, Packet::parse(packet).unwrap().source);
+    }
+}
+
+#[test]
+fn what_is_no_bfd_in_the_management_network_is_another_network() {
+    let [mut a, b] = up(false);
+    let source = SocketAddr::new(b.tables.local().addresses[0], 8472);
+    let mut frame = b"\x08\0\0\0\0\x0f\xff\0\0\0\x5e\0\x52\x02\x02\0\0\0\0\x02\x08\0".to_vec();
+    frame
+        .extend_from_slice(b"\x45\0\0\x1c\0\x01\0\0\xff\x11\0\0\x0a\x2a\x02\x05\x0a\x2a\x01\x05\0\x01\0\x02\0\x08\0\0");
+    let before = a.consumed();
+    a.receive(4_000_000, source, frame);
+    assert_eq!((a.stats.sum(|worker| worker.drops(Drop::WrongVni)), a.consumed()), (1, before));
+}
+
+/// The cost of a node in a mesh of a thousand: a constant.
+#[test]
+fn a_thousand_peers_without_traffic_cost_what_the_neighbours_cost() {
+    let tables = crate::engine::testing::big_mesh(1_000);
+    let mut a = Node::new(watched(&tables));
+    (0..6).for_each(|n| a.tables.liveness(PeerIndex(n * 100)).unwrap().set_neighbour(true));
+    let sent: usize = (1_000..11_000).map(|ms| a.turn(ms * 1000).len()).sum();
+    assert!((54..=84).contains(&sent), "six a second or a little more often, and not a thousand: {sent}");
+    a.tables.peer(PeerIndex(7)).unwrap().spec.stats.worker(0).unwrap().tx_packets.add(1);
+    let more: usize = (11_000..21_000).map(|ms| a.turn(ms * 1000).len()).sum();
+    assert!(more > sent, "and the one with traffic");
+    assert!(a.vigil.running.len() == 7);
+}

@@ -1,0 +1,88 @@
+//! The machine as a doctor looks at it: links, addresses, who holds a port, the clock. Changes nothing.
+
+use std::fs;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::port::{self, Owner};
+use super::{Host, HostError};
+use crate::sys::clock;
+
+/// A device, as far as it can stand in meshd's way.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// `tun`, `vxlan`, `bridge`, …; a physical device has none.
+    pub kind: Option<String>,
+    /// Its MTU.
+    pub mtu: u32,
+    /// Whether it is up.
+    pub up: bool,
+    /// UDP port, where it is a kernel VXLAN device.
+    pub vxlan_port: Option<u16>,
+    /// Its addresses, with their prefix lengths.
+    pub addresses: Vec<IpNet>,
+}
+
+/// Who holds a port on one address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The address; unspecified for all.
+    pub ip: IpAddr,
+    /// The process, where there is one and it can be seen.
+    pub process: Option<(u32, String)>,
+    /// In words.
+    pub text: String,
+    /// A command that frees the port.
+    pub remedy: String,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Survey {
+    /// All devices.
+    pub devices: Vec<Device>,
+    /// Who holds the UDP port.
+    pub udp: Vec<Holder>,
+    /// Who holds the TCP port.
+    pub tcp: Vec<Holder>,
+    /// Whether the clock is synchronised, where the kernel says so.
+    pub synchronised: Option<bool>,
+}
+
+impl Host {
+    /// Looks at all of it.
+    pub async fn survey(&self, udp: u16, tcp: u16) -> Result<Survey, HostError> {
+        let links = self.netlink.links().await?;
+        let addresses = self.netlink.addresses().await?;
+        let device = |link: &super::facts::Link| Device {
+            name: link.name.clone(),
+            kind: link.kind.clone(),
+            mtu: link.mtu,
+            up: link.up,
+            vxlan_port: link.vxlan_port,
+            addresses: addresses.iter().filter(|a| a.index == link.index).filter_map(|a| a.net()).collect(),
+        };
+        let holders = |tables: [&str; 2], wanted: u16| {
+            let texts = tables.map(|table| fs::read_to_string(table).unwrap_or_default());
+            let of = |(ip, owner): (IpAddr, Owner)| Holder {
+                ip,
+                text: owner.to_string(),
+                remedy: owner.remedy(wanted),
+                process: match owner {
+                    Owner::Process(pid, name) => Some((pid, name)),
+                    _ => None,
+                },
+            };
+            port::holders(&texts, wanted, &links).into_iter().map(of).collect()
+        };
+        Ok(Survey {
+            devices: links.iter().map(device).collect(),
+            udp: holders(["/proc/net/udp", "/proc/net/udp6"], udp),
+            tcp: holders(["/proc/net/tcp", "/proc/net/tcp6"], tcp),
+            synchronised: clock::is_synchronised().ok(),
+        })
+    }
+}

@@ -1,0 +1,133 @@
+//! The file that holds a node's secret key: base64, one line, readable by its owner alone.
+//!
+//! A key is written whole or not at all (a new file, synced, then renamed), and a file that cannot be read or understood is
+//! an error: a node never gets another identity because a disk was full or a byte was lost.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use zeroize::Zeroizing;
+
+use super::SecretKey;
+use crate::config::load::{ReadError, read_regular};
+
+/// A key that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyFileError {
+    /// There is no such file, and none may be made.
+    #[error("{}: there is no key; put the node's key there, or remove its `public-key` from the node list to get a new one", .0.display())]
+    Missing(PathBuf),
+    /// It cannot be read.
+    #[error("cannot read the private key")]
+    Read(#[source] ReadError),
+    /// Others may read it.
+    #[error("{}: others may read the private key (mode {mode:o}); `chmod 600` it, and make a new key if somebody did", path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// It holds something else.
+    #[error("{}: this is no private key: 44 characters of base64, as `meshd keygen` prints them, are expected; restore the file, or move it away to get a new key", .0.display())]
+    NoKey(PathBuf),
+    /// A new one cannot be kept.
+    #[error("cannot keep a new private key in {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The system has no randomness.
+    #[error("cannot make a private key: {0}")]
+    Random(getrandom::Error),
+}
+
+/// Reads the key in `path`.
+pub fn load(path: &Path) -> Result<SecretKey, KeyFileError> {
+    let (content, metadata) = match read_regular(path, MAX_BYTES) {
+        Ok((content, metadata)) => (Zeroizing::new(content), metadata),
+        Err(error) if error.is_missing() => return Err(KeyFileError::Missing(path.to_owned())),
+        Err(error) => return Err(KeyFileError::Read(error)),
+    };
+    if metadata.mode() & 0o077 != 0 {
+        return Err(KeyFileError::Exposed { path: path.to_owned(), mode: metadata.mode() & 0o777 });
+    }
+    let text = std::str::from_utf8(&content).map_err(|_| KeyFileError::NoKey(path.to_owned()))?;
+    text.trim().parse().map_err(|_| KeyFileError::NoKey(path.to_owned()))
+}
+
+/// Reads the key in `path`, or makes one there. Returns whether it is new.
+pub fn load_or_make(path: &Path) -> Result<(SecretKey, bool), KeyFileError> {
+    match load(path) {
+        Err(KeyFileError::Missing(_)) => {
+            let key = SecretKey::generate().map_err(KeyFileError::Random)?;
+            write(path, &key).map_err(|source| KeyFileError::Write { path: path.to_owned(), source })?;
+            Ok((key, true))
+        }
+        loaded => loaded.map(|key| (key, false)),
+    }
+}
+
+/// A key is 44 bytes; whoever edited the file may have left some lines behind.
+const MAX_BYTES: u64 = 4096;
+
+fn write(path: &Path, key: &SecretKey) -> io::Result<()> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::DirBuilder::new().recursive(true).mode(0o755).create(dir)?;
+    let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
+    name.push(format!(".new-{}", std::process::id()));
+    let new = dir.join(name);
+    let written = (|| {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(key.to_base64().as_bytes())?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        // never over a key that somebody put there meanwhile
+        fs::hard_link(&new, path)?;
+        File::open(dir)?.sync_all()
+    })();
+    fs::remove_file(&new).ok();
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_key_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state").join("node.key");
+        assert!(matches!(load(&path), Err(KeyFileError::Missing(_))));
+        let (made, new) = load_or_make(&path).unwrap();
+        assert!(new);
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let (again, new) = load_or_make(&path).unwrap();
+        assert!(!new && again.public() == made.public());
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[test]
+    fn what_is_damaged_or_exposed_is_refused_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.key");
+        let (key, _) = load_or_make(&path).unwrap();
+        let good = fs::read(&path).unwrap();
+        for end in 0..43 {
+            fs::write(&path, &good[..end]).unwrap();
+            assert!(matches!(load_or_make(&path), Err(KeyFileError::NoKey(_))), "cut at {end}");
+            assert_eq!(fs::read(&path).unwrap(), good[..end]);
+        }
+        fs::write(&path, &good).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(matches!(load(&path), Err(KeyFileError::Exposed { mode: 0o640, .. })));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o400)).unwrap();
+        assert_eq!(load(&path).unwrap().public(), key.public());
+    }
+}

@@ -1,0 +1,107 @@
+//! A server's own node: the same as the agent does, without a network in between.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use super::keep::{Keep, KeepError};
+use super::{Command, Heard, Relay, View, myself};
+use crate::membership::api::JoinRequest;
+use crate::membership::clock::Now;
+use crate::membership::link::{FromSidecar, Refusal, Status};
+use crate::membership::record::Role;
+use crate::membership::registry::{INTERVAL, Proof, Registry};
+use crate::membership::settings::Settings;
+
+/// What the registry refuses is tried again after so long, or when `meshd` says something else.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Runs until `meshd` is gone, or this node left or was removed.
+pub async fn run(
+    settings: Settings,
+    registry: Arc<Registry>,
+    heard: Heard,
+    mut commands: mpsc::Receiver<Command>,
+    view: View,
+    out: mpsc::Sender<FromSidecar>,
+) -> Result<(), KeepError> {
+    let Heard { mut hello, reached } = heard;
+    let keep = Keep::open(&settings.data_dir)?;
+    let member = keep.membership()?;
+    let name = member.map_or_else(|| hello.borrow().name.clone(), |member| member.name);
+    let id = loop {
+        let join = JoinRequest {
+            name: name.clone(),
+            role: Role::Server,
+            myself: myself(&settings, &hello.borrow_and_update()),
+            control_only: settings.control_only,
+            request: keep.request()?,
+            clock: Now::read().unix,
+            token: None,
+        };
+        match registry.join(Now::read(), &join, &Proof::Local, None).await {
+            Ok(answer) => {
+                keep.joined(&name, Role::Server, &answer)?;
+                break answer.id;
+            }
+            Err(refused) => view.problem(refused.to_string()),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(RETRY) => {}
+            _ = hello.changed() => {}
+            () = out.closed() => return Ok(()),
+        }
+    };
+    let servers: Vec<String> = registry.servers().iter().map(ToString::to_string).collect();
+    view.say(|status| {
+        *status = Status { joined: true, connected: true, server: servers.first().cloned(), servers, problem: None };
+    });
+    let mut relay = Relay {
+        cluster: registry.cluster().to_owned(),
+        cidrs: registry.cidrs().to_vec(),
+        revision: None,
+        sent: false,
+        view: view.clone(),
+        out: out.clone(),
+    };
+    let mut news = registry.watch();
+    let mut beat = tokio::time::interval(INTERVAL);
+    loop {
+        if !registry.has(&id) {
+            let reason = format!("node `{name}` was removed from the cluster, while it serves it");
+            keep.forget()?;
+            view.problem(reason.clone());
+            let _ = out.send(FromSidecar::Expelled { reason }).await;
+            return Ok(());
+        }
+        match relay.take(registry.local_news(relay.revision)).await {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(_) => return Ok(()),
+        }
+        tokio::select! {
+            _ = beat.tick() => {
+                let reaches = reached.borrow().clone();
+                registry.beat(Now::read(), &id, None, reaches);
+            },
+            _ = news.changed() => {}
+            () = out.closed() => return Ok(()),
+            Ok(()) = hello.changed() => {
+                let said = myself(&settings, &hello.borrow_and_update());
+                let updated = registry.update(Now::read(), &id, &said).await;
+                view.say(|status| status.problem = updated.err().map(|refused| refused.to_string()));
+            }
+            Some(Command::Leave(answer)) = commands.recv() => {
+                let left = registry.leave(Now::read(), &id).await;
+                let gone = left.is_ok();
+                let _ = answer.send(left.map_err(|refused| Refusal { message: refused.to_string() }));
+                if gone {
+                    keep.forget()?;
+                    view.say(|status| *status = Status::default());
+                    return Ok(());
+                }
+            }
+        }
+    }
+}

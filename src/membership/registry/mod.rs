@@ -1,0 +1,618 @@
+//! Who is a member: nodes, tokens and subnets, over a store.
+//!
+//! Owns the rules, and the order of changes: each is decided on the copy in memory (`state`), stored with a comparison that
+//! nobody came in between, and only then true and told to watchers (`feed`). Heartbeats stay in memory (`health`). Takes the
+//! time as an argument, and knows nothing of HTTP.
+
+mod feed;
+mod found;
+mod health;
+mod refused;
+mod requests;
+mod rows;
+mod space;
+mod state;
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use ipnet::IpNet;
+use tokio::sync::{Notify, watch};
+
+use self::feed::Feed;
+use self::found::Found;
+use self::health::{Beat, Health, Patient};
+pub use self::health::{GRACE, INTERVAL};
+pub use self::refused::Refused;
+pub use self::rows::BadRow;
+use self::rows::{AuditRow, ClusterRow, How, Plan, TokenRow};
+pub use self::space::BadSpace;
+use self::space::Space;
+pub use self::state::{Proof, REST};
+use self::state::{State, audit};
+use super::address::ServerAddress;
+use super::api::{JoinAnswer, JoinRequest, Myself, News, PollAnswer};
+use super::authority::{self, Authority, AuthorityError};
+use super::clock::Now;
+use super::pake;
+use super::random;
+use super::record::{NodeRecord, Role};
+use super::settings::{MaskSizes, Secret};
+use super::store::{Compare, Op, Outcome, Revision, Store, StoreError, Txn};
+use super::token::{Token, TokenId, TokenSecret};
+
+/// A change is tried again so often when somebody came in between.
+const TRIES: usize = 20;
+/// Lines that the audit log keeps.
+const AUDIT_KEEP: usize = 1000;
+/// Heartbeats are stored this often, for people who ask after a restart.
+const FLUSH: Duration = Duration::from_secs(300);
+const TIDY: Duration = Duration::from_secs(600);
+
+/// What a cluster is made with.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// `cluster-cidr`
+    pub cidrs: Vec<IpNet>,
+    /// `node-cidr-mask-size`
+    pub masks: MaskSizes,
+    /// The pre-shared secret, where one was given.
+    pub secret: Option<Secret>,
+    /// `purge-after`
+    pub purge_after: Option<Duration>,
+}
+
+/// Why there is no registry.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The store fails.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its content is wrong.
+    #[error(transparent)]
+    Row(#[from] BadRow),
+    /// The CA.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// Somebody else makes a cluster in it.
+    #[error("another server makes a cluster in this store at the same time; start again")]
+    Race,
+}
+
+/// A member, for authorisation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Its role.
+    pub role: Role,
+}
+
+/// Counters for `/metrics`.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Nodes that joined.
+    pub joins: AtomicU64,
+    /// Joins that were refused.
+    pub refusals: AtomicU64,
+    /// Heartbeats.
+    pub beats: AtomicU64,
+    /// Transactions that were stored.
+    pub commits: AtomicU64,
+}
+
+/// The registry.
+pub struct Registry {
+    store: Arc<dyn Store>,
+    authority: Authority,
+    cluster: ClusterRow,
+    secret: Option<pake::Verifier>,
+    purge_after: Option<Duration>,
+    /// Locked before `health`, where both are.
+    known: RwLock<Known>,
+    writer: tokio::sync::Mutex<Writer>,
+    health: Mutex<Health>,
+    servers: RwLock<Vec<ServerAddress>>,
+    /// What watchers may have by now; lags a little behind, so that many changes are one answer.
+    published: watch::Sender<u64>,
+    changed: Notify,
+    answers: Mutex<Answers>,
+    /// When a refusal was last written to the audit log.
+    refused_at: AtomicI64,
+    /// What it did.
+    pub counters: Counters,
+}
+
+struct Known {
+    state: State,
+    feed: Feed,
+}
+
+struct Writer {
+    guard: Revision,
+    /// The outcome of something is unknown: read everything again before the next change.
+    stale: bool,
+    audited: u64,
+    flushed: Duration,
+    tidied: Duration,
+}
+
+/// Answers that many watchers get.
+#[derive(Default)]
+struct Answers {
+    revision: u64,
+    servers: usize,
+    by_start: HashMap<Option<u64>, Bytes>,
+}
+
+impl Registry {
+    /// Opens the cluster in this store, or makes one. Stretching a secret takes a moment.
+    pub async fn open(store: Arc<dyn Store>, setup: Setup, now: Now) -> Result<Self, OpenError> {
+        let space = Space::new(&setup.cidrs, setup.masks).map_err(BadRow::from)?;
+        let mut found = Found::read(&*store, &space).await?;
+        if found.cluster.is_none() {
+            found::make(&*store, &setup, now).await?;
+            found = Found::read(&*store, &space).await?;
+        }
+        let (Some(cluster), Some(ca)) = (found.cluster, found.ca) else { return Err(OpenError::Race) };
+        if cluster.cidrs != setup.cidrs || cluster.masks != setup.masks {
+            let was = cluster.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+            let masks = format!("{}, {}", cluster.masks.v4, cluster.masks.v6);
+            return Err(BadRow::OtherSpace { was, masks }.into());
+        }
+        let secret = match &setup.secret {
+            Some(secret) => {
+                let verifier = pake::Verifier::new(secret.reveal(), &cluster.id);
+                if found.secret.as_ref() != Some(&verifier) {
+                    let ops = vec![Op::put(rows::SECRET, STANDARD.encode(verifier.as_bytes()))];
+                    store.txn(Txn { compares: vec![], ops }).await?;
+                }
+                Some(verifier)
+            }
+            None => found.secret,
+        };
+        let revision = found.feed.revision();
+        Ok(Registry {
+            store,
+            authority: Authority::load(&ca)?,
+            cluster,
+            secret,
+            purge_after: setup.purge_after,
+            known: RwLock::new(Known { state: found.state, feed: found.feed }),
+            writer: tokio::sync::Mutex::new(Writer {
+                guard: found.guard,
+                stale: false,
+                audited: 0,
+                flushed: now.mono,
+                tidied: Duration::ZERO,
+            }),
+            health: Mutex::new(Health::new(now, found.beats)),
+            servers: RwLock::default(),
+            published: watch::Sender::new(revision),
+            changed: Notify::new(),
+            answers: Mutex::default(),
+            refused_at: AtomicI64::new(0),
+            counters: Counters::default(),
+        })
+    }
+
+    /// Whether the store answers.
+    pub async fn check(&self) -> Result<(), StoreError> {
+        self.store.range(rows::GUARD).await.map(drop)
+    }
+
+    /// The cluster's id.
+    pub fn cluster(&self) -> &str {
+        &self.cluster.id
+    }
+
+    /// `cluster-cidr`
+    pub fn cidrs(&self) -> &[IpNet] {
+        &self.cluster.cidrs
+    }
+
+    /// The cluster's CA.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// What is needed to check proofs of the shared secret.
+    pub fn secret(&self) -> Option<&pake::Verifier> {
+        self.secret.as_ref()
+    }
+
+    /// Where the servers are.
+    pub fn servers(&self) -> Vec<ServerAddress> {
+        self.servers.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says where the servers are.
+    pub fn set_servers(&self, servers: Vec<ServerAddress>) {
+        *self.servers.write().unwrap_or_else(PoisonError::into_inner) = servers;
+    }
+
+    /// Lets a node in, or says again what it was told. Its identity is that of the key that signed its request.
+    pub async fn join(
+        &self,
+        now: Now,
+        join: &JoinRequest,
+        proof: &Proof,
+        from: Option<IpAddr>,
+    ) -> Result<JoinAnswer, Refused> {
+        if let Proof::Token(id, secret) = proof {
+            // Guesses stop here: they cost no signature, and no turn in the queue of those who change something.
+            self.known().state.token(id, secret).inspect_err(|_| {
+                self.counters.refusals.fetch_add(1, Ordering::Relaxed);
+            })?;
+        }
+        let request = STANDARD.decode(&join.request).map_err(|_| AuthorityError::BadRequest)?;
+        let identity = authority::identity_of_request(&request)?;
+        let joined = self.change(now, |state| state.join(now, join, &identity, proof, from)).await;
+        let row = match joined {
+            Ok(row) => row,
+            Err(refused) => {
+                self.counters.refusals.fetch_add(1, Ordering::Relaxed);
+                self.note_refusal(now, join, proof, from, &refused).await;
+                return Err(refused);
+            }
+        };
+        self.counters.joins.fetch_add(1, Ordering::Relaxed);
+        let id = row.record.id;
+        self.health().beat(&id, Beat { at: now, observed: from, reaches: vec![] });
+        let certificate = self.authority.node_leaf(&request, &id, now.date())?;
+        Ok(JoinAnswer {
+            id,
+            cluster: self.cluster.id.clone(),
+            certificate: STANDARD.encode(certificate),
+            ca: STANDARD.encode(self.authority.certificate()),
+            servers: self.servers(),
+        })
+    }
+
+    /// Somebody who could prove something was refused: one line a second of the audit log, and each in the log.
+    async fn note_refusal(&self, now: Now, join: &JoinRequest, proof: &Proof, from: Option<IpAddr>, why: &Refused) {
+        let name: String = join.name.chars().take(63).flat_map(char::escape_default).collect();
+        let from = from.map(|from| from.to_string());
+        tracing::warn!(name, from, "a join was refused: {why}");
+        let token = match proof {
+            Proof::Token(id, _) => Some(id.to_string()),
+            _ => None,
+        };
+        let what = format!("refuse: {}", why.code());
+        let line = AuditRow { at: now.unix, what, node: Some(name), token, from };
+        let last = self.refused_at.swap(now.unix, Ordering::Relaxed);
+        if last != now.unix && !matches!(why, Refused::Store(_)) {
+            let plan = Plan { audit: vec![line], ..Plan::default() };
+            if let Err(error) = self.change(now, |_| Ok(((), plan.clone()))).await {
+                tracing::warn!("the audit log: {error}");
+            }
+        }
+    }
+
+    /// The audit log, oldest first: who made, used and revoked tokens, who joined, was refused, removed, and went.
+    pub async fn audit(&self) -> Result<Vec<serde_json::Value>, StoreError> {
+        let lines = self.store.range(rows::AUDIT).await?.items;
+        Ok(lines.iter().filter_map(|line| serde_json::from_slice(&line.value).ok()).collect())
+    }
+
+    /// The member with this identity, or why there is none.
+    pub fn member(&self, identity: &str) -> Result<Member, Refused> {
+        let known = self.known();
+        let row = known.state.member(identity)?;
+        Ok(Member { id: row.record.id.clone(), name: row.record.name.clone(), role: row.record.role })
+    }
+
+    /// Whether there is a member with this id.
+    pub fn has(&self, id: &str) -> bool {
+        self.known().state.nodes.contains_key(id)
+    }
+
+    /// A certificate for the time to come, for a key that is a member's.
+    pub fn renew(&self, now: Now, member: &Member, identity: &str, request: &[u8]) -> Result<Vec<u8>, Refused> {
+        if authority::identity_of_request(request)? != identity {
+            return Err(Refused::NotAllowed);
+        }
+        Ok(self.authority.node_leaf(request, &member.id, now.date())?)
+    }
+
+    /// A heartbeat.
+    pub fn beat(&self, now: Now, id: &str, observed: Option<IpAddr>, mut reaches: Vec<String>) {
+        reaches.truncate(16);
+        self.counters.beats.fetch_add(1, Ordering::Relaxed);
+        self.health().beat(id, Beat { at: now, observed, reaches });
+    }
+
+    /// What a node says of itself.
+    pub async fn update(&self, now: Now, id: &str, myself: &Myself) -> Result<(), Refused> {
+        self.change(now, |state| Ok(((), state.update(id, myself)?))).await
+    }
+
+    /// A node goes by itself.
+    pub async fn leave(&self, now: Now, id: &str) -> Result<(), Refused> {
+        self.change(now, |state| Ok(((), state.remove(now, id, How::Left)?))).await
+    }
+
+    /// Makes a token.
+    pub async fn mint(
+        &self,
+        now: Now,
+        role: Role,
+        ttl: Option<u64>,
+        uses: Option<u32>,
+        node: Option<&str>,
+        description: &str,
+    ) -> Result<Token, Refused> {
+        let servers = self.servers();
+        if role == Role::Foreign || uses == Some(0) || ttl == Some(0) {
+            let what = "a token is for role agent or server, for at least one second and one use";
+            return Err(Refused::BadRecord(what.to_owned()));
+        }
+        if let Some(node) = node {
+            node.parse::<crate::node::NodeName>().map_err(|e| Refused::BadRecord(e.to_string()))?;
+        }
+        let token = Token {
+            servers,
+            ca_hash: self.authority.hash(),
+            id: TokenId(random::bytes()),
+            secret: TokenSecret(random::bytes()),
+        };
+        let row = TokenRow {
+            id: token.id.to_string(),
+            hash: random::hex(&token.secret.hash()),
+            role,
+            node: node.map(str::to_owned),
+            expires_at: ttl.map(|ttl| now.unix.saturating_add_unsigned(ttl)),
+            uses_left: uses,
+            created_at: now.unix,
+            revoked: false,
+            description: description.to_owned(),
+        };
+        let plan = Plan {
+            audit: vec![audit(now, "create token", node, Some(&row.id))],
+            put_tokens: vec![row],
+            ..Plan::default()
+        };
+        self.change(now, |_| Ok(((), plan.clone()))).await?;
+        Ok(token)
+    }
+
+    /// Whether there is such a token, and it is not revoked or expired.
+    pub fn is_good(&self, now: Now, token: &Token) -> bool {
+        let known = self.known();
+        known.state.tokens.get(&token.id.to_string()).is_some_and(|row| {
+            row.hash == random::hex(&token.secret.hash())
+                && !row.revoked
+                && row.expires_at.is_none_or(|at| at > now.unix)
+                && token.ca_hash == self.authority.hash()
+        })
+    }
+
+    /// To be called about once a second: readiness, purging, tidying.
+    pub async fn tick(&self, now: Now) -> Result<(), Refused> {
+        let verdict = {
+            let known = self.known();
+            let nodes = known.state.nodes.values().filter(|row| row.record.role != Role::Foreign);
+            let nodes: Vec<_> = nodes.map(|row| Patient { id: &row.record.id, ready: row.ready }).collect();
+            self.health().tick(now, &nodes, self.purge_after)
+        };
+        if verdict != health::Verdict::default() {
+            self.change(now, |state| Ok(((), judged(state, now, &verdict)))).await?;
+        }
+        let (flush, tidy) = {
+            let mut writer = self.writer.lock().await;
+            let flush = now.mono.saturating_sub(writer.flushed) >= FLUSH;
+            let tidy = now.mono.saturating_sub(writer.tidied) >= TIDY || writer.tidied.is_zero();
+            if flush {
+                writer.flushed = now.mono;
+            }
+            if tidy {
+                writer.tidied = now.mono.max(Duration::from_nanos(1));
+            }
+            (flush, tidy)
+        };
+        if tidy {
+            self.change(now, |state| Ok(((), state.tidy(now)))).await?;
+        }
+        if flush {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Stores when nodes were last heard.
+    pub async fn flush(&self) -> Result<(), StoreError> {
+        let beats: HashMap<String, i64> = {
+            let known = self.known();
+            let health = self.health();
+            known.state.nodes.keys().filter_map(|id| Some((id.clone(), health.last(id)?))).collect()
+        };
+        let ops = vec![Op::put(rows::BEATS, rows::json(&beats))];
+        self.store.txn(Txn { compares: vec![], ops }).await.map(drop)
+    }
+
+    /// Lets watchers have what changed, at a pace: the more nodes, the more changes one answer holds. Runs for ever.
+    pub async fn publish(&self) {
+        loop {
+            self.changed.notified().await;
+            let nodes = self.known().state.nodes.len() as u64;
+            tokio::time::sleep(Duration::from_millis((nodes / 20).clamp(5, 500))).await;
+            let revision = self.known().feed.revision();
+            self.published.send_replace(revision);
+        }
+    }
+
+    /// The node list's revision, as far as watchers may know it.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.published.subscribe()
+    }
+
+    /// What is new for somebody who has the list of revision `from`, as the JSON of a [`PollAnswer`].
+    pub fn news(&self, from: Option<u64>) -> Bytes {
+        let servers = self.servers();
+        let known = self.known();
+        let revision = known.feed.revision();
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        if answers.revision != revision || answers.servers != servers.len() || answers.by_start.len() > 64 {
+            *answers = Answers { revision, servers: servers.len(), by_start: HashMap::new() };
+        }
+        answers
+            .by_start
+            .entry(from)
+            .or_insert_with(|| {
+                rows::json(&PollAnswer { news: known.news(from), servers, cidrs: self.cidrs().to_vec() }).into()
+            })
+            .clone()
+    }
+
+    /// The same, for who is in this process.
+    pub fn local_news(&self, from: Option<u64>) -> News {
+        self.known().news(from)
+    }
+
+    /// Decides on what is known, stores it, and then makes it known.
+    async fn change<T>(
+        &self,
+        now: Now,
+        decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
+    ) -> Result<T, Refused> {
+        let mut writer = self.writer.lock().await;
+        for _ in 0..TRIES {
+            if writer.stale {
+                self.reload(&mut writer).await?;
+            }
+            let (answer, plan) = decide(&mut self.known_mut().state)?;
+            if plan.is_empty() {
+                return Ok(answer);
+            }
+            let mut ops = plan.ops();
+            ops.push(Op::put(rows::GUARD, ""));
+            if plan.changes_list() {
+                ops.push(Op::put(rows::LIST, ""));
+            }
+            let lines = self.audit_ops(now, &plan.audit, &mut writer, &mut ops);
+            let compares = vec![Compare { key: rows::GUARD.to_owned(), modified: writer.guard }];
+            match self.store.txn(Txn { compares, ops }).await {
+                Ok(Outcome::Done(revision)) => {
+                    writer.guard = revision;
+                    self.counters.commits.fetch_add(1, Ordering::Relaxed);
+                    self.settle(&plan, lines, revision);
+                    return Ok(answer);
+                }
+                Ok(Outcome::Conflict) => writer.stale = true,
+                Err(error) => {
+                    writer.stale = !matches!(error, StoreError::Full { .. });
+                    return Err(error.into());
+                }
+            }
+        }
+        Err(Refused::Busy)
+    }
+
+    fn settle(&self, plan: &Plan, lines: Vec<String>, revision: Revision) {
+        for line in &plan.audit {
+            let of = |part: &Option<String>| part.clone().unwrap_or_default();
+            tracing::info!(node = of(&line.node), token = of(&line.token), from = of(&line.from), "{}", line.what);
+        }
+        let mut known = self.known_mut();
+        known.state.apply(plan);
+        known.state.audit.extend(lines);
+        while known.state.audit.len() > AUDIT_KEEP {
+            known.state.audit.pop_front();
+        }
+        if plan.changes_list() {
+            let upsert = plan.put_nodes.iter().map(|row| row.record.clone());
+            known.feed.push(revision, upsert, &plan.drop_nodes);
+            self.changed.notify_one();
+        }
+    }
+
+    /// Adds the log's new lines, and drops the oldest in their place. The new lines' keys.
+    fn audit_ops(&self, now: Now, lines: &[AuditRow], writer: &mut Writer, ops: &mut Vec<Op>) -> Vec<String> {
+        let mut keys = Vec::new();
+        for line in lines {
+            writer.audited += 1;
+            let key = format!("{}{:012}-{:08}", rows::AUDIT, now.unix.max(0), writer.audited % 100_000_000);
+            ops.push(Op::put(&key, rows::json(line)));
+            keys.push(key);
+        }
+        let known = self.known();
+        let spare = (known.state.audit.len() + keys.len()).saturating_sub(AUDIT_KEEP);
+        // A key that is written in this transaction must not be dropped in it too.
+        let oldest = known.state.audit.iter().take(spare).filter(|key| !keys.contains(key));
+        ops.extend(oldest.map(|key| Op::delete(key.clone())));
+        keys
+    }
+
+    async fn reload(&self, writer: &mut Writer) -> Result<(), Refused> {
+        let space =
+            Space::new(&self.cluster.cidrs, self.cluster.masks).map_err(|e| Refused::BadRecord(e.to_string()))?;
+        let found = Found::read(&*self.store, &space).await.map_err(|e| match e {
+            OpenError::Store(error) => Refused::Store(error),
+            other => Refused::BadRecord(other.to_string()),
+        })?;
+        *self.known_mut() = Known { state: found.state, feed: found.feed };
+        writer.guard = found.guard;
+        writer.stale = false;
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    fn known(&self) -> RwLockReadGuard<'_, Known> {
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known_mut(&self) -> RwLockWriteGuard<'_, Known> {
+        self.known.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Known {
+    fn news(&self, from: Option<u64>) -> News {
+        from.and_then(|from| self.feed.since(from)).unwrap_or_else(|| News::List {
+            revision: self.feed.revision(),
+            nodes: self.state.nodes.values().map(|row| row.record.clone()).collect(),
+        })
+    }
+}
+
+/// What the verdict on everybody's health means for the rows.
+fn judged(state: &State, now: Now, verdict: &health::Verdict) -> Plan {
+    let mut plan = Plan::default();
+    for id in &verdict.purge {
+        if let Ok(purge) = state.remove(now, id, How::Purged) {
+            plan.drop_nodes.extend(purge.drop_nodes);
+            plan.put_gone.extend(purge.put_gone);
+            plan.audit.extend(purge.audit);
+        }
+    }
+    let flips = verdict.up.iter().map(|id| (id, true)).chain(verdict.down.iter().map(|id| (id, false)));
+    for (id, ready) in flips.filter(|(id, _)| !verdict.purge.contains(id)) {
+        if let Some(mut row) = state.nodes.get(id).cloned() {
+            row.ready = ready;
+            row.settle();
+            tracing::info!(node = row.record.name, "{}", if ready { "ready" } else { "not ready" });
+            plan.put_nodes.push(row);
+        }
+    }
+    plan
+}
+
+/// A node's record with what is known of it beside the store.
+fn with_health(record: &NodeRecord, health: &Health) -> NodeRecord {
+    let mut record = record.clone();
+    record.last_heartbeat = health.last(&record.id).map(super::clock::rfc3339);
+    record.observed = health.beats.get(&record.id).and_then(|beat| beat.observed).map(|ip| ip.to_string());
+    record
+}

@@ -1,0 +1,175 @@
+//! Why the registry refuses: for each a code for programs and a sentence for people.
+
+use ipnet::IpNet;
+
+use crate::membership::authority::AuthorityError;
+use crate::membership::record::Role;
+use crate::membership::store::StoreError;
+
+/// A refusal.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// No such token, or the wrong secret: the same answer for both.
+    #[error("the token is not one of this cluster's; copy it again, or make one with `meshctl token create`")]
+    BadToken,
+    /// Too late.
+    #[error("the token {0} has expired; make a new one with `meshctl token create` on a server")]
+    TokenExpired(String),
+    /// Too often.
+    #[error("the token {0} is used up; make a new one with `meshctl token create` on a server")]
+    TokenUsedUp(String),
+    /// Withdrawn.
+    #[error("the token {0} was revoked; make a new one with `meshctl token create` on a server")]
+    TokenRevoked(String),
+    /// For something else.
+    #[error("the token {id} is for role {}, not {}; use one made with `--role {}`", role(*.is), role(*.wanted), role(*.wanted))]
+    WrongRole {
+        /// The token.
+        id: String,
+        /// What it is for.
+        is: Role,
+        /// What the node wants to be.
+        wanted: Role,
+    },
+    /// For somebody else.
+    #[error("the token {id} is for node `{node}` alone; make another, or join under that name")]
+    WrongNode {
+        /// The token.
+        id: String,
+        /// Whom it is for.
+        node: String,
+    },
+    /// The secret proof failed.
+    #[error("the shared secret is wrong; use the `token:` of the first server")]
+    WrongSecret,
+    /// There is nothing to prove.
+    #[error("this cluster has no shared secret; join with a token (`meshctl token create` on a server)")]
+    NoSecret,
+    /// The name has an owner.
+    #[error(
+        "the name `{0}` belongs to a node with another key; choose another `node-name`, or, if that node is gone for good, \
+         run `meshctl node remove {0}` on a server first"
+    )]
+    NameTaken(String),
+    /// The key has another name.
+    #[error(
+        "this node's key belongs to node `{0}`; join under that name, or remove its data-dir's `agent` folder to be a new node"
+    )]
+    KeyTaken(String),
+    /// What the node says of itself cannot be.
+    #[error("{0}")]
+    BadRecord(String),
+    /// No subnet is left.
+    #[error(
+        "no free subnet of /{mask} is left in {cidr} ({used} in use or resting); remove nodes that are gone with \
+         `meshctl node remove`, or set up the cluster with a larger cluster-cidr"
+    )]
+    Exhausted {
+        /// Out of which.
+        cidr: IpNet,
+        /// Of which size.
+        mask: u8,
+        /// How many are not free.
+        used: usize,
+    },
+    /// The clocks disagree by too much for certificates.
+    #[error("this node's clock is {} off by the server's; set it (NTP), then start again", span(*.0))]
+    ClockSkew(i64),
+    /// It was a member.
+    #[error("{0}")]
+    Removed(String),
+    /// It was a member, was away for too long, and may come back by its certificate.
+    #[error("{0}")]
+    Purged(String),
+    /// It never was, as far as this store knows.
+    #[error("this node is not a member of the cluster; join with a token")]
+    NotMember,
+    /// Nobody of that name.
+    #[error("there is no node `{0}`; `meshctl nodes` lists them")]
+    NoSuchNode(String),
+    /// No such token.
+    #[error("there is no token `{0}`; `meshctl token list` lists them")]
+    NoSuchToken(String),
+    /// Servers only.
+    #[error("only servers may do this; run it on a server")]
+    NotAllowed,
+    /// It is not for the registry to answer.
+    #[error("this is not done here")]
+    NotHere,
+    /// The source guessed too often.
+    #[error("too many failed attempts from this address; try again in a minute")]
+    TooMany,
+    /// Many wrote at once.
+    #[error("too many changes at once; try again")]
+    Busy,
+    /// The store.
+    #[error("the change is not stored: {0}")]
+    Store(#[from] StoreError),
+    /// Certificates.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+}
+
+impl Refused {
+    /// A stable name for programs.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Refused::BadToken => "bad-token",
+            Refused::TokenExpired(_) => "token-expired",
+            Refused::TokenUsedUp(_) => "token-used-up",
+            Refused::TokenRevoked(_) => "token-revoked",
+            Refused::WrongRole { .. } => "wrong-role",
+            Refused::WrongNode { .. } => "wrong-node",
+            Refused::WrongSecret => "wrong-secret",
+            Refused::NoSecret => "no-secret",
+            Refused::NameTaken(_) => "name-taken",
+            Refused::KeyTaken(_) => "key-taken",
+            Refused::BadRecord(_) => "bad-record",
+            Refused::Exhausted { .. } => "subnets-exhausted",
+            Refused::ClockSkew(_) => "clock-skew",
+            Refused::Removed(_) => "removed",
+            Refused::Purged(_) => "purged",
+            Refused::NotMember => "not-a-member",
+            Refused::NoSuchNode(_) => "no-such-node",
+            Refused::NoSuchToken(_) => "no-such-token",
+            Refused::NotAllowed => "not-allowed",
+            Refused::NotHere => "not-here",
+            Refused::TooMany => "too-many-attempts",
+            Refused::Busy => "busy",
+            Refused::Store(_) => "store",
+            Refused::Authority(AuthorityError::BadRequest) => "bad-request",
+            Refused::Authority(_) => "authority",
+        }
+    }
+
+    /// The HTTP status that says the same.
+    pub fn status(&self) -> u16 {
+        match self {
+            Refused::BadRecord(_) | Refused::Authority(AuthorityError::BadRequest) | Refused::NotHere => 400,
+            Refused::NoSuchNode(_) | Refused::NoSuchToken(_) => 404,
+            Refused::NameTaken(_) | Refused::KeyTaken(_) => 409,
+            Refused::TooMany => 429,
+            Refused::Busy | Refused::Store(_) => 503,
+            Refused::Authority(_) => 500,
+            Refused::Exhausted { .. } => 507,
+            _ => 403,
+        }
+    }
+}
+
+/// A role in the user's words.
+pub(crate) fn role(role: Role) -> &'static str {
+    match role {
+        Role::Server => "server",
+        Role::Agent => "agent",
+        Role::Foreign => "foreign",
+    }
+}
+
+fn span(seconds: i64) -> String {
+    match seconds.unsigned_abs() {
+        s if s >= 172_800 => format!("{} days", s / 86_400),
+        s if s >= 7_200 => format!("{} hours", s / 3_600),
+        s => format!("{s} seconds"),
+    }
+}

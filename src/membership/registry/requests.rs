@@ -1,0 +1,142 @@
+//! What `meshctl` asks, answered from the registry. Who may ask is the caller's matter.
+
+use std::sync::atomic::Ordering;
+
+use serde_json::{Value, json};
+
+use super::refused::{Refused, role};
+use super::rows::How;
+use super::{Registry, with_health};
+use crate::membership::clock::{Now, rfc3339};
+use crate::membership::link::Request;
+use crate::membership::record::{NodeRecord, Role, State as Readiness};
+use crate::membership::token::TokenId;
+
+impl Registry {
+    /// Answers a request, in the JSON of `meshctl --json`. `Leave` is for the caller, who knows which node it is.
+    pub async fn request(&self, now: Now, request: &Request) -> Result<Value, Refused> {
+        match request {
+            Request::Nodes => Ok(json!(self.records())),
+            Request::NodeAdd { name, underlay, subnets, mac, public_key } => {
+                let (mac, key) = (mac.as_deref(), public_key.as_deref());
+                let row = self.change(now, |state| state.add_foreign(now, name, underlay, subnets, mac, key)).await?;
+                Ok(json!(row.record))
+            }
+            Request::NodeDrain { name } => {
+                self.change(now, |state| Ok(((), state.drain(now, name, true)?))).await?;
+                Ok(json!({ "name": name, "draining": true }))
+            }
+            Request::NodeUndrain { name } => {
+                self.change(now, |state| Ok(((), state.drain(now, name, false)?))).await?;
+                Ok(json!({ "name": name, "draining": false }))
+            }
+            Request::NodeRemove { name } => {
+                let id = self
+                    .change(now, |state| {
+                        let id = state.by_name(name)?.record.id.clone();
+                        let plan = state.remove(now, &id, How::Removed)?;
+                        Ok((id, plan))
+                    })
+                    .await?;
+                Ok(json!({ "name": name, "id": id, "removed": true }))
+            }
+            Request::Leave => Err(Refused::NotHere),
+            Request::TokenCreate { role, ttl, uses, node } => {
+                let token = self.mint(now, *role, *ttl, *uses, node.as_deref(), "").await?;
+                Ok(json!({ "token": token.reveal().reveal(), "id": token.id.to_string() }))
+            }
+            Request::TokenList => Ok(self.token_list()),
+            Request::TokenRevoke { id } => {
+                // A whole token pasted here would be a secret in the answer and the log.
+                let id: TokenId = id.parse().map_err(|_| Refused::NoSuchToken("(not an id)".to_owned()))?;
+                self.change(now, |state| Ok(((), state.revoke(now, &id.to_string())?))).await?;
+                Ok(json!({ "id": id.to_string(), "revoked": true }))
+            }
+            Request::ClusterStatus => Ok(self.cluster_status()),
+        }
+    }
+
+    /// All nodes, sorted by name, with their last heartbeats.
+    pub fn records(&self) -> Vec<NodeRecord> {
+        let known = self.known();
+        let health = self.health();
+        let mut records: Vec<_> = known.state.nodes.values().map(|row| with_health(&row.record, &health)).collect();
+        records.sort_by(|a, b| a.name.cmp(&b.name));
+        records
+    }
+
+    fn token_list(&self) -> Value {
+        let known = self.known();
+        let tokens = known.state.tokens.values().map(|row| {
+            json!({
+                "id": row.id,
+                "role": row.role,
+                "node": row.node,
+                "expires_at": row.expires_at.map(rfc3339),
+                "uses_left": row.uses_left,
+                "created_at": rfc3339(row.created_at),
+                "revoked": row.revoked,
+                "description": row.description,
+            })
+        });
+        Value::Array(tokens.collect())
+    }
+
+    fn cluster_status(&self) -> Value {
+        let records = self.records();
+        let count = |state: Readiness| records.iter().filter(|r| r.state == state).count();
+        let servers: Vec<_> = records
+            .iter()
+            .filter(|r| r.role == Role::Server)
+            .map(|r| json!({ "name": r.name, "id": r.id, "state": r.state, "underlay": r.underlay }))
+            .collect();
+        let mut warnings = Vec::new();
+        let workers = records.iter().any(|r| r.subnets.iter().any(|net| net.prefix_len() < net.max_prefix_len()));
+        if !records.is_empty() && !workers {
+            warnings.push("no node carries a workload subnet: all are control-only");
+        }
+        json!({
+            "cluster": self.cluster(),
+            "datastore": "sqlite",
+            "revision": *self.published.borrow(),
+            "addresses": self.servers(),
+            "servers": servers,
+            // One SQLite store is one server: it may not fail. Forwarding goes on without it.
+            "tolerance": 0,
+            "nodes": {
+                "ready": count(Readiness::Ready),
+                "not-ready": count(Readiness::NotReady),
+                "draining": count(Readiness::Draining),
+            },
+            "warnings": warnings,
+        })
+    }
+
+    /// Counters and gauges in Prometheus' text format.
+    pub fn metrics(&self) -> String {
+        let records = self.records();
+        let mut text = String::from("# HELP meshd_nodes Members of the cluster.\n# TYPE meshd_nodes gauge\n");
+        for of in [Role::Server, Role::Agent, Role::Foreign] {
+            for (state, name) in
+                [(Readiness::Ready, "ready"), (Readiness::NotReady, "not-ready"), (Readiness::Draining, "draining")]
+            {
+                let count = records.iter().filter(|r| r.role == of && r.state == state).count();
+                text.push_str(&format!("meshd_nodes{{role=\"{}\",state=\"{name}\"}} {count}\n", role(of)));
+            }
+        }
+        let counters = &self.counters;
+        for (name, help, value) in [
+            ("meshd_joins_total", "Joins that were answered.", &counters.joins),
+            ("meshd_join_refusals_total", "Joins that were refused.", &counters.refusals),
+            ("meshd_heartbeats_total", "Heartbeats.", &counters.beats),
+            ("meshd_commits_total", "Changes that were stored.", &counters.commits),
+        ] {
+            let value = value.load(Ordering::Relaxed);
+            text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} counter\n{name} {value}\n"));
+        }
+        let revision = *self.published.borrow();
+        text.push_str("# HELP meshd_list_revision Revision of the node list.\n# TYPE meshd_list_revision gauge\n");
+        text.push_str(&format!("meshd_list_revision {revision}\n"));
+        text
+    }
+}

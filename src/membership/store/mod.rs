@@ -1,0 +1,210 @@
+//! Where the servers keep what they know: keys and values with revisions, shaped by what etcd offers and SQL can do.
+//!
+//! Owns the trait and its words. Knows nothing of nodes and tokens: those are `registry`'s. A back end promises: what
+//! [`Store::txn`] has acknowledged survives any crash; a transaction happens whole or not at all; revisions grow by one
+//! with each transaction that changes something, and are never given twice.
+
+pub mod conformance;
+pub mod sqlite;
+
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+
+/// The number of a change; the first is 1, and 0 stands for "never".
+pub type Revision = u64;
+
+/// A lease: the keys that are bound to it vanish when it is not kept alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LeaseId(pub u64);
+
+/// A key, its value, and when they came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyValue {
+    /// The key, by convention a path without a leading slash.
+    pub key: String,
+    /// The value.
+    pub value: Vec<u8>,
+    /// The revision that made the key.
+    pub created: Revision,
+    /// The revision that last wrote it.
+    pub modified: Revision,
+    /// The lease that it is bound to.
+    pub lease: Option<LeaseId>,
+}
+
+/// A condition of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Compare {
+    /// The key.
+    pub key: String,
+    /// Its modification revision must be this; 0: the key must not exist.
+    pub modified: Revision,
+}
+
+/// A step of a transaction.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// Writes a key.
+    Put {
+        /// The key.
+        key: String,
+        /// The value.
+        value: Vec<u8>,
+        /// Binds the key to a lease, which must exist.
+        lease: Option<LeaseId>,
+    },
+    /// Removes a key; nothing happens where there is none.
+    Delete {
+        /// The key.
+        key: String,
+    },
+}
+
+impl Op {
+    /// Writes a key without a lease.
+    pub fn put(key: impl Into<String>, value: impl Into<Vec<u8>>) -> Self {
+        Op::Put { key: key.into(), value: value.into(), lease: None }
+    }
+
+    /// Removes a key.
+    pub fn delete(key: impl Into<String>) -> Self {
+        Op::Delete { key: key.into() }
+    }
+}
+
+/// All or nothing: where each comparison holds, each step is done, in order. No key may be written twice.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Txn {
+    /// What must hold.
+    pub compares: Vec<Compare>,
+    /// What is then done.
+    pub ops: Vec<Op>,
+}
+
+/// What became of a transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is stored, as this revision.
+    Done(Revision),
+    /// A comparison failed, and nothing was changed.
+    Conflict,
+}
+
+/// What was there at one revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The revision.
+    pub revision: Revision,
+    /// The keys, sorted.
+    pub items: Vec<KeyValue>,
+}
+
+/// A change of one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// It was written.
+    Put(KeyValue),
+    /// It was removed.
+    Delete {
+        /// The key.
+        key: String,
+        /// When.
+        revision: Revision,
+    },
+}
+
+impl Event {
+    /// The revision of the change.
+    pub fn revision(&self) -> Revision {
+        match self {
+            Event::Put(kv) => kv.modified,
+            Event::Delete { revision, .. } => *revision,
+        }
+    }
+
+    /// The key that changed.
+    pub fn key(&self) -> &str {
+        match self {
+            Event::Put(kv) => &kv.key,
+            Event::Delete { key, .. } => key,
+        }
+    }
+}
+
+/// Changes as they come: each message holds those of one or more whole revisions, in order. Ends with an error.
+pub type Watch = mpsc::Receiver<Result<Vec<Event>, StoreError>>;
+
+/// Why a store did not do what it should.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// There is no room. Nothing was changed.
+    #[error("{place}: the disk is full, so nothing was changed; make room, and try again")]
+    Full {
+        /// Which store.
+        place: String,
+    },
+    /// What is stored is not what was written.
+    #[error("{place}: the database is damaged ({detail}); restore a backup with `mesh-sidecar restore`")]
+    Corrupt {
+        /// Which store.
+        place: String,
+        /// In the engine's words.
+        detail: String,
+    },
+    /// Written by a later release.
+    #[error("{place}: the database has format {found}, but this version knows {known}; use a newer version")]
+    Newer {
+        /// Which store.
+        place: String,
+        /// The format found.
+        found: i64,
+        /// The latest format that is known here.
+        known: i64,
+    },
+    /// Another process has it.
+    #[error("{place}: another mesh-sidecar uses this database; stop it first")]
+    InUse {
+        /// Which store.
+        place: String,
+    },
+    /// The history that a watch wants is gone: list again.
+    #[error("the history up to revision {compacted} is gone; list again")]
+    Compacted {
+        /// The oldest revision to watch from.
+        compacted: Revision,
+    },
+    /// A lease that there is not, or no longer.
+    #[error("there is no such lease")]
+    NoLease,
+    /// Everything else: the outcome of what was asked is unknown.
+    #[error("{place}: {detail}")]
+    Unavailable {
+        /// Which store.
+        place: String,
+        /// In the engine's words.
+        detail: String,
+    },
+}
+
+/// A store.
+pub trait Store: Send + Sync + 'static {
+    /// All keys that start with `prefix`, at one revision.
+    fn range<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Snapshot, StoreError>>;
+
+    /// Does a transaction; when this returns [`Outcome::Done`], it is stored.
+    fn txn(&self, txn: Txn) -> BoxFuture<'_, Result<Outcome, StoreError>>;
+
+    /// Changes of keys that start with `prefix`, after revision `after`, or [`StoreError::Compacted`].
+    fn watch<'a>(&'a self, prefix: &'a str, after: Revision) -> BoxFuture<'a, Result<Watch, StoreError>>;
+
+    /// Makes a lease that ends after `ttl`, counted from its last keep-alive. A restart of the store may lengthen it.
+    fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<LeaseId, StoreError>>;
+
+    /// Starts a lease's time again.
+    fn keep_alive(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Ends a lease, and removes its keys.
+    fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>>;
+}

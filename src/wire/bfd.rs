@@ -1,0 +1,403 @@
+//! BFD control packets (RFC 5880 §4.1), the UDP packets that carry them (RFC 5881 §4), and VXLAN frames of the management
+//! network (RFC 8971 §5).
+//!
+//! ```text
+//! |Vers |  Diag   |Sta|P|F|C|A|D|M|  Detect Mult  |    Length     |
+//! |                       My Discriminator                        |
+//! |                      Your Discriminator                       |
+//! |                    Desired Min TX Interval                    |
+//! |                   Required Min RX Interval                    |
+//! |                 Required Min Echo RX Interval                 |
+//! ```
+//!
+//! Without authentication: inside a tunnel the tunnel authenticates, and clear VXLAN has none anyway.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use zerocopy::byteorder::network_endian::U32;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::checksum::Sum;
+use super::ip::{self, Packet, protocol};
+use super::transport::{UDP_CHECKSUM, UDP_LEN, Udp};
+use super::{ethernet, vxlan};
+
+/// Bytes of a control packet without authentication.
+pub const LEN: usize = 24;
+/// The UDP destination port of control packets (RFC 5881 §4).
+pub const PORT: u16 = 3784;
+/// The UDP source ports start here (RFC 5881 §4).
+pub const FIRST_SOURCE_PORT: u16 = 49152;
+/// TTL and hop limit: what has another one came from further away (RFC 5881 §5, RFC 8971 §5).
+pub const TTL: u8 = 255;
+/// The inner destination MAC of frames of the management network, which have no tenant (RFC 8971 §5 and §8).
+pub const MANAGEMENT_MAC: [u8; 6] = [0x00, 0x00, 0x5e, 0x00, 0x52, 0x02];
+
+/// The session's state as its sender sees it (RFC 5880 §4.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Held down on purpose: says nothing of the path.
+    AdminDown = 0,
+    /// No session.
+    Down = 1,
+    /// The other side is heard, and does not yet hear us.
+    Init = 2,
+    /// Both hear each other.
+    Up = 3,
+}
+
+/// Why the sender's session went down last (RFC 5880 §4.1). A number: what a newer sender means must not be refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Diagnostic(pub u8);
+
+impl Diagnostic {
+    /// It did not.
+    pub const NONE: Diagnostic = Diagnostic(0);
+    /// Nothing was heard for the detection time.
+    pub const EXPIRED: Diagnostic = Diagnostic(1);
+    /// The other side said so.
+    pub const NEIGHBOR_DOWN: Diagnostic = Diagnostic(3);
+    /// On purpose.
+    pub const ADMIN_DOWN: Diagnostic = Diagnostic(7);
+}
+
+/// A control packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Control {
+    /// Why the session went down last.
+    pub diagnostic: Diagnostic,
+    /// The sender's state.
+    pub state: State,
+    /// P: answer at once.
+    pub poll: bool,
+    /// F: this is the answer.
+    pub last: bool,
+    /// D: the sender wants no periodic packets.
+    pub demand: bool,
+    /// How many of the sender's packets may be missing; never 0.
+    pub multiplier: u8,
+    /// The sender's number for the session; never 0.
+    pub mine: u32,
+    /// The receiver's number for it; 0 while the sender does not know it.
+    pub yours: u32,
+    /// The shortest interval at which the sender would like to send, in microseconds.
+    pub desired_tx_us: u32,
+    /// The shortest interval at which it can receive; 0: it wants no periodic packets.
+    pub required_rx_us: u32,
+}
+
+/// Why bytes are no control packet that a session could take (RFC 5880 §6.8.6, its checks in order).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Malformed {
+    /// Not version 1.
+    #[error("not version 1")]
+    Version,
+    /// Shorter than its fields, or its length field lies.
+    #[error("wrong length")]
+    Length,
+    /// The multiplier is 0.
+    #[error("the detection multiplier is 0")]
+    Multiplier,
+    /// The multipoint bit is set.
+    #[error("the multipoint bit is set")]
+    Multipoint,
+    /// It has no discriminator, or lacks ours where it has to know it.
+    #[error("a discriminator is missing")]
+    Discriminator,
+    /// It is authenticated, which nobody here agreed to.
+    #[error("authenticated, which no session here is")]
+    Authenticated,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct Raw {
+    version_diagnostic: u8,
+    state_flags: u8,
+    multiplier: u8,
+    length: u8,
+    mine: U32,
+    yours: U32,
+    desired_tx: U32,
+    required_rx: U32,
+    required_echo_rx: U32,
+}
+
+const VERSION: u8 = 1;
+const POLL: u8 = 0x20;
+const FINAL: u8 = 0x10;
+const AUTHENTICATED: u8 = 0x04;
+const DEMAND: u8 = 0x02;
+const MULTIPOINT: u8 = 0x01;
+
+impl Control {
+    /// Reads what a UDP datagram to [`PORT`] carries.
+    pub fn parse(bytes: &[u8]) -> Result<Control, Malformed> {
+        let (raw, _) = Raw::ref_from_prefix(bytes).map_err(|_| Malformed::Length)?;
+        if raw.version_diagnostic >> 5 != VERSION {
+            return Err(Malformed::Version);
+        }
+        if usize::from(raw.length) < LEN || usize::from(raw.length) > bytes.len() {
+            return Err(Malformed::Length);
+        }
+        if raw.multiplier == 0 {
+            return Err(Malformed::Multiplier);
+        }
+        if raw.state_flags & MULTIPOINT != 0 {
+            return Err(Malformed::Multipoint);
+        }
+        let state = match raw.state_flags >> 6 {
+            0 => State::AdminDown,
+            1 => State::Down,
+            2 => State::Init,
+            _ => State::Up,
+        };
+        let must_know_us = matches!(state, State::Init | State::Up);
+        if raw.mine.get() == 0 || (raw.yours.get() == 0 && must_know_us) {
+            return Err(Malformed::Discriminator);
+        }
+        if raw.state_flags & AUTHENTICATED != 0 {
+            return Err(Malformed::Authenticated);
+        }
+        Ok(Control {
+            diagnostic: Diagnostic(raw.version_diagnostic & 0x1f),
+            state,
+            poll: raw.state_flags & POLL != 0,
+            last: raw.state_flags & FINAL != 0,
+            demand: raw.state_flags & DEMAND != 0,
+            multiplier: raw.multiplier,
+            mine: raw.mine.get(),
+            yours: raw.yours.get(),
+            desired_tx_us: raw.desired_tx.get(),
+            required_rx_us: raw.required_rx.get(),
+        })
+    }
+
+    /// Its bytes. The echo function is not offered.
+    pub fn bytes(&self) -> [u8; LEN] {
+        let flag = |set, bit| if set { bit } else { 0 };
+        let raw = Raw {
+            version_diagnostic: VERSION << 5 | self.diagnostic.0 & 0x1f,
+            state_flags: (self.state as u8) << 6
+                | flag(self.poll, POLL)
+                | flag(self.last, FINAL)
+                | flag(self.demand, DEMAND),
+            multiplier: self.multiplier,
+            length: LEN as u8,
+            mine: self.mine.into(),
+            yours: self.yours.into(),
+            desired_tx: self.desired_tx_us.into(),
+            required_rx: self.required_rx_us.into(),
+            required_echo_rx: 0.into(),
+        };
+        zerocopy::transmute!(raw)
+    }
+}
+
+/// Appends the IP packet that carries `control` to `out`; addresses of two families give nothing.
+pub fn write_packet(control: &Control, source: IpAddr, destination: IpAddr, source_port: u16, out: &mut Vec<u8>) {
+    const UDP: u16 = (UDP_LEN + LEN) as u16;
+    let mut udp = [0; UDP_LEN];
+    let parts = [source_port, PORT, UDP, 0].into_iter().flat_map(u16::to_be_bytes);
+    udp.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
+    let control = control.bytes();
+    let pseudo = match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            let mut header = ip::V4 {
+                version_ihl: 0x45,
+                tos: TOS,
+                total_len: (ip::V4_MIN_LEN as u16 + UDP).into(),
+                id: 0.into(),
+                flags_offset: ip::V4_DF.into(),
+                ttl: TTL,
+                protocol: protocol::UDP,
+                checksum: [0; 2],
+                source: source.octets(),
+                destination: destination.octets(),
+            };
+            header.checksum = Sum::default().bytes(header.as_bytes()).finish();
+            out.extend_from_slice(header.as_bytes());
+            Sum::pseudo_v4(source, destination, protocol::UDP, UDP)
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            let header = ip::V6 {
+                version_class_flow: (6 << 28 | u32::from(TOS) << 20).into(),
+                payload_len: UDP.into(),
+                next_header: protocol::UDP,
+                hop_limit: TTL,
+                source: source.octets(),
+                destination: destination.octets(),
+            };
+            out.extend_from_slice(header.as_bytes());
+            Sum::pseudo_v6(&source, &destination, protocol::UDP, UDP)
+        }
+        _ => return,
+    };
+    let sum = pseudo.bytes(&udp).bytes(&control).finish();
+    // 0 would say that there is none (RFC 768)
+    let sum = if sum == [0; 2] { [0xff; 2] } else { sum };
+    udp.iter_mut().skip(UDP_CHECKSUM).zip(sum).for_each(|(to, from)| *to = from);
+    out.extend_from_slice(&udp);
+    out.extend_from_slice(&control);
+}
+
+/// The TOS of control packets: CS6, network control (RFC 4594 §3.2).
+pub const TOS: u8 = 0xc0;
+
+/// Appends the VXLAN datagram of the management network `vni` that carries `control` from the VTEP `source`.
+///
+/// As RFC 8971 §5 has it: a MAC that belongs to no tenant, and an inner destination from 127/8 or ::ffff:127.0.0.0/104,
+/// which no tenant can have either.
+pub fn write_frame(control: &Control, vni: u32, mac: [u8; 6], source: IpAddr, source_port: u16, out: &mut Vec<u8>) {
+    let (destination, ether_type) = match source {
+        IpAddr::V4(_) => (IpAddr::V4(Ipv4Addr::LOCALHOST), ethernet::IPV4),
+        IpAddr::V6(_) => (IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), ethernet::IPV6),
+    };
+    let frame = ethernet::Header { destination: MANAGEMENT_MAC, source: mac, ether_type: ether_type.into() };
+    out.extend_from_slice(vxlan::Header::new(vni).as_bytes());
+    out.extend_from_slice(frame.as_bytes());
+    write_packet(control, source, destination, source_port, out);
+}
+
+/// The control packet in an IP packet and where it was sent to; `None` for anything else, and for what did not start with
+/// [`TTL`] or is damaged.
+pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Control)> {
+    let packet = Packet::parse(bytes).ok()?;
+    let ttl = if packet.is_v6() { bytes.get(7) } else { bytes.get(8) };
+    if packet.protocol != protocol::UDP || packet.fragment || ttl != Some(&TTL) {
+        return None;
+    }
+    let datagram = bytes.get(usize::from(packet.header_len)..usize::from(packet.total_len))?;
+    let (udp, _) = Udp::ref_from_prefix(datagram).ok()?;
+    let datagram = datagram.get(..usize::from(udp.length.get()))?;
+    let length = udp.length.get();
+    let pseudo = match (packet.source, packet.destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => Sum::pseudo_v4(source, destination, protocol::UDP, length),
+        (IpAddr::V6(source), IpAddr::V6(destination)) => Sum::pseudo_v6(&source, &destination, protocol::UDP, length),
+        _ => return None,
+    };
+    let unsummed = udp.checksum == [0; 2] && !packet.is_v6();
+    if udp.destination.get() != PORT || !(unsummed || pseudo.bytes(datagram).is_valid()) {
+        return None;
+    }
+    Some((packet.destination, Control::parse(datagram.get(UDP_LEN..)?).ok()?))
+}
+
+/// Reads a VXLAN datagram of the management network, whose VNI the caller knows to be that.
+pub fn read_frame(datagram: &[u8]) -> Option<(IpAddr, Control)> {
+    read_packet(datagram.get(vxlan::HEADER_LEN + ethernet::HEADER_LEN..)?)
+}
+
+/// Whether it is one of those addresses that frames of the management network go to.
+pub fn is_loopback(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.is_loopback(),
+        IpAddr::V6(ip) => ip.to_ipv4_mapped().is_some_and(|ip| ip.is_loopback()) || ip == Ipv6Addr::LOCALHOST,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// State Up, P, multiplier 6, 1 and 2, 150 ms both ways.
+    const BYTES: &[u8; LEN] =
+        b"\x21\xe0\x06\x18\x00\x00\x00\x01\x00\x00\x00\x02\x00\x02\x49\xf0\x00\x02\x49\xf0\0\0\0\0";
+
+    fn control() -> Control {
+        Control {
+            diagnostic: Diagnostic::EXPIRED,
+            state: State::Up,
+            poll: true,
+            last: false,
+            demand: false,
+            multiplier: 6,
+            mine: 1,
+            yours: 2,
+            desired_tx_us: 150_000,
+            required_rx_us: 150_000,
+        }
+    }
+
+    fn changed(at: usize, byte: u8) -> Result<Control, Malformed> {
+        let mut bytes = *BYTES;
+        bytes[at] = byte;
+        Control::parse(&bytes)
+    }
+
+    #[test]
+    fn literal_bytes() {
+        assert_eq!(Control::parse(BYTES), Ok(control()));
+        assert_eq!(&control().bytes(), BYTES);
+        let last = Control { last: true, poll: false, demand: true, ..control() };
+        assert_eq!(last.bytes()[1], 0xd2);
+        assert_eq!(Control::parse(&last.bytes()), Ok(last));
+    }
+
+    #[test]
+    fn what_rfc_5880_says_to_discard_is_discarded() {
+        assert_eq!(changed(0, 0x01), Err(Malformed::Version));
+        assert_eq!(changed(0, 0x41), Err(Malformed::Version));
+        assert_eq!(changed(3, 23), Err(Malformed::Length));
+        assert_eq!(changed(3, 25), Err(Malformed::Length), "longer than what carries it");
+        assert_eq!(changed(2, 0), Err(Malformed::Multiplier));
+        assert_eq!(changed(1, 0xe1), Err(Malformed::Multipoint));
+        assert_eq!(changed(7, 0), Err(Malformed::Discriminator));
+        assert_eq!(changed(11, 0), Err(Malformed::Discriminator), "up, and does not know us");
+        assert_eq!(changed(1, 0xe4), Err(Malformed::Authenticated));
+        assert_eq!(Control::parse(&BYTES[..23]), Err(Malformed::Length));
+        let mut down = *BYTES;
+        (down[1], down[11]) = (0x40, 0);
+        assert_eq!(Control::parse(&down).map(|c| (c.state, c.yours)), Ok((State::Down, 0)));
+        assert!(changed(0, 0x3f).is_ok(), "an unknown diagnostic is no reason");
+    }
+
+    #[test]
+    fn literal_frame() {
+        let mut out = Vec::new();
+        write_frame(&control(), 4095, [2, 0, 0, 0, 0, 7], "10.9.0.1".parse().unwrap(), 49152, &mut out);
+        assert_eq!(&out[..22], b"\x08\0\0\0\0\x0f\xff\0\0\0\x5e\0\x52\x02\x02\0\0\0\0\x07\x08\0");
+        assert_eq!(&out[22..32], b"\x45\xc0\0\x34\0\0\x40\0\xff\x11");
+        assert_eq!(&out[34..42], b"\x0a\x09\0\x01\x7f\0\0\x01");
+        assert_eq!(&out[42..48], b"\xc0\0\x0e\xc8\0\x20");
+        assert_eq!(&out[50..], BYTES);
+        assert!(Sum::default().bytes(&out[22..42]).is_valid());
+        assert_eq!(read_frame(&out), Some(("127.0.0.1".parse().unwrap(), control())));
+    }
+
+    #[test]
+    fn both_families_come_back_and_nothing_damaged_or_from_afar_does() {
+        for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
+            let (a, b): (IpAddr, IpAddr) = (a.parse().unwrap(), b.parse().unwrap());
+            let mut out = Vec::new();
+            write_packet(&control(), a, b, 50_000, &mut out);
+            assert!(etherparse::SlicedPacket::from_ip(&out).is_ok());
+            assert_eq!(read_packet(&out), Some((b, control())));
+            for at in 0..out.len() {
+                assert_eq!(read_packet(&out[..at]), None);
+            }
+            let last = out.len() - 1;
+            out[last] ^= 1;
+            assert_eq!(read_packet(&out), None, "damaged");
+            out[last] ^= 1;
+            let ttl = if a.is_ipv4() { 8 } else { 7 };
+            out[ttl] = 254;
+            assert_eq!(read_packet(&out), None, "forwarded");
+        }
+        let mut out = Vec::new();
+        write_packet(&control(), "10.9.0.1".parse().unwrap(), "fd00::2".parse().unwrap(), 1, &mut out);
+        assert!(out.is_empty());
+        assert!(is_loopback("127.3.2.1".parse().unwrap()) && is_loopback("::ffff:127.0.0.1".parse().unwrap()));
+        assert!(!is_loopback("10.9.0.1".parse().unwrap()) && !is_loopback("fd00::1".parse().unwrap()));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..120)) {
+            _ = Control::parse(&bytes);
+            _ = read_packet(&bytes);
+            _ = read_frame(&bytes);
+        }
+    }
+}

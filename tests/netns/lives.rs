@@ -1,0 +1,193 @@
+//! Who is dead is noticed, and who is busy is not taken for dead.
+
+use std::io::ErrorKind;
+use std::net::TcpStream;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use crate::mesh::{Builder, Mesh, Node, V4, V6, has_kernel_vxlan, skipped};
+use crate::namespace::{Process, until};
+use crate::traffic::ping;
+
+/// What `node` thinks of the others, by name.
+fn state(node: &Node, of: &str) -> String {
+    peer(node, of)["state"].as_str().unwrap().to_owned()
+}
+
+fn peer(node: &Node, of: &str) -> serde_json::Value {
+    let peers = node.json(&["peers"]);
+    peers.as_array().unwrap().iter().find(|peer| peer["name"] == of).unwrap().clone()
+}
+
+fn all_up(mesh: &Mesh, names: &[&str]) {
+    for name in names {
+        for other in names.iter().filter(|other| *other != name) {
+            until("they know each other", || state(mesh.node(name), other) == "up");
+        }
+    }
+}
+
+/// Waits until `node` holds `of` for dead, and returns how long that took.
+fn dies(node: &Node, of: &str, since: Instant) -> Duration {
+    while state(node, of) != "down" {
+        assert!(since.elapsed() < Duration::from_secs(5), "{of} is still {}", state(node, of));
+        sleep(Duration::from_millis(5));
+    }
+    since.elapsed()
+}
+
+/// What becomes of a connection to `to`.
+fn refused(node: &Node, to: std::net::IpAddr) -> ErrorKind {
+    let connect = || TcpStream::connect_timeout(&(to, 9).into(), Duration::from_secs(2));
+    node.ns.enter(connect).expect_err("nobody is there").kind()
+}
+
+fn a_death_is_seen(story: &'static str, encrypted: bool) {
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = if encrypted { mesh.encrypted() } else { mesh };
+    let mesh = mesh.node("a").node("b").node("c").start();
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    for family in [V4, V6] {
+        ping(&a.ns, b.overlay(family));
+        ping(&c.ns, b.overlay(family));
+    }
+    all_up(&mesh, &["a", "b", "c"]);
+    let rtt = || peer(a, "b")["rtt_us"].as_u64();
+    until("the round trip is measured", || rtt().is_some());
+    println!("{story}: round trip {} µs", rtt().unwrap());
+    assert!(rtt().unwrap() < 100_000);
+
+    let killed = Instant::now();
+    b.kill();
+    let took = dies(a, "b", killed);
+    println!("{story}: killed, down after {took:?} and {:?}", dies(c, "b", killed));
+    assert!(took < Duration::from_millis(1_500), "{took:?}");
+    for family in [V4, V6] {
+        let before = Instant::now();
+        let error = refused(a, b.overlay(family));
+        assert_eq!(error, ErrorKind::HostUnreachable);
+        assert!(before.elapsed() < Duration::from_millis(200), "{:?}", before.elapsed());
+    }
+    assert!(a.drops("peer_down") >= 2);
+    assert_eq!(state(a, "c"), "up", "the others live on");
+    until("it is in the log", || a.log().contains("b at 10.9.0.2:8472 does not answer any more"));
+    let born = Instant::now();
+    b.restart();
+    until("it is up again", || state(a, "b") == "up");
+    println!("{story}: up again {:?} after its start", born.elapsed());
+    ping(&a.ns, b.overlay(V4));
+    until("that is in the log too", || a.log().contains("b answers again"));
+    all_up(&mesh, &["a", "b", "c"]);
+
+    let cut = Instant::now();
+    c.ns.sh("ip link set ul0 down");
+    println!("{story}: link down, down after {:?}", dies(a, "c", cut));
+    assert!(cut.elapsed() < Duration::from_millis(1_700));
+    assert_eq!(state(a, "b"), "up");
+    mesh.balances();
+}
+
+#[test]
+fn a_death_is_seen_in_a_second_and_traffic_is_refused() {
+    a_death_is_seen("a_death_is_seen_in_a_second_and_traffic_is_refused", false);
+}
+
+#[test]
+fn a_death_is_seen_in_a_second_by_encrypted_nodes() {
+    a_death_is_seen("a_death_is_seen_in_a_second_by_encrypted_nodes", true);
+}
+
+#[test]
+fn nodes_know_each_other_over_ipv6_too() {
+    for encrypted in [false, true] {
+        let Some(mesh) = Builder::new("nodes_know_each_other_over_ipv6_too") else { return };
+        let mesh = if encrypted { mesh.encrypted() } else { mesh };
+        let mesh = mesh.over(V6).node("a").node("b").start();
+        all_up(&mesh, &["a", "b"]);
+        mesh.balances();
+    }
+}
+
+#[test]
+fn who_does_not_speak_bfd_is_unknown() {
+    let story = "who_does_not_speak_bfd_is_unknown";
+    let Some(mesh) = Builder::new(story) else { return };
+    if !has_kernel_vxlan() {
+        return skipped(story, "this kernel has no VXLAN device");
+    }
+    let mesh = mesh.node("a").node("b").set("io", "tokio").node("o").set("bfd", "off").kernel("k").start();
+    let [a, b, o] = mesh.three(["a", "b", "o"]);
+    let k = mesh.node("k");
+    ping(&a.ns, k.overlay(V4));
+    ping(&a.ns, o.overlay(V4));
+    all_up(&mesh, &["a", "b"]);
+    k.ns.sh("ip link set ul0 down");
+    for _ in 0..20 {
+        sleep(Duration::from_millis(100));
+        assert_eq!([state(a, "k"), state(b, "k"), state(a, "o"), state(o, "a")], ["unknown"; 4]);
+        assert_eq!(state(b, "a"), "up");
+    }
+    let killed = Instant::now();
+    a.kill();
+    println!("{story}: seen by a plain back end after {:?}", dies(b, "a", killed));
+    a.restart();
+    mesh.balances();
+}
+
+/// Two packets in a hundred are lost, and every core has more to do than it can: nobody dies.
+#[test]
+fn who_is_busy_on_a_bad_network_is_not_dead() {
+    let story = "who_is_busy_on_a_bad_network_is_not_dead";
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = mesh.node("a").node("b").node("c").start();
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    let nodes = [a, b, c];
+    all_up(&mesh, &["a", "b", "c"]);
+    for node in nodes {
+        node.ns.sh("nft add table inet f; nft 'add chain inet f in { type filter hook input priority 0; }'; \
+             nft add rule inet f in udp dport 8472 numgen random mod 100 lt 2 counter drop");
+    }
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
+    let burn = || Process::spawn(Command::new("sh").args(["-c", "while :; do :; done"]));
+    let burners: Vec<Process> = (0..2 * cores).map(|_| burn()).collect();
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(20) {
+        for node in nodes {
+            let peers = node.json(&["peers"]);
+            let states: Vec<_> = peers.as_array().unwrap().iter().map(|peer| peer["state"].clone()).collect();
+            assert_eq!(states, ["up", "up"], "after {:?}", start.elapsed());
+        }
+        sleep(Duration::from_millis(100));
+    }
+    drop(burners);
+    for node in nodes {
+        assert!(!node.log().contains("does not answer"), "{}", node.log());
+        let dropped = node.ns.sh("nft list chain inet f in");
+        println!("{story}: {}", dropped.lines().find(|line| line.contains("counter")).unwrap_or_default().trim());
+    }
+}
+
+/// What is promised of the time until a death is seen, measured: `cargo test --test netns -- --ignored hundred --nocapture`.
+#[test]
+#[ignore = "takes some minutes"]
+fn a_hundred_kills() {
+    let story = "a_hundred_kills";
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = mesh.node("a").node("b").start();
+    let [a, b] = mesh.two(["a", "b"]);
+    let kills = std::env::var("KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(100);
+    let mut took = Vec::new();
+    for _ in 0..kills {
+        until("both are up", || state(a, "b") == "up" && state(b, "a") == "up");
+        sleep(Duration::from_millis(300));
+        let killed = Instant::now();
+        b.kill();
+        took.push(dies(a, "b", killed));
+        b.restart();
+    }
+    took.sort();
+    let at = |percent: usize| took[(took.len() - 1) * percent / 100];
+    println!("{story}: {} kills, p50 {:?}, p99 {:?}, most {:?}", took.len(), at(50), at(99), at(100));
+    assert!(at(100) < Duration::from_millis(1_500));
+}
