@@ -187,7 +187,11 @@ fn who_pastes_the_token_on_a_terminal_is_a_member() {
     a.restart();
     let token = create(a, &[]);
     let mut command = b.ns.command("script");
-    command.args(["-qefc", &format!("exec {MESHD}")]).arg(b.dir.join("typescript")).stdin(Stdio::piped()).stdout(Stdio::null());
+    command
+        .args(["-qefc", &format!("exec {MESHD}")])
+        .arg(b.dir.join("typescript"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
     for (key, value) in [("NODE_NAME", "b"), ("NODE_IP", "10.9.0.2")] {
         command.env(format!("MESHD_{key}"), value);
     }
