@@ -2,9 +2,10 @@
 //!
 //! Owns the trait and its words. Knows nothing of nodes and tokens: those are `registry`'s. A back end promises: what
 //! [`Store::txn`] has acknowledged survives any crash; a transaction happens whole or not at all; revisions grow by one
-//! with each transaction that changes something, and are never given twice.
+//! with each transaction that changes something (by more where others write to the same etcd), and are never given twice.
 
 pub mod conformance;
+pub mod etcd;
 pub mod sqlite;
 
 use std::time::Duration;
@@ -178,6 +179,14 @@ pub enum StoreError {
     /// A lease that there is not, or no longer.
     #[error("there is no such lease")]
     NoLease,
+    /// Not usable as it is; a person has to change something. Nothing was changed.
+    #[error("{place}: {problem}")]
+    Unfit {
+        /// Which store.
+        place: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// Everything else: the outcome of what was asked is unknown.
     #[error("{place}: {detail}")]
     Unavailable {
