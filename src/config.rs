@@ -94,7 +94,7 @@ pub struct Settings {
     /// `bind-address`
     pub bind_address: SocketAddr,
     /// `datastore-endpoint`: `None` is SQLite in `data-dir`.
-    pub datastore_endpoint: Option<String>,
+    pub datastore_endpoint: Option<Secret>,
     /// `node-label`
     pub node_labels: BTreeMap<String, String>,
     /// `node-taint`

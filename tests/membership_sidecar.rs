@@ -291,7 +291,7 @@ fn it_runs_without_privileges_and_refuses_what_it_cannot_do() {
     other.cluster_cidr = vec!["10.43.0.0/16".parse().unwrap()];
     ends_with(&other, "cluster-cidr");
     let mut other = settings.clone();
-    other.datastore_endpoint = Some("postgres://user:hush@db/mesh".to_owned());
+    other.datastore.endpoint = Some(Secret::new("postgres://user:hush@db/mesh"));
     ends_with(&other, "postgres://…");
     let empty = TempDir::new().unwrap();
     ends_with(&agent_settings(empty.path(), None), "token");

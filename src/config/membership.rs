@@ -68,7 +68,7 @@ pub(super) fn mask_sizes(layers: &Layers) -> Result<MaskSizes, ConfigError> {
 }
 
 /// `datastore-endpoint` and `cluster-init`, of which this version knows the one store that needs neither.
-pub(super) fn datastore(layers: &Layers) -> Result<Option<String>, ConfigError> {
+pub(super) fn datastore(layers: &Layers) -> Result<Option<Secret>, ConfigError> {
     layers.one("cluster-init", cluster_init)?;
     layers.one("datastore-endpoint", datastore_endpoint)
 }
@@ -171,10 +171,10 @@ fn cluster_init(text: &str) -> Read<()> {
     }
 }
 
-fn datastore_endpoint(text: &str) -> Read<String> {
+fn datastore_endpoint(text: &str) -> Read<Secret> {
     let scheme = text.split_once("://").map(|(scheme, _)| scheme);
     match scheme {
-        Some("sqlite") => Ok(text.to_owned()),
+        Some("sqlite") => Ok(Secret::new(text)),
         Some("mysql" | "mariadb" | "postgres" | "postgresql" | "etcd" | "http" | "https") => {
             Err(Refusal::Later("remove it: state is then in SQLite below `data-dir`"))
         }

@@ -422,7 +422,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.cluster_cidr = config.cluster_cidr.clone();
         settings.node_cidr_mask_size = config.node_cidr_mask_size;
         settings.tls_san = config.tls_san.clone();
-        settings.datastore_endpoint = config.datastore_endpoint.clone();
+        settings.datastore.endpoint = config.datastore_endpoint.clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
     }

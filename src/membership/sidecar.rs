@@ -27,8 +27,7 @@ use super::record::Role;
 use super::registry::{OpenError, Refused, Registry, Setup};
 use super::server::{Server, ServerError};
 use super::settings::Settings;
-use super::store::StoreError;
-use super::store::sqlite::Sqlite;
+use super::store::{self, StoreError};
 use super::token::{Credential, Token};
 
 /// Messages that wait for `meshd`.
@@ -73,9 +72,6 @@ pub enum SidecarError {
     /// A change.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// Not yet.
-    #[error("`datastore-endpoint: {0}` is not supported by this version; leave it out for SQLite in `data-dir`")]
-    Datastore(String),
     /// A `server:` that is none.
     #[error(transparent)]
     Address(#[from] BadServerAddress),
@@ -219,11 +215,6 @@ async fn live(
 
 /// Opens the store, and listens.
 async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Server), SidecarError> {
-    if let Some(endpoint) = settings.datastore_endpoint.as_ref().filter(|e| !e.is_empty() && *e != "sqlite://") {
-        // It may hold a password: what stands before it is enough.
-        let scheme = endpoint.split("://").next().unwrap_or_default();
-        return Err(SidecarError::Datastore(format!("{scheme}://…")));
-    }
     if !settings.servers.is_empty() {
         return Err(SidecarError::SecondServer);
     }
@@ -234,14 +225,14 @@ async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Ser
         None => None,
     };
     files::ensure_dir(&settings.data_dir.join("server"))?;
-    let store = Sqlite::open(&settings.data_dir.join(DATABASE)).await.map_err(OpenError::Store)?;
+    let store = store::open(&settings.datastore, &settings.data_dir.join(DATABASE)).await.map_err(OpenError::Store)?;
     let setup = Setup {
         cidrs: settings.cluster_cidr.clone(),
         masks: settings.node_cidr_mask_size,
         secret: secret.clone(),
         purge_after: settings.purge_after.map(Duration::from_secs),
     };
-    let registry = Arc::new(Registry::open(Arc::new(store), setup, Now::read()).await?);
+    let registry = Arc::new(Registry::open(store, setup, Now::read()).await?);
     let names = names(settings, hello);
     let server = Server::start(settings.bind_address, registry.clone(), &names).await?;
     registry.set_servers(addresses(settings, hello, server.address()));

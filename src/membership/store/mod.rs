@@ -8,10 +8,15 @@ pub mod conformance;
 pub mod etcd;
 pub mod sqlite;
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
+
+use self::sqlite::Sqlite;
+use crate::membership::settings::Datastore;
 
 /// The number of a change; the first is 1, and 0 stands for "never".
 pub type Revision = u64;
@@ -195,6 +200,23 @@ pub enum StoreError {
         /// In the engine's words.
         detail: String,
     },
+}
+
+/// Opens the store that `datastore-endpoint` names, by its scheme; SQLite at `default` where it names none.
+pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store>, StoreError> {
+    let endpoint = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+    let (scheme, rest) = endpoint.split_once("://").unwrap_or((endpoint, ""));
+    match scheme {
+        "" | "sqlite" => {
+            let path = if rest.is_empty() { default } else { Path::new(rest) };
+            Ok(Arc::new(Sqlite::open(path).await?))
+        }
+        _ => {
+            // It may hold a password: what stands before it is enough.
+            let problem = "not supported by this version; leave `datastore-endpoint` out for SQLite in `data-dir`";
+            Err(StoreError::Unfit { place: format!("{scheme}://…"), problem: problem.to_owned() })
+        }
+    }
 }
 
 /// A store.
