@@ -211,6 +211,7 @@ pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store
             let path = if rest.is_empty() { default } else { Path::new(rest) };
             Ok(Arc::new(Sqlite::open(path).await?))
         }
+        "etcd" | "etcds" => Ok(Arc::new(etcd::open(datastore).await?)),
         _ => {
             // It may hold a password: what stands before it is enough.
             let problem = "not supported by this version; leave `datastore-endpoint` out for SQLite in `data-dir`";

@@ -8,6 +8,7 @@
 //! process's alone, and holds only while the marker is as this process last saw it. Where it is not, the marker's value
 //! tells whether it was this very transaction that wrote it.
 
+mod endpoint;
 mod gateway;
 mod rows;
 
@@ -20,6 +21,7 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 
+pub use self::endpoint::open;
 pub use self::gateway::{Access, Gateway};
 use self::gateway::{CallError, OUT_OF_RANGE, PATIENCE, Stream};
 use self::rows::{Granted, Kept, Number, Range, Status, Txned, Watched, key};
