@@ -12,7 +12,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::sqlite::Sqlite;
@@ -105,6 +108,39 @@ pub struct Snapshot {
     pub revision: Revision,
     /// The keys, sorted.
     pub items: Vec<KeyValue>,
+}
+
+/// A copy of everything that any store can be filled from. It holds the cluster's keys.
+#[derive(Serialize, Deserialize)]
+struct Backup {
+    /// The format.
+    meshd_backup: u32,
+    revision: Revision,
+    /// Keys, and values in base64. What a lease held is left out.
+    items: Vec<(String, String)>,
+}
+
+impl Snapshot {
+    /// As a backup, JSON.
+    pub fn to_backup(&self) -> Vec<u8> {
+        let items = self.items.iter().filter(|item| item.lease.is_none());
+        let items = items.map(|item| (item.key.clone(), STANDARD.encode(&item.value))).collect();
+        serde_json::to_vec(&Backup { meshd_backup: 1, revision: self.revision, items }).unwrap_or_default()
+    }
+
+    /// From a backup, or why it is none.
+    pub fn from_backup(bytes: &[u8]) -> Result<Self, String> {
+        let backup: Backup = serde_json::from_slice(bytes).map_err(|e| format!("not a backup: {e}"))?;
+        if backup.meshd_backup != 1 {
+            return Err(format!("a backup of format {}, but this version knows 1", backup.meshd_backup));
+        }
+        let read = |(key, value): (String, String)| {
+            let value = STANDARD.decode(value).map_err(|e| format!("`{key}`: {e}"))?;
+            Ok(KeyValue { key, value, created: backup.revision, modified: backup.revision, lease: None })
+        };
+        let items = backup.items.into_iter().map(read).collect::<Result<Vec<_>, String>>()?;
+        if items.is_empty() { Err("the backup is empty".to_owned()) } else { Ok(Snapshot { revision: backup.revision, items }) }
+    }
 }
 
 /// A change of one key.

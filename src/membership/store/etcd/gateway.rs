@@ -139,6 +139,14 @@ impl Gateway {
         lock(&self.0.idle).clear();
     }
 
+    /// Whether the member answers at all, with a quorum or without.
+    pub async fn answers(&self) -> bool {
+        !matches!(
+            self.once::<Value>("/v3/maintenance/status", &json!({})).await,
+            Err(CallError::Unreached(_) | CallError::Lost(_))
+        )
+    }
+
     /// What errors call it: its members, and nothing secret.
     pub fn place(&self) -> String {
         let all: Vec<String> = self.endpoints().iter().map(ToString::to_string).collect();
