@@ -2,19 +2,10 @@
 
 #[path = "membership/etcds.rs"]
 mod etcds;
-#[path = "membership/harness.rs"]
-#[allow(dead_code)]
-mod harness;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use etcds::Etcds;
-use meshd::membership::api::News;
-use meshd::membership::clock::Now;
-use meshd::membership::record::Role;
-use meshd::membership::registry::Registry;
-use meshd::membership::server::Server;
 use meshd::membership::settings::Secret;
 use meshd::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
 use meshd::membership::store::{Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, conformance};
@@ -28,66 +19,6 @@ async fn does_what_every_store_must() {
     let Some(etcds) = Etcds::start("does_what_every_store_must", 1).await else { return };
     let store = etcds.store().await;
     tokio::time::timeout(Duration::from_secs(60), conformance::check(&store)).await.unwrap();
-}
-
-/// A server over the store: what one stores, all know, under the same revisions, and one alone judges.
-#[tokio::test(flavor = "multi_thread")]
-async fn servers_over_one_store_know_the_same() {
-    let Some(etcds) = Etcds::start("servers_over_one_store_know_the_same", 1).await else { return };
-    let mut servers = Vec::new();
-    for _ in 0..3 {
-        let store: Arc<dyn Store> = Arc::new(etcds.store().await);
-        let registry = Arc::new(Registry::open(store, harness::setup(), Now::read()).await.unwrap());
-        let names = ["127.0.0.1".to_owned()];
-        let server = Server::start("127.0.0.1:0".parse().unwrap(), registry.clone(), &names).await.unwrap();
-        registry.set_servers(vec![server.address().into()]);
-        servers.push((registry, server));
-    }
-    let registries: Vec<_> = servers.iter().map(|(registry, _)| registry.clone()).collect();
-    assert!(registries.iter().all(|r| r.cluster() == registries[0].cluster()), "one cluster");
-    let token = registries[0].mint(Now::read(), Role::Agent, None, None, None, "").await.unwrap();
-    until("the token is known everywhere", || registries.iter().all(|r| r.is_good(Now::read(), &token))).await;
-
-    // thirty at once, ten at each server
-    let joins = (0..30).map(|n| {
-        let address = servers[n % 3].1.address().into();
-        let token = token.clone();
-        async move { harness::join(&address, &token, &format!("n{n}"), Role::Agent).await.unwrap() }
-    });
-    let joined = futures::future::join_all(joins).await;
-    until("all know all", || registries.iter().all(|r| r.records().len() == 30)).await;
-    let lists: Vec<Vec<_>> =
-        registries.iter().map(|r| r.records().into_iter().map(|n| (n.id, n.subnets)).collect()).collect();
-    assert!(lists.iter().all(|list| *list == lists[0]), "and the same of all");
-    let subnets: std::collections::HashSet<_> = lists[0].iter().flat_map(|(_, subnets)| subnets).collect();
-    assert_eq!(subnets.len(), 30, "no subnet is there twice");
-    let News::List { revision, .. } = registries[0].local_news(None) else { panic!("a list") };
-    let late = harness::join(&servers[0].1.address().into(), &token, "late", Role::Agent).await.unwrap();
-    until("all know it", || registries.iter().all(|r| r.has(&late.member.id))).await;
-    for registry in &registries {
-        let news = registry.local_news(Some(revision));
-        assert!(matches!(&news, News::Delta { upsert, .. } if upsert.len() == 1), "a change, and no list: {news:?}");
-    }
-
-    // one judges; when it is gone another one does
-    let on_duty = |servers: &[Arc<Registry>]| servers.iter().filter(|r| r.on_duty(Now::read())).count();
-    until("one is on duty", || on_duty(&registries) == 1).await;
-    let first = registries.iter().position(|r| r.on_duty(Now::read())).unwrap();
-    let rest: Vec<_> = (0..3).filter(|n| *n != first).map(|n| registries[n].clone()).collect();
-    drop(registries);
-    drop(servers.remove(first));
-    until("another one is on duty", || on_duty(&rest) == 1).await;
-    assert!(joined.iter().all(|node| rest[0].has(&node.member.id)));
-}
-
-async fn until(what: &str, good: impl Fn() -> bool) {
-    for _ in 0..600 {
-        if good() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("{what}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

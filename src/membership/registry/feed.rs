@@ -32,15 +32,6 @@ impl Feed {
         self.revision
     }
 
-    /// Goes on from what a later look at everything found.
-    pub(super) fn reset(&mut self, found: Feed, upsert: impl Iterator<Item = NodeRecord>, remove: &[String]) {
-        if found.revision < self.revision {
-            *self = found;
-        } else if found.revision > self.revision {
-            self.push(found.revision, upsert, remove);
-        }
-    }
-
     pub(super) fn push(&mut self, revision: u64, upsert: impl Iterator<Item = NodeRecord>, remove: &[String]) {
         self.revision = revision;
         self.changes.extend(remove.iter().map(|id| (revision, Change::Remove(id.clone()))));

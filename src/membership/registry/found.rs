@@ -24,12 +24,6 @@ pub(super) struct Found {
     pub(super) beats: HashMap<String, i64>,
     pub(super) state: State,
     pub(super) feed: Feed,
-    /// As of which revision.
-    pub(super) revision: Revision,
-    /// Whether some server is on duty.
-    pub(super) duty: bool,
-    /// Whom which server hears.
-    pub(super) heard: Vec<(String, Vec<String>)>,
 }
 
 impl Found {
@@ -37,8 +31,7 @@ impl Found {
         let snapshot = store.range("").await?;
         let mut state = State::new(space.clone());
         let (mut cluster, mut ca, mut secret) = (None, None, None);
-        let (mut guard, mut list, mut beats, mut duty) = (0, 0, HashMap::new(), false);
-        let mut heard = Vec::new();
+        let (mut guard, mut list, mut beats) = (0, 0, HashMap::new());
         for item in snapshot.items {
             let (key, value) = (item.key.as_str(), item.value.as_slice());
             match key {
@@ -49,7 +42,6 @@ impl Found {
                     let unreadable = || BadRow::Unreadable { key: key.to_owned(), detail: "not 32 bytes".to_owned() };
                     secret = Some(pake::Verifier::from_bytes(bytes.ok_or_else(unreadable)?));
                 }
-                rows::DUTY => duty = true,
                 rows::GUARD => guard = item.modified,
                 rows::LIST => list = item.modified,
                 // For people only: when it is damaged, nothing is lost.
@@ -60,18 +52,11 @@ impl Found {
                     let row = rows::read::<TokenRow>(key, value)?;
                     state.tokens.insert(row.id.clone(), row);
                 }
-                _ if key.starts_with(rows::SERVER) => {
-                    state.servers.insert(key[rows::SERVER.len()..].to_owned(), rows::read(key, value)?);
-                }
-                _ if key.starts_with(rows::HEARD) => {
-                    heard.push((key[rows::HEARD.len()..].to_owned(), rows::read(key, value)?));
-                }
                 _ if key.starts_with(rows::AUDIT) => state.audit.push_back(item.key),
                 _ => {}
             }
         }
-        let revision = snapshot.revision;
-        Ok(Found { cluster, ca, secret, guard, beats, state, feed: Feed::new(list), revision, duty, heard })
+        Ok(Found { cluster, ca, secret, guard, beats, state, feed: Feed::new(list) })
     }
 }
 

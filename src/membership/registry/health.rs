@@ -4,7 +4,7 @@
 //! than half of the nodes heartbeat, so that a fault on the servers' side purges nobody; it begins anew when the node, or
 //! a peer that reaches it, speaks.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -16,9 +16,6 @@ pub const INTERVAL: Duration = Duration::from_secs(10);
 pub const GRACE: Duration = Duration::from_secs(40);
 /// A tick that comes this late says that the server stood still, and not that the nodes did.
 const STANDSTILL: Duration = Duration::from_secs(5);
-
-/// So many nodes are judged in one transaction.
-const PART: usize = 25;
 
 /// A node's last heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,19 +40,6 @@ pub(super) struct Verdict {
     pub(super) purge: Vec<String>,
 }
 
-impl Verdict {
-    /// The same in parts: stores limit the steps of a transaction.
-    pub(super) fn parts(self) -> Vec<Verdict> {
-        let of = |ids: Vec<String>, part: fn(Vec<String>) -> Verdict| {
-            ids.chunks(PART).map(|ids| part(ids.to_vec())).collect::<Vec<_>>()
-        };
-        let mut parts = of(self.purge, |purge| Verdict { purge, ..Verdict::default() });
-        parts.extend(of(self.up, |up| Verdict { up, ..Verdict::default() }));
-        parts.extend(of(self.down, |down| Verdict { down, ..Verdict::default() }));
-        parts
-    }
-}
-
 #[derive(Debug)]
 pub(super) struct Health {
     pub(super) beats: HashMap<String, Beat>,
@@ -64,64 +48,13 @@ pub(super) struct Health {
     /// Nodes that were not heard yet count from here.
     start: Duration,
     ticked: Duration,
-    /// Whom other servers hear.
-    others: HashMap<String, BTreeSet<String>>,
-    /// When another server stopped hearing a node.
-    lost: HashMap<String, Duration>,
-    /// The last tick, seconds since 1970.
-    unix: i64,
     /// From an earlier life of the server: when nodes were last heard, seconds since 1970. For people only.
     pub(super) remembered: HashMap<String, i64>,
 }
 
 impl Health {
     pub(super) fn new(now: Now, remembered: HashMap<String, i64>) -> Self {
-        Health {
-            beats: HashMap::new(),
-            away: HashMap::new(),
-            start: now.mono,
-            ticked: now.mono,
-            others: HashMap::new(),
-            lost: HashMap::new(),
-            unix: now.unix,
-            remembered,
-        }
-    }
-
-    /// Another server hears these nodes now; `None`: it is gone.
-    pub(super) fn elsewhere(&mut self, now: Now, server: &str, ids: Option<Vec<String>>) {
-        let new: Option<BTreeSet<String>> = ids.map(|ids| ids.into_iter().collect());
-        for id in self.others.get(server).into_iter().flatten() {
-            if new.as_ref().is_none_or(|new| !new.contains(id)) {
-                self.lost.insert(id.clone(), now.mono);
-            }
-        }
-        match new {
-            Some(new) => drop(self.others.insert(server.to_owned(), new)),
-            None => drop(self.others.remove(server)),
-        }
-    }
-
-    /// All other servers, by a look at everything.
-    pub(super) fn all_elsewhere(&mut self, now: Now, heard: Vec<(String, Vec<String>)>, own: &str) {
-        let gone: Vec<String> =
-            self.others.keys().filter(|server| heard.iter().all(|(found, _)| found != *server)).cloned().collect();
-        gone.iter().for_each(|server| self.elsewhere(now, server, None));
-        for (server, ids) in heard.into_iter().filter(|(server, _)| server != own) {
-            self.elsewhere(now, &server, Some(ids));
-        }
-    }
-
-    /// Whom this server hears, sorted.
-    pub(super) fn heard_here(&self, mono: Duration) -> Vec<String> {
-        let heard = self.beats.iter().filter(|(_, beat)| mono.saturating_sub(beat.at.mono) < GRACE);
-        let mut ids: Vec<String> = heard.map(|(id, _)| id.clone()).collect();
-        ids.sort_unstable();
-        ids
-    }
-
-    fn heard_elsewhere(&self, id: &str) -> bool {
-        self.others.values().any(|heard| heard.contains(id))
+        Health { beats: HashMap::new(), away: HashMap::new(), start: now.mono, ticked: now.mono, remembered }
     }
 
     pub(super) fn beat(&mut self, id: &str, beat: Beat) {
@@ -130,30 +63,23 @@ impl Health {
 
     /// When a node was last heard, seconds since 1970.
     pub(super) fn last(&self, id: &str) -> Option<i64> {
-        if self.heard_elsewhere(id) {
-            return Some(self.unix);
-        }
-        let here = self.beats.get(id).map(|beat| beat.at.unix);
-        here.max(self.remembered.get(id).copied())
+        self.beats.get(id).map(|beat| beat.at.unix).or_else(|| self.remembered.get(id).copied())
     }
 
     /// To be called about once a second, with all nodes that can heartbeat.
     pub(super) fn tick(&mut self, now: Now, nodes: &[Patient<'_>], purge_after: Option<Duration>) -> Verdict {
         let passed = now.mono.saturating_sub(self.ticked);
-        (self.ticked, self.unix) = (now.mono, now.unix);
+        self.ticked = now.mono;
         let stood_still = passed > STANDSTILL;
         if stood_still {
             self.start += passed;
             self.beats.values_mut().for_each(|beat| beat.at.mono += passed);
-            self.lost.values_mut().for_each(|at| *at += passed);
         }
         let fresh = |health: &Health, id: &str| {
-            let here = health.beats.get(id).map(|beat| beat.at.mono);
-            let since = here.max(health.lost.get(id).copied()).unwrap_or(health.start);
-            now.mono.saturating_sub(since) < GRACE || health.heard_elsewhere(id)
+            let since = health.beats.get(id).map_or(health.start, |beat| beat.at.mono);
+            now.mono.saturating_sub(since) < GRACE
         };
-        let known_of = |health: &Health, id: &str| health.beats.contains_key(id) || health.lost.contains_key(id);
-        let heard = |health: &Health, id: &str| health.heard_elsewhere(id) || known_of(health, id) && fresh(health, id);
+        let heard = |health: &Health, id: &str| health.beats.contains_key(id) && fresh(health, id);
         let mut verdict = Verdict::default();
         for node in nodes {
             match (node.ready, heard(self, node.id)) {
@@ -185,7 +111,6 @@ impl Health {
         }
         self.away = away;
         self.beats.retain(|id, _| known.contains(id.as_str()));
-        self.lost.retain(|id, at| known.contains(id.as_str()) && now.mono.saturating_sub(*at) < GRACE);
         verdict
     }
 }

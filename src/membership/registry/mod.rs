@@ -5,10 +5,8 @@
 //! time as an argument, and knows nothing of HTTP.
 
 mod feed;
-mod follow;
 mod found;
 mod health;
-mod presence;
 mod refused;
 mod requests;
 mod rows;
@@ -17,7 +15,7 @@ mod state;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
@@ -56,8 +54,6 @@ const AUDIT_KEEP: usize = 1000;
 /// Heartbeats are stored this often, for people who ask after a restart.
 const FLUSH: Duration = Duration::from_secs(300);
 const TIDY: Duration = Duration::from_secs(600);
-/// What another server stored becomes known here within so long, or it is looked for.
-const LAG: Duration = Duration::from_secs(1);
 
 /// What a cluster is made with.
 #[derive(Debug, Clone)]
@@ -124,17 +120,7 @@ pub struct Registry {
     known: RwLock<Known>,
     writer: tokio::sync::Mutex<Writer>,
     health: Mutex<Health>,
-    /// Where this server is.
     servers: RwLock<Vec<ServerAddress>>,
-    /// This process, for other servers.
-    instance: String,
-    /// Whether what others change becomes known as it comes.
-    following: AtomicBool,
-    /// What the writer compares with, for who waits for it to move.
-    guard: watch::Sender<Revision>,
-    duty_free: AtomicBool,
-    /// On the clock that does not jump, milliseconds.
-    duty_until: AtomicU64,
     /// What watchers may have by now; lags a little behind, so that many changes are one answer.
     published: watch::Sender<u64>,
     changed: Notify,
@@ -151,10 +137,7 @@ struct Known {
 }
 
 struct Writer {
-    /// The last change that is known.
     guard: Revision,
-    /// The last revision that was looked at.
-    seen: Revision,
     /// The outcome of something is unknown: read everything again before the next change.
     stale: bool,
     audited: u64,
@@ -166,7 +149,7 @@ struct Writer {
 #[derive(Default)]
 struct Answers {
     revision: u64,
-    servers: Vec<ServerAddress>,
+    servers: usize,
     by_start: HashMap<Option<u64>, Bytes>,
 }
 
@@ -197,8 +180,6 @@ impl Registry {
             None => found.secret,
         };
         let revision = found.feed.revision();
-        let mut health = Health::new(now, found.beats);
-        found.heard.into_iter().for_each(|(server, ids)| health.elsewhere(now, &server, Some(ids)));
         Ok(Registry {
             store,
             authority: Authority::load(&ca)?,
@@ -208,19 +189,13 @@ impl Registry {
             known: RwLock::new(Known { state: found.state, feed: found.feed }),
             writer: tokio::sync::Mutex::new(Writer {
                 guard: found.guard,
-                seen: found.revision,
                 stale: false,
                 audited: 0,
                 flushed: now.mono,
                 tidied: Duration::ZERO,
             }),
-            health: Mutex::new(health),
+            health: Mutex::new(Health::new(now, found.beats)),
             servers: RwLock::default(),
-            instance: random::id(),
-            following: AtomicBool::new(false),
-            guard: watch::Sender::new(found.guard),
-            duty_free: AtomicBool::new(!found.duty),
-            duty_until: AtomicU64::new(0),
             published: watch::Sender::new(revision),
             changed: Notify::new(),
             answers: Mutex::default(),
@@ -254,25 +229,12 @@ impl Registry {
         self.secret.as_ref()
     }
 
-    /// Where the servers are, this one first.
+    /// Where the servers are.
     pub fn servers(&self) -> Vec<ServerAddress> {
-        let mut all = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let known = self.known();
-        for address in known.state.servers.values().flatten() {
-            if !all.contains(address) {
-                all.push(address.clone());
-            }
-        }
-        all
+        self.servers.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Tells all servers where this one is, whose node has this id.
-    pub async fn announce(&self, now: Now, id: &str) -> Result<(), Refused> {
-        let own = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
-        self.change(now, |state| Ok(((), state.announce(id, &own)?))).await
-    }
-
-    /// Says where this server is.
+    /// Says where the servers are.
     pub fn set_servers(&self, servers: Vec<ServerAddress>) {
         *self.servers.write().unwrap_or_else(PoisonError::into_inner) = servers;
     }
@@ -441,11 +403,8 @@ impl Registry {
             let nodes: Vec<_> = nodes.map(|row| Patient { id: &row.record.id, ready: row.ready }).collect();
             self.health().tick(now, &nodes, self.purge_after)
         };
-        if !self.on_duty(now) {
-            return Ok(());
-        }
-        for part in verdict.parts() {
-            self.change(now, |state| Ok(((), judged(state, now, &part)))).await?;
+        if verdict != health::Verdict::default() {
+            self.change(now, |state| Ok(((), judged(state, now, &verdict)))).await?;
         }
         let (flush, tidy) = {
             let mut writer = self.writer.lock().await;
@@ -501,8 +460,8 @@ impl Registry {
         let known = self.known();
         let revision = known.feed.revision();
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        if answers.revision != revision || answers.servers != servers || answers.by_start.len() > 64 {
-            *answers = Answers { revision, servers: servers.clone(), by_start: HashMap::new() };
+        if answers.revision != revision || answers.servers != servers.len() || answers.by_start.len() > 64 {
+            *answers = Answers { revision, servers: servers.len(), by_start: HashMap::new() };
         }
         answers
             .by_start
@@ -543,22 +502,11 @@ impl Registry {
             match self.store.txn(Txn { compares, ops }).await {
                 Ok(Outcome::Done(revision)) => {
                     writer.guard = revision;
-                    self.guard.send_replace(revision);
                     self.counters.commits.fetch_add(1, Ordering::Relaxed);
                     self.settle(&plan, lines, revision);
                     return Ok(answer);
                 }
-                Ok(Outcome::Conflict) => {
-                    let was = writer.guard;
-                    drop(writer);
-                    // What came in between is on its way; where it does not come, everything is read again.
-                    let mut guard = self.guard.subscribe();
-                    let follows = self.following.load(Ordering::Relaxed);
-                    let moved = guard.wait_for(|guard| *guard > was);
-                    let late = !follows || tokio::time::timeout(LAG, moved).await.is_err();
-                    writer = self.writer.lock().await;
-                    writer.stale |= late && writer.guard == was;
-                }
+                Ok(Outcome::Conflict) => writer.stale = true,
                 Err(error) => {
                     writer.stale = !matches!(error, StoreError::Full { .. });
                     return Err(error.into());
@@ -610,24 +558,8 @@ impl Registry {
             OpenError::Store(error) => Refused::Store(error),
             other => Refused::BadRecord(other.to_string()),
         })?;
-        {
-            let mut known = self.known_mut();
-            let old = &known.state.nodes;
-            let new = &found.state.nodes;
-            let upsert: Vec<NodeRecord> = new
-                .iter()
-                .filter(|(id, row)| old.get(*id).is_none_or(|old| old.record != row.record))
-                .map(|(_, row)| row.record.clone())
-                .collect();
-            let remove: Vec<String> = old.keys().filter(|id| !new.contains_key(*id)).cloned().collect();
-            known.feed.reset(found.feed, upsert.into_iter(), &remove);
-            known.state = found.state;
-        }
-        self.health().all_elsewhere(Now::read(), found.heard, &self.instance);
-        self.duty_free.store(!found.duty, Ordering::Relaxed);
+        *self.known_mut() = Known { state: found.state, feed: found.feed };
         writer.guard = found.guard;
-        writer.seen = found.revision;
-        self.guard.send_replace(found.guard);
         writer.stale = false;
         self.changed.notify_one();
         Ok(())

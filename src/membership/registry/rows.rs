@@ -5,7 +5,6 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::space::BadSpace;
-use crate::membership::address::ServerAddress;
 use crate::membership::record::{NodeRecord, Role, State as Health};
 use crate::membership::settings::MaskSizes;
 use crate::membership::store::Op;
@@ -17,12 +16,6 @@ pub(super) const SECRET: &str = "secret";
 pub(super) const GUARD: &str = "guard";
 /// Written by each change of the node list: its revision is the list's.
 pub(super) const LIST: &str = "list";
-/// Which server judges (`presence`).
-pub(super) const DUTY: &str = "duty";
-/// Whom each server hears.
-pub(super) const HEARD: &str = "heard/";
-/// Where each server is, by its node's id.
-pub(super) const SERVER: &str = "server/";
 pub(super) const BEATS: &str = "beats";
 pub(super) const NODE: &str = "node/";
 pub(super) const GONE: &str = "gone/";
@@ -123,10 +116,6 @@ pub(super) struct Plan {
     pub(super) drop_gone: Vec<String>,
     pub(super) put_tokens: Vec<TokenRow>,
     pub(super) drop_tokens: Vec<String>,
-    /// Where servers are, by their node's id.
-    pub(super) put_servers: Vec<(String, Vec<ServerAddress>)>,
-    /// Ids.
-    pub(super) drop_servers: Vec<String>,
     pub(super) audit: Vec<AuditRow>,
 }
 
@@ -148,8 +137,6 @@ impl Plan {
         ops.extend(self.drop_gone.iter().map(|id| Op::delete(format!("{GONE}{id}"))));
         ops.extend(self.put_tokens.iter().map(|row| Op::put(format!("{TOKEN}{}", row.id), json(row))));
         ops.extend(self.drop_tokens.iter().map(|id| Op::delete(format!("{TOKEN}{id}"))));
-        ops.extend(self.put_servers.iter().map(|(id, at)| Op::put(format!("{SERVER}{id}"), json(at))));
-        ops.extend(self.drop_servers.iter().map(|id| Op::delete(format!("{SERVER}{id}"))));
         ops
     }
 }

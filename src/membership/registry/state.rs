@@ -13,7 +13,6 @@ use super::refused::Refused;
 use super::rows::{AuditRow, GoneRow, How, NodeRow, Plan, TokenRow};
 use super::space::{Exhausted, Space};
 use crate::key::MAX_LANES;
-use crate::membership::address::ServerAddress;
 use crate::membership::api::{JoinRequest, Myself};
 use crate::membership::clock::{Now, rfc3339};
 use crate::membership::random;
@@ -29,8 +28,6 @@ const REMEMBER: i64 = 366 * 86_400;
 const MAX_SKEW: i64 = 86_400;
 /// As long as a hash, and none.
 const NO_HASH: &str = "----------------------------------------------------------------";
-/// Rows of one kind that are tidied at once: stores limit the steps of a transaction.
-const MOST: usize = 30;
 const MAX_LABELS: usize = 64;
 const MAX_TEXT: usize = 256;
 
@@ -59,8 +56,6 @@ pub(super) struct State {
     pub(super) gone: HashMap<String, GoneRow>,
     gone_by_identity: HashMap<String, String>,
     pub(super) tokens: BTreeMap<String, TokenRow>,
-    /// Where servers are, by their node's id.
-    pub(super) servers: BTreeMap<String, Vec<ServerAddress>>,
     /// Keys of the audit log, oldest first.
     pub(super) audit: VecDeque<String>,
     pub(super) space: Space,
@@ -77,7 +72,6 @@ impl State {
             gone: HashMap::new(),
             gone_by_identity: HashMap::new(),
             tokens: BTreeMap::new(),
-            servers: BTreeMap::new(),
             audit: VecDeque::new(),
             space,
         }
@@ -102,12 +96,6 @@ impl State {
         }
         for id in &plan.drop_tokens {
             self.tokens.remove(id);
-        }
-        for (id, at) in &plan.put_servers {
-            self.servers.insert(id.clone(), at.clone());
-        }
-        for id in &plan.drop_servers {
-            self.servers.remove(id);
         }
     }
 
@@ -266,15 +254,6 @@ impl State {
         Ok(Plan { put_nodes: if changed { vec![row] } else { vec![] }, ..Plan::default() })
     }
 
-    /// A server says where it is.
-    pub(super) fn announce(&self, id: &str, at: &[ServerAddress]) -> Result<Plan, Refused> {
-        if !self.nodes.contains_key(id) {
-            return Err(Refused::NotMember);
-        }
-        let same = self.servers.get(id).is_some_and(|known| known == at);
-        Ok(Plan { put_servers: if same { vec![] } else { vec![(id.to_owned(), at.to_vec())] }, ..Plan::default() })
-    }
-
     /// A member that speaks none of our protocols.
     pub(super) fn add_foreign(
         &mut self,
@@ -379,10 +358,7 @@ impl State {
             }
         }
         let over = |t: &TokenRow| t.expires_at.is_some_and(|at| now.unix - at > REST);
-        plan.drop_tokens = self.tokens.values().filter(|t| over(t)).map(|t| t.id.clone()).take(MOST).collect();
-        // The rest has time until the next time.
-        plan.drop_gone.truncate(MOST);
-        plan.put_gone.truncate(MOST);
+        plan.drop_tokens = self.tokens.values().filter(|t| over(t)).map(|t| t.id.clone()).collect();
         plan
     }
 
@@ -556,7 +532,6 @@ fn removal(row: &NodeRow, now: Now, how: How) -> Plan {
             how,
         }],
         audit: vec![audit(now, what, Some(&row.record.name), None)],
-        drop_servers: if row.record.role == Role::Server { vec![row.record.id.clone()] } else { vec![] },
         ..Plan::default()
     }
 }

@@ -119,10 +119,6 @@ impl Server {
         tasks.spawn(keep_time(shared.clone()));
         let registry = shared.registry.clone();
         tasks.spawn(async move { registry.publish().await });
-        let registry = shared.registry.clone();
-        tasks.spawn(async move { registry.follow().await });
-        let registry = shared.registry.clone();
-        tasks.spawn(async move { registry.attend().await });
         Ok(Server { shared, address, _tasks: tasks })
     }
 

@@ -275,9 +275,4 @@ pub trait Store: Send + Sync + 'static {
 
     /// Ends a lease, and removes its keys.
     fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>>;
-
-    /// Whether several servers may have it open at once.
-    fn shared(&self) -> bool {
-        false
-    }
 }

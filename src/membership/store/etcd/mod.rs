@@ -363,10 +363,6 @@ impl Store for Etcd {
     fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(self.ended(lease))
     }
-
-    fn shared(&self) -> bool {
-        true
-    }
 }
 
 async fn follow(store: Etcd, mut stream: Stream, first: Watched, to: mpsc::Sender<Result<Vec<Event>, StoreError>>) {
