@@ -37,6 +37,7 @@ const PURE: &[&str] = &[
     "membership/registry/state.rs",
     "membership/server/limiter.rs",
     "membership/settings.rs",
+    "membership/store/endpoint.rs",
     "membership/token.rs",
     "doctor/checks.rs",
     "doctor/checks",

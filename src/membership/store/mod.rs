@@ -5,6 +5,8 @@
 //! with each transaction that changes something, and are never given twice.
 
 pub mod conformance;
+pub mod endpoint;
+pub mod sql;
 pub mod sqlite;
 
 use std::path::Path;
@@ -210,6 +212,7 @@ pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store
             let path = if rest.is_empty() { default } else { Path::new(rest) };
             Ok(Arc::new(Sqlite::open(path).await?))
         }
+        "mysql" | "mariadb" | "postgres" | "postgresql" => Ok(Arc::new(sql::remote::open(datastore, endpoint).await?)),
         _ => {
             // It may hold a password: what stands before it is enough.
             let problem = "not supported by this version; leave `datastore-endpoint` out for SQLite in `data-dir`";
