@@ -196,8 +196,8 @@ impl Server {
             }
             Kind::Postgres => {
                 let sql = format!(
-                    "DROP ROLE IF EXISTS not_there;\n DO $$ BEGIN CREATE ROLE {USER} LOGIN PASSWORD '{PASSWORD}';
-                    EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+                    "DO $$ BEGIN CREATE ROLE {USER} LOGIN PASSWORD '{PASSWORD}'; \
+                     EXCEPTION WHEN duplicate_object THEN NULL; END $$"
                 );
                 self.admin("postgres", &sql).await;
             }
