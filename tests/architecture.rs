@@ -32,6 +32,7 @@ const PURE: &[&str] = &[
     "membership/record.rs",
     "membership/registry/feed.rs",
     "membership/registry/health.rs",
+    "membership/registry/others.rs",
     "membership/registry/rows.rs",
     "membership/registry/space.rs",
     "membership/registry/state.rs",

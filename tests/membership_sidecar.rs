@@ -291,8 +291,8 @@ fn it_runs_without_privileges_and_refuses_what_it_cannot_do() {
     other.cluster_cidr = vec!["10.43.0.0/16".parse().unwrap()];
     ends_with(&other, "cluster-cidr");
     let mut other = settings.clone();
-    other.datastore.endpoint = Some(Secret::new("postgres://user:hush@db/mesh"));
-    ends_with(&other, "postgres://…");
+    other.datastore.endpoint = Some(Secret::new("cassandra://user:hush@db/mesh"));
+    ends_with(&other, "cassandra://…");
     let empty = TempDir::new().unwrap();
     ends_with(&agent_settings(empty.path(), None), "token");
     ends_with(&agent_settings(empty.path(), Some("mesh1xxxx")), "damaged");

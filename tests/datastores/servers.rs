@@ -68,7 +68,7 @@ impl Server {
                 std::fs::write(&secret, ADMIN_PASSWORD).unwrap();
                 let mut make = as_user(self.kind, &self.program.with_file_name("initdb"));
                 make.arg("-D").arg(&data).arg(format!("--pwfile={}", secret.display()));
-                make.args(["-U", ADMIN, "--auth=scram-sha-256", "--no-sync", "--locale=C", "-E", "UTF8"]);
+                make.args(["-U", ADMIN, "--auth=md5", "--no-sync", "--locale=C", "-E", "UTF8"]);
                 make
             }
         };
@@ -99,7 +99,16 @@ impl Server {
             }
             Kind::Postgres => {
                 run.arg("-D").arg(&data).arg("-k").arg(&data);
-                run.args(["-h", "127.0.0.1", "-p", &self.port.to_string(), "-c", "shared_buffers=16MB"]);
+                run.args([
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    &self.port.to_string(),
+                    "-c",
+                    "shared_buffers=16MB",
+                    "-c",
+                    "password_encryption=md5",
+                ]);
                 if !self.durable {
                     run.args(["-c", "fsync=off"]);
                 }

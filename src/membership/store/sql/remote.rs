@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions, PgSslMode};
 use tokio::time::timeout;
@@ -12,39 +11,12 @@ use super::errors::{self, Whose};
 use super::{CONNECT, Sql, schema};
 use crate::membership::settings::Datastore;
 use crate::membership::store::StoreError;
+use crate::membership::store::check::{Finding, Report};
 use crate::membership::store::endpoint::{Endpoint, Engine, TlsMode};
 
 /// How often a server asks whether there is something new. PostgreSQL says so itself; asking is the net below that.
 const POLL_MYSQL: Duration = Duration::from_millis(200);
 const POLL_POSTGRES: Duration = Duration::from_millis(500);
-
-/// What stands in the way of a store's use, with what to do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// What is wrong.
-    pub problem: String,
-    /// What to run or to change.
-    pub fix: String,
-    /// Whether a server works nevertheless.
-    pub warning: bool,
-}
-
-/// What a look at a store found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Report {
-    /// Which store, without secrets.
-    pub datastore: String,
-    /// Whether a server can use it.
-    pub ok: bool,
-    /// What answered, in its own words.
-    pub server: Option<String>,
-    /// Whether the connection was encrypted.
-    pub encrypted: Option<bool>,
-    /// The format of what is stored; 0: nothing yet.
-    pub format: Option<i64>,
-    /// What is wrong.
-    pub findings: Vec<Finding>,
-}
 
 /// Opens the database, and makes or migrates the tables.
 pub async fn open(datastore: &Datastore, text: &str) -> Result<Sql, StoreError> {
