@@ -3,9 +3,12 @@
 //! One test an engine, since its server takes a second or two to start; each story has a database of its own, whose
 //! character set or collation is the worst there is, since keys have to compare by their bytes everywhere.
 
+mod cluster;
 mod proxy;
 mod refusals;
 mod servers;
+#[path = "../sidecar/mod.rs"]
+mod sidecar;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -52,6 +55,8 @@ fn all(kind: Kind) {
     });
     a_restart_under_a_watch(&mut server);
     told("a restart under a watch");
+    cluster::two_servers(&server);
+    told("two servers");
 }
 
 async fn open(database: &meshd::membership::settings::Datastore) -> Sql {
@@ -161,13 +166,14 @@ async fn what_was_cut_is_done_once(server: &Server) {
 
 /// Somebody kills every session again and again: what was acknowledged is there, and nothing is there twice.
 async fn sessions_are_killed(server: &Server) {
+    const WRITES: u32 = 150;
     let database = server.database("killed").await;
     let store = Arc::new(open(&database).await);
     let mut watch = store.watch("", 0).await.unwrap();
     let writer = {
         let store = store.clone();
         tokio::spawn(async move {
-            for n in 0..300u32 {
+            for n in 0..WRITES {
                 assert_eq!(put(&*store, &format!("{n:04}"), b"x").await, u64::from(n) + 1);
             }
         })
@@ -185,15 +191,15 @@ async fn sessions_are_killed(server: &Server) {
                 kills += 1;
             }
         }
-        tokio::time::sleep(Duration::from_millis(40)).await;
+        tokio::time::sleep(Duration::from_millis(60)).await;
     }
     writer.await.unwrap();
     assert!(kills > 1, "positive control: {kills} kills");
     let mut seen = Vec::new();
-    while seen.len() < 300 {
+    while seen.len() < WRITES as usize {
         seen.extend(next(&mut watch).await.iter().map(Event::revision));
     }
-    assert_eq!(seen, (1..=300).collect::<Vec<_>>(), "the watch lost nothing either");
+    assert_eq!(seen, (1..=u64::from(WRITES)).collect::<Vec<_>>(), "the watch lost nothing either");
 }
 
 fn a_restart_under_a_watch(server: &mut Server) {

@@ -52,6 +52,8 @@ use super::token::{Token, TokenId, TokenSecret};
 
 /// A change is tried again so often when somebody came in between.
 const TRIES: usize = 20;
+/// What another server wrote is known here after so long, where nothing is wrong.
+const NEWS: Duration = Duration::from_millis(600);
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
 /// Heartbeats are stored this often, for people who ask after a restart.
@@ -346,6 +348,10 @@ impl Registry {
         from: Option<IpAddr>,
     ) -> Result<JoinAnswer, Refused> {
         if let Proof::Token(id, secret) = proof {
+            if self.shared && self.known().state.token(id, secret).is_err() {
+                // Another server may have made it a moment ago.
+                tokio::time::sleep(NEWS).await;
+            }
             // Guesses stop here: they cost no signature, and no turn in the queue of those who change something.
             self.known().state.token(id, secret).inspect_err(|_| {
                 self.counters.refusals.fetch_add(1, Ordering::Relaxed);

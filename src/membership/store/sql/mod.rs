@@ -33,10 +33,12 @@ const CUT: u64 = 1_000;
 /// Revisions that a watch reads at once.
 const WATCH_BATCH: u64 = 1000;
 /// A statement or transaction that takes this long is given up, and its connection with it.
-const LIMIT: Duration = Duration::from_secs(15);
+const LIMIT: Duration = Duration::from_secs(8);
 const CONNECT: Duration = Duration::from_secs(5);
-/// A write whose connection breaks is tried again for so long: a restart of the database is ridden out.
+/// A write whose connection breaks is tried again for so long, and at least so often (this process may have stood still
+/// meanwhile): a restart of the database is ridden out.
 const PATIENCE: Duration = Duration::from_secs(10);
+const TRIES: u64 = 3;
 /// Which connection is for what; where there is but one, it does everything.
 const WRITER: usize = 0;
 const READER: usize = 1;
@@ -84,6 +86,8 @@ enum Work {
 enum Failure {
     Sql(sqlx::Error),
     Store(StoreError),
+    /// No answer in [`LIMIT`].
+    Slow,
 }
 
 impl From<sqlx::Error> for Failure {
@@ -170,6 +174,10 @@ impl Sql {
         StoreError::Unavailable { place: self.0.place.clone(), detail: detail.into() }
     }
 
+    fn slow(&self) -> StoreError {
+        self.unavailable(format!("no answer in {} seconds", LIMIT.as_secs()))
+    }
+
     /// A connection for this purpose alone, made where there is none.
     async fn hold(&self, purpose: usize) -> Result<Held<'_>, StoreError> {
         let mut slot = self.0.slots[purpose.min(self.0.slots.len() - 1)].lock().await;
@@ -200,7 +208,7 @@ impl Sql {
                     last = Some(self.told(&error));
                 }
                 Ok(Err(error)) => return Err(self.told(&error)),
-                Err(_) => return Err(self.unavailable("no answer in 15 seconds")),
+                Err(_) => last = Some(self.slow()),
             }
         }
         Err(last.unwrap_or_else(|| self.unavailable("no answer")))
@@ -232,11 +240,14 @@ impl Sql {
                 Failure::Sql(error) => errors::is_conflict(error) || errors::is_lost(error),
                 // cannot be reached at this moment
                 Failure::Store(error) => tries > 1 && matches!(error, StoreError::Unavailable { .. }),
+                Failure::Slow => true,
             };
-            if !again || begun.elapsed() > PATIENCE || self.0.closed.load(Ordering::Relaxed) {
+            let enough = tries >= TRIES && begun.elapsed() > PATIENCE;
+            if !again || enough || self.0.closed.load(Ordering::Relaxed) {
                 return Err(match failed {
                     Failure::Sql(error) => self.told(&error),
                     Failure::Store(error) => error,
+                    Failure::Slow => self.slow(),
                 });
             }
             tokio::time::sleep(Duration::from_millis(5 + random::below(20 << tries.min(5)))).await;
@@ -247,11 +258,11 @@ impl Sql {
         let mut held = self.hold(WRITER).await.map_err(Failure::Store)?;
         let connection = held.connection().map_err(Failure::Store)?;
         let tried = timeout(LIMIT, attempt(connection, work, tag, perhaps)).await;
-        let tried = tried.unwrap_or_else(|_| Err(Failure::Store(self.unavailable("no answer in 15 seconds"))));
+        let tried = tried.unwrap_or(Err(Failure::Slow));
         let whole = match &tried {
             Ok(_) => true,
             Err(Failure::Sql(error)) if error.as_database_error().is_none() => false,
-            Err(Failure::Store(StoreError::Unavailable { .. })) => false,
+            Err(Failure::Slow | Failure::Store(StoreError::Unavailable { .. })) => false,
             Err(_) => connection.rollback().await,
         };
         if whole {
@@ -303,7 +314,7 @@ impl Sql {
                     last = Some(self.told(&error));
                 }
                 Ok(Err(error)) => return Err(self.told(&error)),
-                Err(_) => return Err(self.unavailable("no answer in 15 seconds")),
+                Err(_) => last = Some(self.slow()),
             }
         }
         Err(last.unwrap_or_else(|| self.unavailable("no answer")))
