@@ -4,8 +4,11 @@
 //! [`Store::txn`] has acknowledged survives any crash; a transaction happens whole or not at all; revisions grow by one
 //! with each transaction that changes something (by more where others write to the same etcd), and are never given twice.
 
+pub mod check;
 pub mod conformance;
+pub mod endpoint;
 pub mod etcd;
+pub mod sql;
 pub mod sqlite;
 
 use std::path::Path;
@@ -248,11 +251,28 @@ pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store
             Ok(Arc::new(Sqlite::open(path).await?))
         }
         "etcd" | "etcds" => Ok(Arc::new(etcd::open(datastore).await?)),
+        "mysql" | "mariadb" | "postgres" | "postgresql" => Ok(Arc::new(sql::remote::open(datastore, endpoint).await?)),
         _ => {
             // It may hold a password: what stands before it is enough.
             let problem = "not supported by this version; leave `datastore-endpoint` out for SQLite in `data-dir`";
             Err(StoreError::Unfit { place: format!("{scheme}://…"), problem: problem.to_owned() })
         }
+    }
+}
+
+/// Whether the store is one that several servers share.
+pub fn is_shared(datastore: &Datastore) -> bool {
+    kind(datastore) != "sqlite"
+}
+
+/// What kind of store it is, in a word.
+pub fn kind(datastore: &Datastore) -> &'static str {
+    let endpoint = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+    match endpoint.split_once("://").map_or("", |(scheme, _)| scheme) {
+        "mysql" | "mariadb" => "mysql",
+        "postgres" | "postgresql" => "postgres",
+        "etcd" | "etcds" => "etcd",
+        _ => "sqlite",
     }
 }
 

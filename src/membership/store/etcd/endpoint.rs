@@ -12,6 +12,11 @@ const PORT: u16 = 2379;
 /// Where Debian and its like keep the machine's certificate authorities.
 const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
 
+/// Whether the endpoint can be read; the error says what is wrong.
+pub fn check(endpoint: &str) -> Result<(), String> {
+    Place::parse(endpoint).map(drop)
+}
+
 /// Opens the etcd of `datastore-endpoint`: `etcd://[USER[:PASSWORD]@]HOST[:2379][,HOST…][/PREFIX]`, `etcds` with TLS.
 pub async fn open(datastore: &Datastore) -> Result<Etcd, StoreError> {
     let (access, prefix) = access(datastore).map_err(|problem| {
@@ -22,16 +27,32 @@ pub async fn open(datastore: &Datastore) -> Result<Etcd, StoreError> {
     Etcd::open(Gateway::new(access), &prefix).await
 }
 
+/// What an endpoint says.
+struct Place<'a> {
+    scheme: &'a str,
+    endpoints: Vec<(String, u16)>,
+    user: Option<(&'a str, Option<&'a str>)>,
+    prefix: &'a str,
+}
+
+impl<'a> Place<'a> {
+    fn parse(text: &'a str) -> Result<Self, String> {
+        let (scheme, rest) = text.split_once("://").ok_or("write `etcd://HOST:2379,HOST:2379`")?;
+        let (user, rest) = match rest.rsplit_once('@') {
+            Some((user, rest)) => (Some(user), rest),
+            None => (None, rest),
+        };
+        let (hosts, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let endpoints = hosts.split(',').map(|host| self::host(host.trim())).collect::<Result<Vec<_>, _>>()?;
+        let user = user.map(|user| user.split_once(':').map_or((user, None), |(user, word)| (user, Some(word))));
+        Ok(Place { scheme, endpoints, user, prefix: prefix.trim_end_matches('/') })
+    }
+}
+
 fn access(datastore: &Datastore) -> Result<(Access, String), String> {
     let text = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
-    let (scheme, rest) = text.split_once("://").ok_or("write `etcd://HOST:2379,HOST:2379`")?;
-    let (authority, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-    let (user, hosts) = match authority.rsplit_once('@') {
-        Some((user, hosts)) => (Some(user), hosts),
-        None => (None, authority),
-    };
-    let endpoints = hosts.split(',').map(|host| self::host(host.trim())).collect::<Result<Vec<_>, _>>()?;
-    let user = match user.map(|user| user.split_once(':').map_or((user, None), |(user, word)| (user, Some(word)))) {
+    let Place { scheme, endpoints, user, prefix } = Place::parse(text)?;
+    let user = match user {
         None if datastore.password.is_some() => {
             return Err("there is a password and no user: write `etcd://USER@HOST:2379`".to_owned());
         }
@@ -54,7 +75,7 @@ fn access(datastore: &Datastore) -> Result<(Access, String), String> {
         _ if wants_tls => return Err("certificates are for TLS: write `etcds://HOST:2379`".to_owned()),
         _ => None,
     };
-    let prefix = match prefix.trim_end_matches('/') {
+    let prefix = match prefix {
         "" => PREFIX.to_owned(),
         given => format!("{given}/"),
     };
@@ -83,16 +104,7 @@ fn number(text: &str) -> Option<u16> {
 
 /// RFC 3986 §2.1: `%40` is an `@`.
 fn unescaped(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let [first, more @ ..] = rest {
-        let hex = more.get(..2).filter(|_| *first == b'%').and_then(|hex| std::str::from_utf8(hex).ok());
-        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
-            Some(byte) => (bytes.push(byte), rest = &more[2..]).1,
-            None => (bytes.push(*first), rest = more).1,
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
 }
 
 #[cfg(test)]

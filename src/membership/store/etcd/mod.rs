@@ -21,7 +21,7 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 
-pub use self::endpoint::open;
+pub use self::endpoint::{check, open};
 pub use self::gateway::{Access, Gateway};
 use self::gateway::{CallError, OUT_OF_RANGE, PATIENCE, Stream};
 use self::rows::{Granted, Kept, Number, Range, Status, Txned, Watched, key};
