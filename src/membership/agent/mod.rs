@@ -363,22 +363,10 @@ impl Agent {
     }
 
     async fn join(&mut self, server: &ServerAddress) -> Result<(), ClientError> {
-        let mut join = self.join_request()?;
-        let answer: JoinAnswer = match self.credential.clone() {
-            Some(Credential::Token(token)) => {
-                // The hash is compared within the handshake: a stranger is never sent the token.
-                let mut connection = Connection::open(server, Trust::Hash(token.ca_hash), None).await?;
-                let secret = random::hex(&token.secret.0);
-                join.token =
-                    Some(TokenProof { id: token.id.to_string(), secret: super::settings::Secret::new(secret) });
-                connection.ask(Method::POST, "/v1/join", &join).await?
-            }
-            Some(Credential::Shared(secret)) => {
-                let mut connection = Connection::open(server, Trust::Unproven, None).await?;
-                connection.join_by_secret(secret.reveal(), join).await?
-            }
-            None => return Err(ClientError::Setup(AgentError::NoToken.to_string())),
-        };
+        let join = self.join_request()?;
+        let no_token = || ClientError::Setup(AgentError::NoToken.to_string());
+        let credential = self.credential.clone().ok_or_else(no_token)?;
+        let answer = ask_to_join(server, &credential, join).await?;
         self.keep_answer(server, &answer)
     }
 
@@ -576,6 +564,27 @@ impl Agent {
         match error {
             ClientError::Unreachable { .. } if self.member.is_none() => format!("waiting for a server: {error}"),
             other => other.to_string(),
+        }
+    }
+}
+
+/// Joins once, through that server.
+pub(super) async fn ask_to_join(
+    server: &ServerAddress,
+    credential: &Credential,
+    mut join: JoinRequest,
+) -> Result<JoinAnswer, ClientError> {
+    match credential {
+        Credential::Token(token) => {
+            // The hash is compared within the handshake: a stranger is never sent the token.
+            let mut connection = Connection::open(server, Trust::Hash(token.ca_hash), None).await?;
+            let secret = random::hex(&token.secret.0);
+            join.token = Some(TokenProof { id: token.id.to_string(), secret: super::settings::Secret::new(secret) });
+            connection.ask(Method::POST, "/v1/join", &join).await
+        }
+        Credential::Shared(secret) => {
+            let mut connection = Connection::open(server, Trust::Unproven, None).await?;
+            connection.join_by_secret(secret.reveal(), join).await
         }
     }
 }

@@ -117,7 +117,7 @@ impl Kept {
         let leaf = authority.peer_leaf(&names, now)?;
         // Both in one file: etcd, which reads it at each handshake, never sees one without the other.
         let key = pem("PRIVATE KEY", leaf.key.secret_der());
-        let both = zeroize::Zeroizing::new(format!("{}{}", pem("CERTIFICATE", &leaf.chain[0]), key.as_str()));
+        let both = zeroize::Zeroizing::new(format!("{}{}", pem("CERTIFICATE", &leaf.chain[0]).as_str(), key.as_str()));
         files::write_atomic(&self.certificate(), both.as_bytes())?;
         files::write_atomic(&self.roots(), pem("CERTIFICATE", authority.certificate()).as_bytes())?;
         Ok(leaf.renew_at)

@@ -11,6 +11,7 @@ pub mod kept;
 pub mod managed;
 pub mod members;
 mod process;
+pub mod tools;
 
 pub use self::kept::{Kept, KeptError, Phase};
 pub use self::managed::{Managed, ManagedError};

@@ -92,7 +92,7 @@ async fn supervise(
         let log = child.stderr.take();
         let ended = tokio::select! {
             ended = run(&mut child, log, &kept, &member, &told) => ended,
-            _ = stopped.wait_for(|stop| *stop) => {
+            () = told_to_stop(&mut stopped) => {
                 end(&mut child).await;
                 return;
             }
@@ -103,10 +103,14 @@ async fn supervise(
         }
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            _ = stopped.wait_for(|stop| *stop) => return,
+            () = told_to_stop(&mut stopped) => return,
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
+}
+
+async fn told_to_stop(stopped: &mut watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stop| *stop).await;
 }
 
 /// Until it ends, or is ended because it hangs.
@@ -179,7 +183,7 @@ fn command(program: &Path, kept: &Kept, member: &Member) -> Command {
     let cluster: Vec<String> = member.cluster.iter().map(|(name, url)| format!("{name}={url}")).collect();
     let certificate = kept.certificate().display().to_string();
     let roots = kept.roots().display().to_string();
-    let state = if member.phase == Phase::Filling || !member.joined { "new" } else { "existing" };
+    let state = if member.cluster.len() == 1 { "new" } else { "existing" };
     let mut command = Command::new(own);
     // A variable of the environment would win over what is said here.
     command.env_clear().arg("run-etcd").arg(program).arg("--data-dir").arg(kept.data());
@@ -203,7 +207,9 @@ fn command(program: &Path, kept: &Kept, member: &Member) -> Command {
         ("--logger", "zap"),
         ("--log-outputs", "stderr"),
     ];
-    pairs.iter().for_each(|(flag, value)| drop(command.args([*flag, *value])));
+    pairs.iter().for_each(|(flag, value)| {
+        command.args([*flag, *value]);
+    });
     command.args(["--client-cert-auth", "--peer-client-cert-auth"]);
     if member.phase == Phase::Resetting {
         command.arg("--force-new-cluster");

@@ -142,7 +142,11 @@ impl Snapshot {
             Ok(KeyValue { key, value, created: backup.revision, modified: backup.revision, lease: None })
         };
         let items = backup.items.into_iter().map(read).collect::<Result<Vec<_>, String>>()?;
-        if items.is_empty() { Err("the backup is empty".to_owned()) } else { Ok(Snapshot { revision: backup.revision, items }) }
+        if items.is_empty() {
+            Err("the backup is empty".to_owned())
+        } else {
+            Ok(Snapshot { revision: backup.revision, items })
+        }
     }
 }
 

@@ -54,7 +54,7 @@ pub struct Access {
 
 /// Why a call did not succeed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum CallError {
+pub(in crate::membership) enum CallError {
     /// No connection: nothing was asked.
     Unreached(String),
     /// The connection or the answer was lost: whether it was done is unknown.
@@ -154,7 +154,11 @@ impl Gateway {
     }
 
     /// Asks until a member answers, for something that may be done twice.
-    pub(super) async fn ask<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, CallError> {
+    pub(in crate::membership) async fn ask<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<T, CallError> {
         let start = Instant::now();
         loop {
             let error = match self.once(path, body).await {
@@ -169,7 +173,11 @@ impl Gateway {
     }
 
     /// Asks the best member once.
-    pub(super) async fn once<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, CallError> {
+    pub(in crate::membership) async fn once<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<T, CallError> {
         let wire = self.wire().await?;
         let endpoint = wire.endpoint.clone();
         let answer = match timeout(ANSWER, self.exchange(wire, path, body)).await {
@@ -282,7 +290,7 @@ impl Gateway {
     }
 
     /// The same error, for who uses a store.
-    pub(super) fn told(&self, error: CallError) -> StoreError {
+    pub(in crate::membership) fn told(&self, error: CallError) -> StoreError {
         let place = self.place();
         let unfit = |problem: &str| StoreError::Unfit { place: place.clone(), problem: problem.to_owned() };
         match error {
@@ -311,8 +319,21 @@ impl Gateway {
 }
 
 impl CallError {
+    /// Whether etcd says that there is no such thing.
+    pub(in crate::membership) fn is_not_found(&self) -> bool {
+        matches!(self, CallError::Refused { code: NOT_FOUND, .. })
+    }
+
+    /// What etcd says, where it says no.
+    pub(in crate::membership) fn refusal(&self) -> Option<&str> {
+        match self {
+            CallError::Refused { message, .. } => Some(message),
+            _ => None,
+        }
+    }
+
     /// Whether another try, or another member, may do better.
-    pub(super) fn may_pass(&self) -> bool {
+    pub(in crate::membership) fn may_pass(&self) -> bool {
         match self {
             CallError::Unreached(_) | CallError::Lost(_) => true,
             CallError::Refused { code, message } => {

@@ -22,9 +22,11 @@ use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 
 pub use self::endpoint::{check, open};
+pub(in crate::membership) use self::gateway::CallError;
 pub use self::gateway::{Access, Gateway};
-use self::gateway::{CallError, OUT_OF_RANGE, PATIENCE, Stream};
-use self::rows::{Granted, Kept, Number, Range, Status, Txned, Watched, key};
+use self::gateway::{OUT_OF_RANGE, PATIENCE, Stream};
+pub(in crate::membership) use self::rows::Number;
+use self::rows::{Granted, Kept, Range, Status, Txned, Watched, key};
 use super::{Event, KeyValue, LeaseId, Op, Outcome, Revision, Snapshot, Store, StoreError, Txn, Watch};
 use crate::membership::random;
 

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer};
 
 /// A 64-bit number, in quotes or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Number(pub(super) u64);
+pub(in crate::membership) struct Number(pub(in crate::membership) u64);
 
 impl<'de> Deserialize<'de> for Number {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
