@@ -41,6 +41,7 @@ mod pods;
 mod refused;
 mod reload;
 mod scale;
+mod servers;
 mod shaken;
 mod steered;
 mod storms;
