@@ -220,7 +220,7 @@ fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
         Role::Server => config::load::datastore(&config)?,
         _ => Datastore::default(),
     };
-    block_on(meshd::daemon::run(config, loader, Some(Join { role, token, datastore })))
+    block_on(meshd::daemon::run(config, loader, Some(Join { role, token, datastore: datastore.into() })))
 }
 
 /// What is missing for a first join. A server with neither makes a cluster of its own.

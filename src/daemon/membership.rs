@@ -47,7 +47,7 @@ pub struct Join {
     /// What it joins with; a node that has joined needs none.
     pub token: Option<Secret>,
     /// Where a server keeps its state.
-    pub datastore: Datastore,
+    pub datastore: Box<Datastore>,
 }
 
 /// Whether the node of that data directory is a member already.
@@ -149,7 +149,7 @@ impl Membership {
             self.join.token = config::load::token(config)?;
         }
         if self.join.role == Role::Server {
-            self.join.datastore = config::load::datastore(config)?;
+            self.join.datastore = config::load::datastore(config)?.into();
         }
         self.sidecar.configure(settings(config, &self.join));
         Ok(())
@@ -428,7 +428,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.node_cidr_mask_size = config.node_cidr_mask_size;
         settings.tls_san = config.tls_san.clone();
         settings.cluster_init = config.cluster_init;
-        settings.datastore = join.datastore.clone();
+        settings.datastore = (*join.datastore).clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
     }

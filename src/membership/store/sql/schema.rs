@@ -63,7 +63,7 @@ pub(super) const MAX_KEY: usize = 1024;
 const TABLES: [(&str, &str); 4] =
     [("meshd_state", "revision"), ("meshd_kv", "lease"), ("meshd_log", "lease"), ("meshd_lease", "ends")];
 /// Of the lock that PostgreSQL's migrations are behind: "meshd" in ASCII.
-const LOCK: i64 = 0x6d65_7368_64;
+const LOCK: i64 = 0x006d_6573_6864;
 
 /// Brings the tables to this version.
 pub(super) async fn migrate(connection: &mut Connection, whose: &Whose, place: &str) -> Result<(), StoreError> {
