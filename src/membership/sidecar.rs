@@ -244,8 +244,6 @@ async fn live(
     if let (Some(managed), Ok(members)) = (&mut managed, registry.members())
         && managed.part(members).await?
     {
-        let path = settings.data_dir.join(CLUSTER_ID);
-        files::remove(&path).map_err(|source| FileError { path, source })?;
         serving.send_replace(None);
         drop(server);
         out.closed().await;

@@ -165,7 +165,7 @@ fn a_server_is_removed_and_another_takes_its_place() {
     // a member that does not know yet learns it, and needs a token to come back
     c.token(None);
     c.spawn();
-    until_slowly("it is told", c, || c.reasons().contains("was removed") || c.log().contains("was removed"));
+    until_slowly("it is told", c, || c.log().contains("was removed from the cluster"));
     c.kill();
     std::fs::remove_dir_all(c.dir.join("data")).unwrap();
     let token = create(b, &["--role", "server"]);

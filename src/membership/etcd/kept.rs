@@ -162,10 +162,12 @@ impl Kept {
         Ok(())
     }
 
-    /// This server is no member any more.
+    /// This server is no member any more; to be one, it has to join again. It never makes a cluster of its own instead.
     pub fn forget(&self) -> Result<(), KeptError> {
-        let path = self.folder.join(MEMBER);
-        files::remove(&path).map_err(|source| FileError { path, source })?;
+        if let Some(mut member) = self.member()? {
+            (member.phase, member.joined) = (Phase::Joining, true);
+            self.write(&member)?;
+        }
         self.put_aside()
     }
 

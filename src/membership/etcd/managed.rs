@@ -206,8 +206,9 @@ impl Managed {
         if let Some(process) = self.process.take() {
             process.stop().await;
         }
-        self.member = None;
-        Ok(self.kept.forget()?)
+        self.kept.forget()?;
+        self.member = self.kept.member()?;
+        Ok(())
     }
 
     fn begin(&mut self, settings: &Settings, address: IpAddr) -> Result<Member, ManagedError> {
