@@ -1,6 +1,6 @@
 //! A further server on its way into the cluster: a node like any other first, then a member of the cluster's etcd.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use hyper::Method;
 use rustls::pki_types::CertificateDer;
 
+use super::kept::Member;
 use super::managed::ManagedError;
 use crate::membership::address::ServerAddress;
 use crate::membership::agent::keep::{Keep, Membership};
@@ -33,12 +34,19 @@ pub(super) struct Joiner {
 
 impl Joiner {
     /// The node as it has joined, now or earlier.
-    pub(super) async fn open(settings: &Settings, hello: &Hello) -> Result<Self, ManagedError> {
+    pub(super) async fn open(settings: &Settings, hello: &Hello, own: &Member) -> Result<Self, ManagedError> {
         let keep = Keep::open(&settings.data_dir)?;
         let mut servers: Vec<ServerAddress> =
             settings.servers.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(AgentError::Address)?;
         if let Some(member) = keep.membership()? {
+            let port = settings.bind_address.port();
+            let peers =
+                own.cluster.iter().filter_map(|(_, url)| url.strip_prefix("https://")?.parse::<SocketAddr>().ok());
+            servers.extend(peers.map(|peer| ServerAddress::from(SocketAddr::new(peer.ip(), port))));
             servers.extend(member.servers.iter().cloned());
+            let here = own.address.to_string();
+            let mut seen = std::collections::BTreeSet::new();
+            servers.retain(|server| server.host() != here && seen.insert(server.clone()));
             return Ok(Joiner { keep, member, servers });
         }
         let token = settings.token.as_ref().ok_or(AgentError::NoToken)?;
@@ -72,9 +80,8 @@ impl Joiner {
     }
 
     /// Whether the other servers think that this one is a member. `None`: nobody answers.
-    pub(super) async fn is_member(&self, name: &str, own: IpAddr) -> Option<bool> {
-        let own = own.to_string();
-        for server in self.servers.iter().filter(|server| server.host() != own) {
+    pub(super) async fn is_member(&self, name: &str) -> Option<bool> {
+        for server in &self.servers {
             let asked = self.one::<ServersAnswer>(server, Method::POST, "/v1/servers", &());
             match tokio::time::timeout(LOOK, asked).await {
                 Ok(Ok(answer)) => return Some(answer.members.iter().any(|member| member == name)),

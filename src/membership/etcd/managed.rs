@@ -180,6 +180,14 @@ impl Managed {
                 Ok(tls) => members.look(tls, &member.name, gone).await.map_err(ManagedError::from),
                 Err(error) => Err(error.into()),
             };
+            // Whom to ask when this server comes back, and the others have gone on without it.
+            let peers = members.peers();
+            if looked.is_ok() && !peers.is_empty() && peers != member.cluster {
+                let known = Member { cluster: peers, ..member.clone() };
+                if let Err(error) = self.keep(&known) {
+                    tracing::warn!("{error}");
+                }
+            }
             let error = looked.err().map(|error| error.to_string()).unwrap_or_default();
             if error != last && !error.is_empty() {
                 tracing::warn!("{error}");
@@ -280,7 +288,7 @@ impl Managed {
         settings: &Settings,
         hello: &Hello,
     ) -> Result<Member, ManagedError> {
-        let joiner = Joiner::open(settings, hello).await?;
+        let joiner = Joiner::open(settings, hello, &member).await?;
         let answer = match joiner.ask(member.address).await {
             Err(ManagedError::Client(ClientError::Refused { code, message })) if code == "removed" => {
                 self.forget().await?;
@@ -347,8 +355,8 @@ impl Managed {
         }
         // While this one was away the others may have gone on without it, or have been restored.
         if self.process.is_none() && Keep::open(&settings.data_dir)?.membership()?.is_some() {
-            let joiner = Joiner::open(settings, hello).await?;
-            if joiner.is_member(&member.name, member.address).await == Some(false) {
+            let joiner = Joiner::open(settings, hello, &member).await?;
+            if joiner.is_member(&member.name).await == Some(false) {
                 self.forget().await?;
                 return Err(ManagedError::Removed);
             }

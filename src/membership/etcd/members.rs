@@ -26,6 +26,7 @@ pub struct Members {
     authority: authority::Kept,
     token: String,
     view: Mutex<Vec<ServerMember>>,
+    peers: Mutex<Vec<(String, String)>>,
 }
 
 /// Why somebody is not admitted now.
@@ -75,7 +76,7 @@ struct Header {
 impl Members {
     /// Those of this store.
     pub fn new(store: Etcd, authority: authority::Kept, token: String) -> Self {
-        Members { store, authority, token, view: Mutex::default() }
+        Members { store, authority, token, view: Mutex::default(), peers: Mutex::default() }
     }
 
     /// Makes `name` at `address` a learner, as soon as nobody else is becoming a member. What is left of an earlier try of
@@ -141,7 +142,7 @@ impl Members {
     pub async fn look(&self, tls: Arc<ClientConfig>, own: &str, gone: impl Fn(&str) -> bool) -> Result<(), StoreError> {
         let members = self.list().await?;
         let mut seen = Vec::new();
-        let mut endpoints = Vec::new();
+        let (mut endpoints, mut peers) = (Vec::new(), Vec::new());
         for member in &members {
             if member.name != own && gone(&member.name) {
                 tracing::warn!(address = member.peers.join(","), "the etcd member of a server that was removed goes");
@@ -162,9 +163,11 @@ impl Members {
             if let Some(endpoint) = endpoint.filter(|_| !member.learner) {
                 let first = if member.name == own { 0 } else { endpoints.len() };
                 endpoints.insert(first, endpoint);
+                peers.extend(member.peers.first().map(|url| (member.name.clone(), url.clone())));
             }
         }
         self.gateway().set_endpoints(endpoints);
+        *self.peers.lock().unwrap_or_else(PoisonError::into_inner) = peers;
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = seen;
         Ok(())
     }
@@ -172,6 +175,11 @@ impl Members {
     /// What the last look saw.
     pub fn view(&self) -> Vec<ServerMember> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The full members' names and peer URLs, as the last look saw them.
+    pub fn peers(&self) -> Vec<(String, String)> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn lock(&self, name: &str) -> Result<(), MembersError> {
