@@ -2,10 +2,19 @@
 
 #[path = "membership/etcds.rs"]
 mod etcds;
+#[path = "membership/harness.rs"]
+#[allow(dead_code)]
+mod harness;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcds::Etcds;
+use meshd::membership::api::News;
+use meshd::membership::clock::Now;
+use meshd::membership::record::Role;
+use meshd::membership::registry::{Registry, Setup};
+use meshd::membership::server::Server;
 use meshd::membership::settings::Secret;
 use meshd::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
 use meshd::membership::store::{Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, conformance};
@@ -19,6 +28,54 @@ async fn does_what_every_store_must() {
     let Some(etcds) = Etcds::start("does_what_every_store_must", 1).await else { return };
     let store = etcds.store().await;
     tokio::time::timeout(Duration::from_secs(60), conformance::check(&store)).await.unwrap();
+}
+
+/// Servers over the store: what one stores, all know, under the same revisions.
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_over_one_store_know_the_same() {
+    let Some(etcds) = Etcds::start("servers_over_one_store_know_the_same", 1).await else { return };
+    let mut servers = Vec::new();
+    for _ in 0..3 {
+        let store: Arc<dyn Store> = Arc::new(etcds.store().await);
+        let setup = Setup { secret: Some(Secret::new("of them all")), shared: true, ..harness::setup() };
+        let registry = Arc::new(Registry::open(store, setup, Now::read()).await.unwrap());
+        let server = Server::start("127.0.0.1:0".parse().unwrap(), registry.clone(), &["127.0.0.1".to_owned()]).await;
+        let followed = registry.clone();
+        tokio::spawn(async move { panic!("{}", followed.follow().await) });
+        servers.push((registry, server.unwrap()));
+    }
+    let registries: Vec<_> = servers.iter().map(|(registry, _)| registry.clone()).collect();
+    let token = registries[0].mint(Now::read(), Role::Agent, None, None, None, "").await.unwrap();
+    until("the token is known everywhere", || registries.iter().all(|r| r.is_good(Now::read(), &token))).await;
+
+    // thirty at once, ten at each server
+    let joins = (0..30).map(|n| {
+        let (address, token) = (servers[n % 3].1.address().into(), token.clone());
+        async move { drop(harness::join(&address, &token, &format!("n{n}"), Role::Agent).await.unwrap()) }
+    });
+    futures::future::join_all(joins).await;
+    until("all know all", || registries.iter().all(|r| r.records().len() == 30)).await;
+    let list = |r: &Arc<Registry>| r.records().into_iter().map(|n| (n.id, n.subnets)).collect::<Vec<_>>();
+    assert!(registries.iter().all(|r| list(r) == list(&registries[0])), "and the same of all");
+    let subnets: std::collections::HashSet<_> = list(&registries[0]).into_iter().flat_map(|(_, nets)| nets).collect();
+    assert_eq!(subnets.len(), 30, "no subnet is there twice");
+    let News::List { revision, .. } = registries[0].local_news(None) else { panic!("a list") };
+    let late = harness::join(&servers[0].1.address().into(), &token, "late", Role::Agent).await.unwrap();
+    until("all know it", || registries.iter().all(|r| r.has(&late.member.id))).await;
+    for registry in &registries {
+        let news = registry.local_news(Some(revision));
+        assert!(matches!(&news, News::Delta { upsert, .. } if upsert.len() == 1), "a change, and no list: {news:?}");
+    }
+}
+
+async fn until(what: &str, good: impl Fn() -> bool) {
+    for _ in 0..600 {
+        if good() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{what}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -152,7 +152,7 @@ fn three_servers_outlive_the_leaders_node() {
 }
 
 #[test]
-#[ignore = "a minute; netns-scripts/chaos.sh runs it"]
+#[ignore = "half a minute: run with --ignored"]
 fn a_server_is_removed_and_another_takes_its_place() {
     let story = "a_server_is_removed_and_another_takes_its_place";
     let Some(mesh) = three(story) else { return };
@@ -181,7 +181,7 @@ fn a_server_is_removed_and_another_takes_its_place() {
 }
 
 #[test]
-#[ignore = "a minute; netns-scripts/chaos.sh runs it"]
+#[ignore = "half a minute: run with --ignored"]
 fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     let story = "a_lost_quorum_is_recovered_and_a_backup_restored";
     let Some(mesh) = three(story) else { return };
@@ -235,7 +235,7 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
 }
 
 #[test]
-#[ignore = "half a minute; netns-scripts/chaos.sh runs it"]
+#[ignore = "half half a minute: run with --ignored"]
 fn a_single_server_becomes_three_and_nobody_joins_again() {
     let story = "a_single_server_becomes_three_and_nobody_joins_again";
     let Some(plan) = builder(story) else { return };

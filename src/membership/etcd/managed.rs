@@ -150,7 +150,13 @@ impl Managed {
             Phase::Resetting => self.reset(program, member).await?,
             Phase::Member => self.resume(program, member, settings, hello).await?,
         };
-        let store = self.open(&member).await?;
+        let store = match self.open(&member).await {
+            Err(ManagedError::Removed) => {
+                self.forget().await?;
+                return Err(ManagedError::Removed);
+            }
+            other => other?,
+        };
         let authority = self.kept.authority()?.ok_or(ManagedError::Authority(AuthorityError::Damaged))?;
         let members = Members::new(store.clone(), authority, member.token.clone());
         self.gateway = Some(store.gateway().clone());
@@ -388,6 +394,9 @@ impl Managed {
         for _ in 0..50 {
             if gateway.answers().await {
                 return Ok(gateway);
+            }
+            if self.process.as_ref().is_some_and(|process| process.fare().removed) {
+                return Err(ManagedError::Removed);
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }

@@ -97,6 +97,10 @@ async fn supervise(
                 return;
             }
         };
+        if told.borrow().removed {
+            tracing::warn!("etcd ended, since its member was removed by the others");
+            return;
+        }
         tracing::warn!("etcd ended ({ended}); it starts again");
         if start.elapsed() >= STEADY {
             pause = FIRST_PAUSE;

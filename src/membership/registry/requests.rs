@@ -117,21 +117,24 @@ impl Registry {
             // they are concerned. Forwarding goes on without any.
             (self.others().servers.len().saturating_sub(1), None)
         };
-        json!({
+        let mut status = json!({
             "cluster": self.cluster(),
             "datastore": if self.datastore.is_empty() { "sqlite" } else { self.datastore },
             "revision": *self.published.borrow(),
             "addresses": self.servers(),
             "servers": servers,
             "tolerance": tolerance,
-            "summary": summary,
             "nodes": {
                 "ready": count(Readiness::Ready),
                 "not-ready": count(Readiness::NotReady),
                 "draining": count(Readiness::Draining),
             },
             "warnings": warnings,
-        })
+        });
+        if let Some(summary) = summary {
+            status["summary"] = json!(summary);
+        }
+        status
     }
 
     fn is_of(&self, member: &ServerMember, id: &str) -> bool {

@@ -75,7 +75,16 @@ async fn readyz(State(app): App) -> Response {
     let reasons: Vec<String> = match timeout(READY, app.registry.check()).await {
         Ok(Ok(())) => vec![],
         Ok(Err(error)) => vec![error.to_string()],
-        Err(_) => vec!["the store does not answer".to_owned()],
+        Err(_) => {
+            let members = app.registry.members().map(|members| members.view()).unwrap_or_default();
+            let all = members.iter().filter(|member| !member.learner).count();
+            let there = members.iter().filter(|member| !member.learner && member.answers).count();
+            let mut reasons = vec!["the store does not answer".to_owned()];
+            if all > 0 && there <= all / 2 {
+                reasons.push(format!("{there} of {all} servers' etcds answered last, and more than half have to"));
+            }
+            reasons
+        }
     };
     let status = if reasons.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     json(status, &serde_json::json!({ "ready": reasons.is_empty(), "reasons": reasons }))
