@@ -87,19 +87,29 @@ fn leader(node: &Node) -> String {
     name
 }
 
-/// All at once, as a machine that loses its power.
-fn power_off(node: &Node) {
-    let sidecar = node.sidecar().unwrap();
-    let children = std::fs::read_to_string(format!("/proc/{sidecar}/task/{sidecar}/children")).unwrap_or_default();
-    let mut pids: Vec<u32> = children.split_whitespace().filter_map(|pid| pid.parse().ok()).collect();
-    for thread in std::fs::read_dir(format!("/proc/{sidecar}/task")).unwrap().flatten() {
+/// The process ids of what the sidecar runs.
+fn children(node: &Node) -> Vec<u32> {
+    let Some(sidecar) = node.sidecar() else { return vec![] };
+    let mut pids = Vec::new();
+    for thread in std::fs::read_dir(format!("/proc/{sidecar}/task")).into_iter().flatten().flatten() {
         let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
         pids.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
     }
-    pids.push(sidecar);
-    pids.sort_unstable();
-    pids.dedup();
-    for pid in pids {
+    pids
+}
+
+/// Sends it to the node's etcd, and waits until another one runs.
+#[track_caller]
+fn etcd_is_replaced(node: &Node, signal: Signal) {
+    let before = children(node);
+    assert_eq!(before.len(), 1, "{before:?}");
+    kill(Pid::from_raw(before[0].cast_signed()), signal).unwrap();
+    until_slowly("another etcd runs", node, || matches!(&children(node)[..], [pid] if *pid != before[0]));
+}
+
+/// All at once, as a machine that loses its power.
+fn power_off(node: &Node) {
+    for pid in children(node).into_iter().chain(node.sidecar()) {
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
     }
     node.kill();
@@ -145,6 +155,8 @@ fn three_servers_outlive_the_leaders_node() {
         good(mesh.node(node), "3 servers, 1 may fail");
     }
     has_peers(dead, 4);
+    etcd_is_replaced(dead, Signal::SIGKILL);
+    until_slowly("it is a member again", dead, || dead.ctl(&["token", "create"]).code == 0);
     for node in ["a", "b", "c", "d", "e"] {
         let log = mesh.node(node).log();
         assert!(!log.contains(&token) && !log.contains("PRIVATE KEY"), "{log}");
@@ -178,6 +190,18 @@ fn a_server_is_removed_and_another_takes_its_place() {
     // one that runs goes by itself
     assert_eq!(c.ctl(&["leave"]).code, 0);
     good(a, "2 servers, none may fail");
+}
+
+#[test]
+#[ignore = "a minute: run with --ignored"]
+fn an_etcd_that_hangs_is_replaced() {
+    let Some(plan) = builder("an_etcd_that_hangs_is_replaced") else { return };
+    let mesh = plan.server("a").set("cluster-init", true).build();
+    let a = mesh.node("a");
+    a.restart();
+    create(a, &[]);
+    etcd_is_replaced(a, Signal::SIGSTOP);
+    until_slowly("it works again", a, || a.ctl(&["token", "create"]).code == 0);
 }
 
 #[test]

@@ -122,7 +122,7 @@ impl Managed {
         if member.is_none() && joins && database.exists() {
             return Err(ManagedError::OwnCluster(database));
         }
-        let renew_at = OffsetDateTime::UNIX_EPOCH;
+        let renew_at = Now::read().date();
         Ok(Some(Managed { kept, database, member, process: None, gateway: None, renew_at }))
     }
 
