@@ -19,6 +19,8 @@ use crate::membership::store::{Compare, LeaseId, Op, Outcome, Store, StoreError,
 const JOINING: &str = "joining";
 /// Who does not say that it goes on for so long has given up.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A member that does not answer for so long is said not to.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// The members, through the one beside this server.
 pub struct Members {
@@ -241,8 +243,8 @@ impl Members {
 async fn status(endpoint: (String, u16), tls: Arc<ClientConfig>) -> Option<Status> {
     let gateway = Gateway::new(Access { endpoints: vec![endpoint], tls: Some(tls), user: None });
     let nothing = json!({});
-    let asked = gateway.once::<Status>("/v3/maintenance/status", &nothing);
-    tokio::time::timeout(Duration::from_secs(2), asked).await.ok()?.ok()
+    let asked = gateway.once::<Status>("/v3/maintenance/status", &nothing, ANSWER);
+    asked.await.ok()
 }
 
 fn endpoint(url: &str) -> Option<(String, u16)> {

@@ -30,7 +30,9 @@ use crate::membership::store::StoreError;
 /// A connection is made in so long, or the next member is tried.
 const CONNECT: Duration = Duration::from_secs(2);
 /// etcd gives up on its own quorum after 7 s.
-const ANSWER: Duration = Duration::from_secs(8);
+pub(super) const ANSWER: Duration = Duration::from_secs(8);
+/// What was on its way to a leader that died is lost, which etcd itself finds out after those 7 s: the first try is shorter.
+pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// All tries of one call together.
 pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 /// A member that failed is the last choice for so long.
@@ -142,7 +144,7 @@ impl Gateway {
     /// Whether the member answers at all, with a quorum or without.
     pub async fn answers(&self) -> bool {
         !matches!(
-            self.once::<Value>("/v3/maintenance/status", &json!({})).await,
+            self.once::<Value>("/v3/maintenance/status", &json!({}), ANSWER).await,
             Err(CallError::Unreached(_) | CallError::Lost(_))
         )
     }
@@ -160,11 +162,13 @@ impl Gateway {
         body: &Value,
     ) -> Result<T, CallError> {
         let start = Instant::now();
+        let mut patience = FIRST_ANSWER;
         loop {
-            let error = match self.once(path, body).await {
+            let error = match self.once(path, body, patience).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
+            patience = (patience * 2).min(ANSWER);
             if !error.may_pass() || start.elapsed() + PAUSE >= PATIENCE {
                 return Err(error);
             }
@@ -177,10 +181,11 @@ impl Gateway {
         &self,
         path: &str,
         body: &Value,
+        patience: Duration,
     ) -> Result<T, CallError> {
         let wire = self.wire().await?;
         let endpoint = wire.endpoint.clone();
-        let answer = match timeout(ANSWER, self.exchange(wire, path, body)).await {
+        let answer = match timeout(patience, self.exchange(wire, path, body)).await {
             Ok(answer) => answer,
             Err(_) => Err(CallError::Lost(format!("{endpoint} does not answer in time"))),
         };

@@ -23,8 +23,8 @@ use tokio::sync::{Mutex, mpsc};
 
 pub use self::endpoint::{check, open};
 pub(in crate::membership) use self::gateway::CallError;
+use self::gateway::{ANSWER, FIRST_ANSWER, OUT_OF_RANGE, PATIENCE, Stream};
 pub use self::gateway::{Access, Gateway};
-use self::gateway::{OUT_OF_RANGE, PATIENCE, Stream};
 pub(in crate::membership) use self::rows::Number;
 use self::rows::{Granted, Kept, Range, Status, Txned, Watched, key};
 use super::{Event, KeyValue, LeaseId, Op, Outcome, Revision, Snapshot, Store, StoreError, Txn, Watch};
@@ -195,7 +195,7 @@ impl Etcd {
         let mut marker = self.0.marker.lock().await;
         marker.count += 1;
         let value = marker.count.to_string().into_bytes();
-        let mut renewed = false;
+        let (mut renewed, mut patience) = (false, FIRST_ANSWER);
         loop {
             let lease = self.marker_lease(&mut marker).await?;
             let mut compares = compares.to_vec();
@@ -205,7 +205,7 @@ impl Etcd {
             steps.push(json!({ "request_put": own }));
             let look = json!([{ "request_range": { "key": marker.key } }]);
             let ask = json!({ "compare": compares, "success": steps, "failure": look });
-            match self.0.gateway.once::<Txned>("/v3/kv/txn", &ask).await {
+            match self.0.gateway.once::<Txned>("/v3/kv/txn", &ask, patience).await {
                 Ok(done) if done.succeeded => {
                     marker.modified = done.header.revision.0;
                     return Ok(Some(Outcome::Done(self.outer(done.header.revision))));
@@ -225,6 +225,7 @@ impl Etcd {
                 }
                 Err(error) if error.may_pass() && start.elapsed() < PATIENCE => {
                     tracing::debug!("etcd: {error:?}, which is tried again");
+                    patience = (patience * 2).min(ANSWER);
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
                 Err(error) => {
