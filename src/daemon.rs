@@ -431,7 +431,7 @@ impl Daemon {
         }
     }
 
-    /// A new list: applied, or held back when it would remove most peers.
+    /// A new list: applied, or held back when it would take too much from most peers.
     async fn offer(&mut self, list: NodeList, accepted: bool) {
         let old = self.shared.list.load_full();
         if let Err(error) = nodes_file::own(&list, &self.config.node_name) {
@@ -449,11 +449,9 @@ impl Daemon {
             _ => false,
         };
         match judge(&old, &list, &self.config.node_name, accepted || confirmed) {
-            Verdict::HoldBack { removed, of } => {
-                let message = format!(
-                    "the new node list would remove {removed} of {of} peers, so it is held back: \
-                     `meshctl nodes accept` applies it"
-                );
+            verdict @ Verdict::HoldBack { .. } => {
+                let message =
+                    format!("the new node list {verdict}, so it is held back: `meshctl nodes accept` applies it");
                 self.shared.problem(Concern::HeldBack, message);
                 self.shared.hold(Some(list));
                 if let Source::Members(members) = &mut self.source {
