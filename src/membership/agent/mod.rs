@@ -35,6 +35,9 @@ use super::token::{BadToken, Credential};
 
 /// A server that refuses is asked again after this long, and up to half as long again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+/// A proof of the shared secret lets whoever is in between try one guess, so the pause between proofs grows: 10 s doubled
+/// this often is 640 s, or 135 guesses a day.
+const MAX_DOUBLINGS: u32 = 6;
 /// The copy of the list is written this often at most.
 const KEEP_LIST: Duration = Duration::from_secs(30);
 
@@ -201,6 +204,8 @@ pub struct Agent {
     list_kept: Duration,
     /// What the servers do not like about what this node says of itself.
     unwell: Option<String>,
+    /// How often this run has tried to prove the shared secret to a server.
+    proofs: u32,
 }
 
 /// Why a connection was given up.
@@ -260,6 +265,7 @@ impl Agent {
             renew_at: 0,
             list_kept: Duration::ZERO,
             unwell: None,
+            proofs: 0,
         };
         agent.set_member(member);
         let servers = agent.balancer.servers().iter().map(ToString::to_string).collect();
@@ -292,8 +298,10 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.view.problem(self.waiting(error));
-                    if matches!(error, ClientError::Refused { .. }) {
-                        let pause = REFUSED_PAUSE + REFUSED_PAUSE.mul_f64(random::below(500) as f64 / 1000.0);
+                    if matches!(error, ClientError::Refused { .. }) || self.proofs > 0 {
+                        let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
+                        let pause = REFUSED_PAUSE * (1 << doublings);
+                        let pause = pause + pause.mul_f64(random::below(500) as f64 / 1000.0);
                         if let Some(end) = self.pause(pause).await
                             && self.ended(&end).await
                         {
@@ -375,6 +383,7 @@ impl Agent {
             }
             Some(Credential::Shared(secret)) => {
                 let mut connection = Connection::open(server, Trust::Unproven, None).await?;
+                self.proofs = self.proofs.saturating_add(1);
                 connection.join_by_secret(secret.reveal(), join).await?
             }
             None => return Err(ClientError::Setup(AgentError::NoToken.to_string())),
@@ -394,6 +403,7 @@ impl Agent {
     fn keep_answer(&mut self, server: &ServerAddress, answer: &JoinAnswer) -> Result<(), ClientError> {
         let name = self.name();
         let member = self.keep.joined(&name, self.settings.role, answer).map_err(setup)?;
+        self.proofs = 0;
         tracing::info!(id = member.id, cluster = member.cluster, "joined through {server}");
         self.balancer.learn(&member.servers);
         self.set_member(Some(member));
