@@ -103,6 +103,8 @@ pub struct Settings {
     pub control_only: bool,
     /// `purge-after` in seconds; `None` is off.
     pub purge_after: Option<u64>,
+    /// `lb-server-port`; `None` is off.
+    pub lb_server_port: Option<u16>,
     /// `cni-conf-dir`
     pub cni_conf_dir: Option<PathBuf>,
     /// `subnet-file`
@@ -171,6 +173,7 @@ impl Config {
             node_taints: layers.many("node-taint", membership::taint, same_text)?,
             control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
             purge_after: layers.one("purge-after", membership::purge_after)?.flatten(),
+            lb_server_port: layers.one("lb-server-port", membership::lb_server_port)?.flatten(),
             cni_conf_dir: layers.one("cni-conf-dir", values::path)?,
             subnet_file: layers.one("subnet-file", values::path)?,
             nodes_file: layers.one("nodes-file", values::path)?,
@@ -234,6 +237,7 @@ impl Config {
             "node-taint" => a.node_taints != b.node_taints,
             "control-only" => a.control_only != b.control_only,
             "purge-after" => a.purge_after != b.purge_after,
+            "lb-server-port" => a.lb_server_port != b.lb_server_port,
             "cni-conf-dir" => a.cni_conf_dir != b.cni_conf_dir,
             "subnet-file" => a.subnet_file != b.subnet_file,
             "nodes-file" => a.nodes_file != b.nodes_file,

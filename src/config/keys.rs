@@ -107,6 +107,12 @@ pub const KEYS: &[Key] = &[
     key("control-only", "true|false", "`meshd server`: no workload subnet, one overlay address", "false"),
     live("purge-after", "off|TIME", "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)", "off"),
     live(
+        "lb-server-port",
+        "off|PORT",
+        "Local TCP port that leads to port 6443 of the servers, as RKE2's 6444 does",
+        "off",
+    ),
+    live(
         "cni-conf-dir",
         "DIR",
         "Where to write a CNI configuration for this node's subnet (bridge, host-local)",

@@ -139,6 +139,15 @@ pub(super) fn purge_after(text: &str) -> Read<Option<u64>> {
     seconds.filter(|s| *s >= 60).map(Some).ok_or_else(|| WANTED.into())
 }
 
+/// A TCP port; `None` for `off`.
+pub(super) fn lb_server_port(text: &str) -> Read<Option<u16>> {
+    match (text, text.parse::<u16>()) {
+        ("off", _) => Ok(None),
+        (_, Ok(port)) if port != 0 => Ok(Some(port)),
+        _ => Err("use `off`, or a TCP port, such as 6444".into()),
+    }
+}
+
 fn cidr(text: &str) -> Read<IpNet> {
     let net: IpNet = text.parse().map_err(|_| Refusal::from("write a prefix such as `10.42.0.0/16`"))?;
     if net.trunc() != net {

@@ -434,6 +434,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.datastore_endpoint = config.datastore_endpoint.clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
+        settings.lb_server_port = config.lb_server_port;
     }
     settings
 }

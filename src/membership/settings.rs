@@ -64,6 +64,9 @@ pub struct Settings {
     /// `purge-after` in seconds, server only; `None`: off.
     #[serde(default)]
     pub purge_after: Option<u64>,
+    /// `lb-server-port`: the local port that leads to the servers; `None`: off.
+    #[serde(default)]
+    pub lb_server_port: Option<u16>,
     /// `log`: a tracing filter.
     #[serde(default = "info")]
     pub log: String,
@@ -89,6 +92,7 @@ impl Settings {
             node_taints: Vec::new(),
             control_only: false,
             purge_after: None,
+            lb_server_port: None,
             log: info(),
             log_format: LogFormat::default(),
         }

@@ -4,6 +4,7 @@
 //! nothing that a server says or does not say ends it, short of removal. [`local`] does the same for a server's own node.
 
 mod balancer;
+pub(crate) mod forward;
 pub mod keep;
 pub mod local;
 
