@@ -7,6 +7,7 @@
 pub mod ask;
 mod attach;
 mod data_plane;
+mod hints;
 mod kept;
 mod lives;
 mod logging;
@@ -73,6 +74,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
+    let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
 
     let mut host_changes = Watch::open()?;
     let mut poll = interval(POLL);
@@ -111,6 +113,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         }
         None => daemon.stop().await,
     }
+    hints.abort();
     admin.abort();
     admin.await.ok();
     Ok(())

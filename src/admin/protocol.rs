@@ -230,8 +230,11 @@ pub struct PeerView {
     pub last_seen_ms: Option<u64>,
     /// Round-trip time of the last probe.
     pub rtt_us: Option<u64>,
-    /// The largest underlay packet that reaches it.
+    /// The longest inner IP packet that the path to it takes.
     pub path_mtu: u32,
+    /// How that is known; `None`: it follows from this node's own link.
+    #[serde(default)]
+    pub path: Option<PathView>,
     /// Inner packets sent to it.
     pub tx_packets: u64,
     /// Inner bytes sent to it.
@@ -240,6 +243,33 @@ pub struct PeerView {
     pub rx_packets: u64,
     /// Inner bytes received from it.
     pub rx_bytes: u64,
+}
+
+/// What is known of the path to a peer (RFC 8899).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathView {
+    /// How far the search is.
+    pub search: Search,
+    /// How long ago a probe of the size in use was answered.
+    pub confirmed_ms: Option<u64>,
+    /// How often the size in use stopped arriving.
+    pub black_holes: u32,
+}
+
+/// The states of RFC 8899 §5.2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Search {
+    /// The peer does not answer probes at present; what was found before is kept for ten minutes.
+    Disabled,
+    /// What was in use does not arrive any more.
+    Base,
+    /// Something larger is being looked for.
+    Searching,
+    /// The largest size is known.
+    SearchComplete,
+    /// Not even the base size arrives.
+    Error,
 }
 
 /// A WireGuard session with a peer.

@@ -31,6 +31,7 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             last_seen_ms: None,
             rtt_us: None,
             path_mtu: 1450,
+            path: None,
             tx_packets: 0,
             tx_bytes: 0,
             rx_packets: 0,

@@ -8,6 +8,7 @@
 
 pub mod bfd;
 pub mod checksum;
+pub mod echo;
 pub mod ethernet;
 pub mod icmp;
 pub mod ip;

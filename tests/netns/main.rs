@@ -37,6 +37,7 @@ mod mesh;
 mod mtu;
 mod namespace;
 mod nested;
+mod path;
 mod pods;
 mod refused;
 mod reload;
