@@ -8,8 +8,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use tokio::net::UdpSocket;
 
 use super::view::Shared;
 use crate::engine::tables::Tables;
@@ -33,11 +32,11 @@ async fn of_family(shared: &Shared, v6: bool) -> io::Result<()> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
     let socket = Socket::new(domain, Type::RAW.nonblocking().cloexec(), Some(protocol))?;
     icmp::only_too_big(socket.as_fd(), v6)?;
-    let socket = AsyncFd::register_with_interest(socket, Interest::READABLE)?;
+    // tokio has no type for raw sockets; receiving is the same
+    let socket = UdpSocket::from_std(socket.into())?;
     let mut room = [0; 256];
     loop {
-        let read = |socket: &Socket| io::Read::read(&mut &*socket, &mut room);
-        let len = socket.async_io(Interest::READABLE, read).await?;
+        let len = socket.recv(&mut room).await?;
         if let Some(said) = read_too_big(room.get(..len).unwrap_or_default(), v6) {
             let now_us = shared.started.elapsed().as_micros() as u64;
             hand_on(&shared.tables.load(), now_us, said);

@@ -385,7 +385,8 @@ impl Outbound {
             }
             _ => {}
         }
-        self.answer(now_ms, |room| icmp::too_big(packet, bytes, mtu as u16, room));
+        let told = if packet.is_v6() { mtu.max(V6_MIN_MTU) } else { mtu };
+        self.answer(now_ms, |room| icmp::too_big(packet, bytes, told as u16, room));
         None
     }
 

@@ -35,6 +35,7 @@ fn underlay_takes(mesh: &Mesh, names: &[&str], mtu: u32) {
 
 /// A TCP stream that never ends, and for how long nothing of it arrived at most.
 struct Stream {
+    to: IpAddr,
     stop: Arc<AtomicBool>,
     worst_us: Arc<AtomicU64>,
     bytes: Arc<AtomicU64>,
@@ -66,7 +67,13 @@ impl Stream {
                 }
             }
         };
-        Stream { stop, worst_us, bytes, threads: vec![std::thread::spawn(send), std::thread::spawn(receive)] }
+        Stream {
+            to: address,
+            stop,
+            worst_us,
+            bytes,
+            threads: vec![std::thread::spawn(send), std::thread::spawn(receive)],
+        }
     }
 
     /// The longest pause since this was asked last.
@@ -74,9 +81,12 @@ impl Stream {
         Duration::from_micros(self.worst_us.swap(0, Ordering::Relaxed))
     }
 
+    #[track_caller]
     fn goes_on(&self) {
         let before = self.bytes.load(Ordering::Relaxed);
-        until("the stream goes on", || self.bytes.load(Ordering::Relaxed) > before + (256 << 10));
+        until(&format!("the stream to {} goes on", self.to), || {
+            self.bytes.load(Ordering::Relaxed) > before + (256 << 10)
+        });
     }
 
     fn end(self) {
@@ -144,10 +154,10 @@ fn a_black_hole_is_left_through_a_tunnel() {
 fn jumbo_is_used_between_those_who_have_it() {
     let story = "jumbo_is_used_between_those_who_have_it";
     let Some(mesh) = Builder::new(story) else { return };
-    let mesh = mesh.profile('c').underlay_mtu(9000).node("a").node("b").node("c").start();
+    let mesh = mesh.profile('c').underlay_mtu(9000).node("a").node("b").node("c").build();
     let [a, b, c] = mesh.three(["a", "b", "c"]);
-    finds(a, "b", 8950);
-    mesh.switch.sh("ip link set p-c mtu 1500");
+    underlay_takes(&mesh, &["c"], 1500);
+    mesh.start();
     finds(a, "c", 1450);
     finds(a, "b", 8950);
     assert!(a.ns.succeeds(&format!("ping -n -c 1 -W 5 -M do -s 8922 {}", b.overlay(V4))));
