@@ -16,7 +16,7 @@ const MAX_CONFIRMS: u8 = 4;
 /// PROBE_TIMER (RFC 8899 §5.1.1), in microseconds: four round trips, within these.
 const PROBE_US: (u64, u64) = (200_000, 3_000_000);
 /// CONFIRMATION_TIMER: how often a size that packets travel with is confirmed (black-hole detection, RFC 8899 §4.3).
-const CONFIRM_US: u64 = 500_000;
+const CONFIRM_US: u64 = 400_000;
 /// PMTU_RAISE_TIMER: how often something larger is tried. The RFC's ten minutes are for who pays for each probe.
 const RAISE_US: u64 = 10_000_000;
 /// How often the base size is tried where not even that arrives.
@@ -225,10 +225,10 @@ impl PathMtu {
     /// authenticates that; what is in use is confirmed now rather than later, and what was said is tried first
     /// (RFC 8899 §4.6.2).
     pub fn hint(&mut self, now_us: u64, size: u16) {
-        let fresh = self.confirmed_us.is_some_and(|us| now_us < us + HINT_US);
-        if self.state == State::SearchComplete && size < self.current && !fresh {
+        if self.state == State::SearchComplete && size < self.current {
             self.hint = Some(size);
-            self.confirm_us = self.confirm_us.min(now_us);
+            let soon = self.confirmed_us.map_or(now_us, |us| now_us.max(us + HINT_US));
+            self.confirm_us = self.confirm_us.min(soon);
             self.sent_bytes = 0;
         }
     }

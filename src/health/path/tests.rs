@@ -74,7 +74,7 @@ fn what_fits_from_the_beginning_costs_one_probe() {
 fn traffic_is_watched_and_silence_is_not() {
     let mut lab = Lab::new(1450);
     lab.run(1_000, false).run(10_000, true);
-    assert!((18..=24).contains(&lab.probes.len()), "twice a second: {}", lab.probes.len());
+    assert!((22..=30).contains(&lab.probes.len()), "some times a second: {}", lab.probes.len());
     let before = lab.probes.len();
     lab.run(60_000, false);
     assert!(lab.probes.len() <= before + 1);
@@ -102,7 +102,7 @@ fn a_black_hole_is_left_within_what_tcp_bears() {
         lab.run(3_000, true);
         lab.takes = takes;
         let took = lab.heals();
-        assert!(took <= if takes >= 1230 { 1_400 } else { 2_300 }, "{takes}: {took} ms");
+        assert!(took <= if takes >= 1230 { 1_300 } else { 2_200 }, "{takes}: {took} ms");
         assert_eq!(lab.path.black_holes(), 1);
         lab.takes = 1450;
         lab.run(15_000, true);
