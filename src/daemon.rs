@@ -14,6 +14,7 @@ mod logging;
 mod member;
 mod membership;
 mod supervisor;
+mod survey;
 mod view;
 mod why;
 

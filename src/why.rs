@@ -16,7 +16,7 @@ use crate::admin::protocol::why::{
 use crate::admin::protocol::{Encryption, PeerState, PeerView};
 use crate::admin::reasons;
 use crate::engine::classify;
-use crate::engine::tables::{ENCAPSULATION, Peer, Tables};
+use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel;
 use crate::health::peer::Liveness;
 use crate::wire::ip::Packet;

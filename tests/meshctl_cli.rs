@@ -16,7 +16,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
 use meshd::admin::protocol::{
     Encryption, ForeignView, KeysView, NodeRole, NodeState, NodeView, PeerState, PeerView, Request, StatsView,
-    StatusView, why,
+    StatusView, SurveyView, why,
 };
 use meshd::admin::server::{Limits, Mesh, serve_with};
 use meshd::admin::socket::{AdminSocket, SocketOptions};
@@ -105,6 +105,10 @@ impl Mesh for Fake {
         };
         let findings = if good { vec![] } else { vec![finding] };
         ready(Ok(why::WhyView { asked: ask.destination, good, verdict, findings, ..Default::default() })).boxed()
+    }
+
+    fn survey(&self) -> BoxFuture<'_, SurveyView> {
+        ready(SurveyView { node: "a".to_owned(), ..SurveyView::default() }).boxed()
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

@@ -16,7 +16,7 @@ use super::data_plane::Facts;
 use super::member::Member;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
-    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, TrafficView, why,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -346,6 +346,10 @@ impl Mesh for Shared {
 
     fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>> {
         self.explain(ask).boxed()
+    }
+
+    fn survey(&self) -> BoxFuture<'_, SurveyView> {
+        self.ask_around().boxed()
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

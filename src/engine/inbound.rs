@@ -403,6 +403,7 @@ impl Inbound {
         match message {
             Message::Control(control) => liveness.heard(self.worker, now_us, control),
             Message::Echo(echo, size) => liveness.heard_echo(self.worker, now_us, echo, *size),
+            Message::Ask(_) | Message::Report(_) => liveness.heard_survey(self.worker, message),
         }
         if self.heard.last() != Some(&peer) {
             self.heard.push(peer);

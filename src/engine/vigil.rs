@@ -7,10 +7,11 @@
 
 use std::net::IpAddr;
 
-use super::tables::{PeerIndex, Tables};
-use super::tunnel::Outbox;
-use crate::health::peer::{Liveness, Moment};
+use super::tables::{Peer, PeerIndex, Tables};
+use super::tunnel::{Outbox, Tunnel};
+use crate::health::peer::{Liveness, Moment, SURVEYED};
 use crate::wire::bfd::{self, Ends, Message};
+use crate::wire::survey::{self, Entry, Report};
 
 /// How often some peers are looked at, whether their sessions are wanted, in microseconds.
 const LOOK_US: u64 = 50_000;
@@ -188,6 +189,15 @@ impl Vigil {
         // one and the same source port: the peer's kernel hands all of them to one worker
         let spread = liveness.discriminator() as u16;
         let source_port = bfd::FIRST_SOURCE_PORT + spread % (u16::MAX - bfd::FIRST_SOURCE_PORT);
+        let filled;
+        let message = match message {
+            Message::Report(report) => {
+                let wake = liveness.wakes_others().then_some(turn.now_us);
+                filled = Message::Report(reported(turn.tables, report, wake));
+                &filled
+            }
+            message => message,
+        };
         self.room.clear();
         if let Some(tunnel) = spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
             let Some(theirs) = spec.underlay.iter().find(same_family).copied() else { return };
@@ -200,6 +210,27 @@ impl Vigil {
             turn.outbox.originate(&self.room, spec.endpoint, socket, bfd::TOS);
         }
     }
+}
+
+/// The answer with what this node thinks of its peers. `wake`: all of them are to be watched, from now on for a while.
+#[cold]
+fn reported(tables: &Tables, empty: &Report, wake: Option<u64>) -> Report {
+    let peers = tables.peers();
+    let entry = |peer: &Peer| {
+        let liveness = peer.spec.liveness.as_deref();
+        Entry {
+            mac: peer.spec.mac.0,
+            state: liveness.map_or(0, |liveness| liveness.verdict() as u8),
+            sealed: peer.spec.tunnel.as_deref().is_some_and(Tunnel::seals),
+            mtu: peer.mtu(),
+            round_trip_us: liveness.and_then(Liveness::round_trip_us).unwrap_or(0),
+        }
+    };
+    if let Some(now_us) = wake.filter(|_| peers.len() <= SURVEYED) {
+        peers.iter().filter_map(|peer| peer.spec.liveness.as_deref()).for_each(|liveness| liveness.wake(now_us));
+    }
+    let entries = peers.iter().skip(usize::from(empty.first)).take(survey::ENTRIES).map(entry).collect();
+    Report { total: peers.len().min(SURVEYED) as u16, entries, ..empty.clone() }
 }
 
 #[cfg(test)]

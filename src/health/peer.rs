@@ -3,13 +3,14 @@
 //! Decides when a session is wanted and what its end means for traffic. The verdict is read without a lock; the session
 //! is locked for as long as one packet or one timer takes. Knows no table and sends nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::machine::{Event, Session, Timers};
 use super::path::{self, Bounds, Circumstances, PathMtu};
 use crate::wire::bfd::{Control, Diagnostic, Message, State};
 use crate::wire::echo::Echo;
+use crate::wire::survey::{self, Entry, Report};
 
 /// How long after the last packet to or from a peer its session is still wanted.
 const WANTED_US: u64 = 60_000_000;
@@ -20,6 +21,11 @@ const UNSETTLED_US: u64 = 500_000;
 const SILENT_US: u64 = 2_000_000;
 /// Probes that wait for an answer between two turns, at most; a turn comes with each batch that is received.
 const ANSWERS: usize = 8;
+
+/// Between two times that a peer may have us find out about all others.
+const WOKEN_US: u64 = 10_000_000;
+/// A report has no more entries, and in a larger mesh nobody is asked to find out about everybody.
+pub const SURVEYED: usize = 256;
 
 /// How liveness is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +61,10 @@ pub struct Liveness {
     /// 0: not measured.
     round_trip_us: AtomicU32,
     neighbour: AtomicBool,
+    /// Somebody wants to know about the peer until then.
+    awake_until_us: AtomicU64,
+    /// The peer wants to know about all others.
+    wakes_others: AtomicBool,
     /// The worker that receives the peer's packets, plus one; 0: none came yet.
     owner: AtomicU32,
     inner: Mutex<Inner>,
@@ -72,6 +82,21 @@ struct Inner {
     next_echo_us: u64,
     /// Number and size of probes that arrived.
     answers: Vec<(u64, u16)>,
+    /// What the peer asks about others.
+    asked: Option<survey::Ask>,
+    woken_us: Option<u64>,
+    survey: Option<Survey>,
+}
+
+/// What the peer says of others, as far as it has said it.
+#[derive(Debug)]
+struct Survey {
+    number: u64,
+    wake: bool,
+    /// It is to be asked for the next entries.
+    ask: bool,
+    total: Option<usize>,
+    entries: Vec<Entry>,
 }
 
 /// When a turn is, and what is known by then.
@@ -108,6 +133,9 @@ impl Liveness {
             path: PathMtu::new(u64::from(discriminator)),
             next_echo_us: 0,
             answers: Vec::new(),
+            asked: None,
+            woken_us: None,
+            survey: None,
         };
         Liveness {
             settings,
@@ -116,6 +144,8 @@ impl Liveness {
             path_mtu: AtomicU16::new(0),
             round_trip_us: AtomicU32::new(0),
             neighbour: AtomicBool::new(false),
+            awake_until_us: AtomicU64::new(0),
+            wakes_others: AtomicBool::new(false),
             owner: AtomicU32::new(0),
             inner: Mutex::new(inner),
         }
@@ -235,6 +265,56 @@ impl Liveness {
         }
     }
 
+    /// Has the peer watched for a while, whether or not there is traffic.
+    pub fn wake(&self, now_us: u64) {
+        self.awake_until_us.fetch_max(now_us + WANTED_US, Ordering::Relaxed);
+    }
+
+    /// Whether the peer has just asked for all others to be watched.
+    pub fn wakes_others(&self) -> bool {
+        self.wakes_others.swap(false, Ordering::Relaxed)
+    }
+
+    /// Asks the peer what it thinks of others; again, where that is under way and no answer came. With `wake` it finds out
+    /// about all of them.
+    pub fn survey(&self, number: u64, wake: bool) {
+        let mut inner = self.lock();
+        match &mut inner.survey {
+            Some(survey) if survey.number == number => survey.ask = true,
+            other => *other = Some(Survey { number, wake, ask: true, total: None, entries: Vec::new() }),
+        }
+    }
+
+    /// The answer, once it is whole.
+    pub fn surveyed(&self, number: u64) -> Option<Vec<Entry>> {
+        let inner = self.lock();
+        let survey = inner.survey.as_ref().filter(|survey| survey.number == number)?;
+        (survey.total == Some(survey.entries.len())).then(|| survey.entries.clone())
+    }
+
+    /// Takes a question about others, or a part of an answer.
+    pub fn heard_survey(&self, worker: usize, message: &Message) {
+        self.own(worker);
+        let mut inner = self.lock();
+        let (state, mine) = (inner.session.state(), inner.session.discriminator());
+        match message {
+            Message::Ask(ask) if state == State::Up && ask.yours == mine => inner.asked = Some(*ask),
+            Message::Report(report) if state == State::Up && report.yours == mine => {
+                let Some(survey) = inner.survey.as_mut().filter(|survey| survey.number == report.number) else {
+                    return;
+                };
+                let total = usize::from(report.total).min(SURVEYED);
+                if usize::from(report.first) == survey.entries.len() {
+                    let room = total.saturating_sub(survey.entries.len());
+                    survey.entries.extend(report.entries.iter().take(room));
+                    survey.total = Some(total);
+                    survey.ask = survey.entries.len() < total && !report.entries.is_empty();
+                }
+            }
+            _ => {}
+        }
+    }
+
     fn publish(&self, inner: &Inner) {
         self.path_mtu.store(inner.path.limit().unwrap_or(0), Ordering::Relaxed);
     }
@@ -287,7 +367,8 @@ impl Liveness {
     }
 
     fn is_wanted(&self, inner: &Inner, now_us: u64) -> bool {
-        self.neighbour.load(Ordering::Relaxed) || now_us < inner.wanted_until_us
+        let awake = || now_us < self.awake_until_us.load(Ordering::Relaxed);
+        self.neighbour.load(Ordering::Relaxed) || now_us < inner.wanted_until_us || awake()
     }
 
     /// Lets time pass, and gives what is to be sent to `send`. `bounds`: how long packets to the peer could be, and
@@ -338,6 +419,20 @@ impl Liveness {
         let (yours, interval_us) = echoes.unwrap_or((0, 0));
         for (number, size) in inner.answers.drain(..).filter(|_| yours != 0) {
             send(&Message::Echo(Echo { answer: true, yours, number, size }, 0));
+        }
+        if let Some(ask) = inner.asked.take().filter(|_| yours != 0) {
+            if ask.wake && inner.woken_us.is_none_or(|us| now_us >= us + WOKEN_US) {
+                inner.woken_us = Some(now_us);
+                self.wakes_others.store(true, Ordering::Relaxed);
+            }
+            // who sends it knows the others, and fills it in
+            let survey::Ask { number, first, .. } = ask;
+            send(&Message::Report(Report { yours, number, first, total: 0, entries: Vec::new() }));
+        }
+        if let Some(survey) = inner.survey.as_mut().filter(|survey| survey.ask && yours != 0) {
+            survey.ask = false;
+            let (number, first, wake) = (survey.number, survey.entries.len() as u16, survey.wake);
+            send(&Message::Ask(survey::Ask { yours, number, first, wake }));
         }
         let (able, round_trip_us) = (echoes.is_some(), self.round_trip_us.load(Ordering::Relaxed));
         if !able || now_us >= inner.next_echo_us {
@@ -390,7 +485,7 @@ mod tests {
             for (number, side) in sides.iter().enumerate() {
                 let Some(side) = side else { continue };
                 let moment = Moment { now_us: now, settled_us: Some(now), last_seen_us: seen };
-                side.turn(moment, BOUNDS, || 0, |message| under_way.push((1 - number, *message)));
+                side.turn(moment, BOUNDS, || 0, |message| under_way.push((1 - number, message.clone())));
             }
             for (to, message) in under_way {
                 match (message, sides[to]) {
@@ -399,7 +494,7 @@ mod tests {
                         side.inspect(|side| side.heard(0, now, &packet));
                     }
                     (Message::Echo(echo, size), Some(side)) => side.heard_echo(0, now, &echo, size),
-                    (Message::Echo(..), None) => {}
+                    _ => {}
                 }
             }
         }

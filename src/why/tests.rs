@@ -3,6 +3,7 @@ use super::*;
 use crate::admin::protocol::SessionView;
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::Stats;
+use crate::engine::tables::ENCAPSULATION;
 use crate::engine::testing::{connect, encrypted_mesh, mesh, mesh_with_mtu};
 use crate::engine::tunnel::Policy;
 use crate::wire::vnet_hdr;

@@ -22,7 +22,7 @@ use super::checksum::Sum;
 use super::echo::Echo;
 use super::ip::{self, Packet, protocol};
 use super::transport::{UDP_CHECKSUM, UDP_LEN, Udp};
-use super::{ethernet, vxlan};
+use super::{ethernet, survey, vxlan};
 
 /// Bytes of a control packet without authentication.
 pub const LEN: usize = 24;
@@ -94,12 +94,16 @@ pub struct Control {
 }
 
 /// What comes in packets of this kind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Message {
     /// Of a session.
     Control(Control),
     /// A probe, or an answer to one, and how many bytes its IP packet has.
     Echo(Echo, u16),
+    /// A question about the rest of the mesh.
+    Ask(survey::Ask),
+    /// The answer to one.
+    Report(survey::Report),
 }
 
 /// Why bytes are no control packet that a session could take (RFC 5880 §6.8.6, its checks in order).
@@ -227,7 +231,7 @@ pub struct Ends {
 pub fn write_packet(message: &Message, ends: Ends, out: &mut Vec<u8>) {
     let Ends { source, destination, source_port } = ends;
     let ip_len = if source.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
-    let (control, echo);
+    let (control, echo, survey);
     let (bytes, port, padded): (&[u8], u16, usize) = match message {
         Message::Control(message) => {
             control = message.bytes();
@@ -236,6 +240,14 @@ pub fn write_packet(message: &Message, ends: Ends, out: &mut Vec<u8>) {
         Message::Echo(message, size) => {
             echo = message.bytes();
             (&echo, ECHO_PORT, usize::from(*size).saturating_sub(ip_len + UDP_LEN))
+        }
+        Message::Ask(message) => {
+            survey = message.bytes();
+            (&survey, ECHO_PORT, 0)
+        }
+        Message::Report(message) => {
+            survey = message.bytes();
+            (&survey, ECHO_PORT, 0)
         }
     };
     let udp_len = (UDP_LEN + bytes.len().max(padded)) as u16;
@@ -327,7 +339,11 @@ pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Message)> {
     let payload = datagram.get(UDP_LEN..)?;
     let message = match port {
         PORT => Message::Control(Control::parse(payload).ok()?),
-        _ => Message::Echo(Echo::parse(payload)?, packet.total_len),
+        _ => {
+            let echo = Echo::parse(payload).map(|echo| Message::Echo(echo, packet.total_len));
+            let ask = || survey::Ask::parse(payload).map(Message::Ask);
+            echo.or_else(ask).or_else(|| survey::Report::parse(payload).map(Message::Report))?
+        }
     };
     Some((packet.destination, message))
 }

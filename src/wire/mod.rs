@@ -12,6 +12,7 @@ pub mod echo;
 pub mod ethernet;
 pub mod icmp;
 pub mod ip;
+pub mod survey;
 pub mod transport;
 pub mod vnet_hdr;
 pub mod vxlan;

@@ -45,6 +45,7 @@ mod scale;
 mod shaken;
 mod steered;
 mod storms;
+mod tested;
 mod told;
 mod traffic;
 mod why;
