@@ -7,12 +7,14 @@
 pub mod ask;
 mod attach;
 mod data_plane;
+mod hints;
 mod kept;
 mod lives;
 mod logging;
 mod member;
 mod membership;
 mod supervisor;
+mod survey;
 mod view;
 mod why;
 
@@ -73,6 +75,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
+    let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
 
     let mut host_changes = Watch::open()?;
     let mut poll = interval(POLL);
@@ -111,6 +114,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         }
         None => daemon.stop().await,
     }
+    hints.abort();
     admin.abort();
     admin.await.ok();
     Ok(())

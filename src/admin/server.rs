@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::protocol::{
     Answer, ErrorCode, ErrorView, ForeignView, KeysView, MAX_REQUEST, NodeView, Outcome, PeerView, Request, StatsView,
-    StatusView, VERSION, why,
+    StatusView, SurveyView, VERSION, why,
 };
 use super::socket::AdminSocket;
 use crate::membership::link;
@@ -38,6 +38,8 @@ pub trait Mesh: Send + Sync + 'static {
     fn keys(&self) -> KeysView;
     /// The whole way of a packet, or why the question makes no sense.
     fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>>;
+    /// Who reaches whom in the mesh.
+    fn survey(&self) -> BoxFuture<'_, SurveyView>;
     /// Lets a held-back node list through: a sentence that says what was done, or why nothing was.
     fn accept_nodes(&self) -> Result<String, String>;
     /// What the servers answer, or why there is no answer.
@@ -185,6 +187,7 @@ async fn answer(request: Request, mesh: &dyn Mesh, caller_uid: u32, own_uid: u32
                 Err(message) => refusal(ErrorCode::Refused, message),
             };
         }
+        Request::Survey => return line(Outcome::Ok(mesh.survey().await)),
         Request::NodesAccept => mesh.accept_nodes().map(Value::from),
         Request::Cluster { ask } => mesh.cluster(ask).await,
         Request::NodeCommands { name, device, private_key_file } => {

@@ -14,7 +14,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 use meshd::admin::client::{Client, ClientError};
-use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TokenMade, TokenView, why};
+use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TargetView, TokenMade, TokenView, why};
 use meshd::admin::render::{self, Before, Look};
 use meshd::admin::{DEFAULT_SOCKET, units};
 use meshd::doctor;
@@ -34,6 +34,7 @@ Examples:
   meshctl peers --json | jq '.[] | select(.state == \"down\") | .name'
   meshctl why 10.42.2.1             would a packet to there arrive, which way, and if not, why
   meshctl ping b                    echoes through the mesh, of sizes up to the longest that fits
+  meshctl test                      who reaches whom, and echoes of all sizes to each node
   meshctl doctor                    what is wrong with this machine, and the command that mends it
   meshctl --socket /run/meshd/b.sock nodes
   meshctl token create --print-join the line to paste on a new node (on a server)
@@ -104,6 +105,15 @@ enum Command {
         destination: String,
         /// Echoes of each size
         #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: u32,
+        /// How long an answer may take
+        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::parse_span)]
+        timeout: Duration,
+    },
+    /// Who reaches whom in the mesh, and echoes of all sizes to each node over IPv4 and IPv6; exit code 1 when one is lost
+    Test {
+        /// Echoes of each size
+        #[arg(short, long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1000))]
         count: u32,
         /// How long an answer may take
         #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::parse_span)]
@@ -360,6 +370,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Ping { destination, count, timeout } => {
             return ping(&client, &screen, destination, *count, *timeout);
         }
+        Command::Test { count, timeout } => return test(&client, &screen, *count, *timeout),
         Command::Doctor { config } => {
             let facts = doctor::facts::collect(&client, &doctor::facts::Places { config: config.clone() });
             let report = doctor::report(&facts);
@@ -430,6 +441,32 @@ fn ping(client: &Client, screen: &Screen, node: &str, count: u32, patience: Dura
     let document = json!({"node": node, "destination": to, "good": good, "sizes": rows});
     screen.print(&document, || format!("{node} at {to}\n{}", render::why::ping(node, &rows, screen.look)))?;
     Ok(good)
+}
+
+/// Echoes to so many addresses at once.
+const AT_ONCE: usize = 16;
+
+fn test(client: &Client, screen: &Screen, count: u32, patience: Duration) -> anyhow::Result<bool> {
+    let survey = client.survey()?;
+    let echoes = |target: &TargetView| {
+        let TargetView { address: to, source, ping_payload, .. } = target;
+        let asked = probe::Probe { to: *to, from: Some(*source), sizes: probe::sizes(*ping_payload), count, patience };
+        let rows = probe::run(&asked).with_context(|| format!("cannot send echoes to {to} (run it as root)"));
+        rows.map(|sizes| render::test::Echoes::new(target, sizes))
+    };
+    let mut echoed = Vec::new();
+    for targets in survey.targets.chunks(AT_ONCE) {
+        let of_chunk: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = targets.iter().map(|target| scope.spawn(|| echoes(target))).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for rows in of_chunk {
+            echoed.push(rows.map_err(|_| anyhow::anyhow!("a thread that sends echoes panicked"))??);
+        }
+    }
+    let report = render::test::Report::new(survey, echoed);
+    screen.print(&report, || render::test::test(&report, screen.look))?;
+    Ok(report.good)
 }
 
 fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result<()> {

@@ -15,8 +15,8 @@ use tokio::sync::Notify;
 use super::data_plane::Facts;
 use super::member::Member;
 use crate::admin::protocol::{
-    BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView,
-    PeerState, PeerView, Role, SessionView, StatsView, StatusView, TrafficView, why,
+    BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -24,6 +24,7 @@ use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel::Tunnel;
+use crate::health::path::State;
 use crate::health::peer::{Liveness, Verdict};
 use crate::membership::link;
 use crate::node::{NodeList, NodeName};
@@ -172,13 +173,28 @@ impl Shared {
             },
             last_seen_ms: stats.last_seen().map(|seen| now_ms.saturating_sub(seen)),
             rtt_us: spec.liveness.as_deref().and_then(Liveness::round_trip_us).map(u64::from),
-            path_mtu: u32::from(spec.mtu),
+            path_mtu: u32::from(peer.mtu()),
+            path: spec.liveness.as_deref().and_then(|liveness| path(liveness, now_ms)),
             tx_packets: stats.sum(|flow| flow.tx_packets.get()),
             tx_bytes: stats.sum(|flow| flow.tx_bytes.get()),
             rx_packets: stats.sum(|flow| flow.rx_packets.get()),
             rx_bytes: stats.sum(|flow| flow.rx_bytes.get()),
         }
     }
+}
+
+fn path(liveness: &Liveness, now_ms: u64) -> Option<PathView> {
+    liveness.path_mtu()?;
+    let facts = liveness.path();
+    let search = match facts.state {
+        State::Disabled => Search::Disabled,
+        State::Base => Search::Base,
+        State::Searching => Search::Searching,
+        State::SearchComplete => Search::SearchComplete,
+        State::Error => Search::Error,
+    };
+    let confirmed_ms = facts.confirmed_us.map(|us| now_ms.saturating_sub(us / 1000));
+    Some(PathView { search, confirmed_ms, black_holes: facts.black_holes })
 }
 
 fn session(tunnel: &Tunnel) -> SessionView {
@@ -330,6 +346,10 @@ impl Mesh for Shared {
 
     fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>> {
         self.explain(ask).boxed()
+    }
+
+    fn survey(&self) -> BoxFuture<'_, SurveyView> {
+        self.ask_around().boxed()
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

@@ -21,7 +21,7 @@ use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
 use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, SourceLimit};
-use crate::wire::bfd::{self, Control};
+use crate::wire::bfd::{self, Message};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
 
@@ -385,21 +385,26 @@ impl Inbound {
         if vxlan.vni() != liveness.settings().vni || !for_us {
             return false;
         }
-        let Some((destination, control)) = bfd::read_frame(datagram) else { return false };
+        let Some((destination, message)) = bfd::read_frame(datagram) else { return false };
         let ours = bfd::is_loopback(destination) || tables.local().addresses.contains(&destination);
-        ours && self.take(tables, now_ms, peer, &control)
+        ours && self.take(tables, now_ms, peer, &message)
     }
 
     /// Takes a packet that came through the tunnel to one of this node's own addresses. Where it comes from is admitted.
     #[cold]
     fn is_bfd_packet(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, bytes: &[u8]) -> bool {
-        let Some((destination, control)) = bfd::read_packet(bytes) else { return false };
-        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &control)
+        let Some((destination, message)) = bfd::read_packet(bytes) else { return false };
+        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &message)
     }
 
-    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, control: &Control) -> bool {
+    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, message: &Message) -> bool {
         let Some(liveness) = tables.liveness(peer) else { return false };
-        liveness.heard(self.worker, self.received_us.max(now_ms * 1000), control);
+        let now_us = self.received_us.max(now_ms * 1000);
+        match message {
+            Message::Control(control) => liveness.heard(self.worker, now_us, control),
+            Message::Echo(echo, size) => liveness.heard_echo(self.worker, now_us, echo, *size),
+            Message::Ask(_) | Message::Report(_) => liveness.heard_survey(self.worker, message),
+        }
         if self.heard.last() != Some(&peer) {
             self.heard.push(peer);
         }

@@ -35,6 +35,9 @@ pub const HEADROOM: usize = ENCAPSULATION - vnet_hdr::HEADER_LEN;
 /// ICMP errors that one worker sends at most in a hundred milliseconds (RFC 1812 §4.3.2.8 asks for a limit).
 const ERRORS_PER_WINDOW: u32 = 100;
 
+/// The shortest MTU that an IPv6 sender takes notice of (RFC 8200 §5).
+const V6_MIN_MTU: usize = 1280;
+
 /// The outbound half of one worker's engine.
 #[derive(Debug)]
 pub struct Outbound {
@@ -229,7 +232,7 @@ impl Outbound {
             Offload::Segment(gso) => gso.packet_len(),
             _ => total_len,
         };
-        if longest > usize::from(peer.spec.mtu) {
+        if longest > usize::from(peer.mtu()) {
             let done = self.does_not_fit(&mut route, now_ms, &packet, offload, arena, start);
             done.ok_or(drop(Drop::PacketTooBig))?;
         } else {
@@ -339,8 +342,11 @@ impl Outbound {
         Some(())
     }
 
-    /// A packet that is longer than the path takes: cut smaller or fragmented where its sender allows that
-    /// (`Some`), else refused, with an ICMP error to the sender (`None`).
+    /// A packet that is longer than the path takes: cut smaller or fragmented where that is allowed (`Some`), else refused,
+    /// with an ICMP error to the sender (`None`).
+    ///
+    /// A TCP super-packet is cut in any case, its segments being this side's choice. Its sender is not told: it would
+    /// remember a small MTU for minutes, and cutting costs nothing.
     #[cold]
     fn does_not_fit(
         &mut self,
@@ -352,30 +358,35 @@ impl Outbound {
         start: usize,
     ) -> Option<()> {
         let total = usize::from(packet.total_len);
-        let mtu = usize::from(route.peer.spec.mtu);
+        let mtu = usize::from(route.peer.mtu());
+        let bytes = arena.get(start..start + total)?;
+        let super_packet = match offload {
+            Offload::Segment(gso) if packet.protocol == ip::protocol::TCP => Some(gso),
+            // no IPv6 sender goes below (RFC 8201 §4), whatever it is told
+            _ if packet.is_v6() && mtu < V6_MIN_MTU && total <= V6_MIN_MTU => Gso::of_segment(packet, bytes),
+            _ => None,
+        };
+        if let Some(gso) = super_packet.filter(|gso| gso.header_len + 8 <= mtu) {
+            let smaller = Gso { size: mtu - gso.header_len, ..gso };
+            let extra = smaller.segments() - gso.segments();
+            self.segment(route, now_ms, packet, smaller, bytes, start)?;
+            self.originated(route, extra);
+            return Some(());
+        }
         let may_fragment = !packet.is_v6() && {
-            let (header, _) = ip::V4::ref_from_prefix(arena.get(start..start + total)?).ok()?;
+            let (header, _) = ip::V4::ref_from_prefix(bytes).ok()?;
             header.flags_offset.get() & ip::V4_DF == 0
         };
-        if may_fragment {
-            match offload {
-                Offload::None => return self.fragment(route, now_ms, packet, arena, start),
-                Offload::Checksum { start: from, offset } => {
-                    segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
-                    return self.fragment(route, now_ms, packet, arena, start);
-                }
-                Offload::Segment(gso) if packet.protocol == ip::protocol::TCP && gso.header_len + 8 <= mtu => {
-                    let smaller = Gso { size: mtu - gso.header_len, ..gso };
-                    let extra = smaller.segments() - gso.segments();
-                    self.segment(route, now_ms, packet, smaller, arena.get(start..start + total)?, start)?;
-                    self.originated(route, extra);
-                    return Some(());
-                }
-                Offload::Segment(_) => {}
+        match offload {
+            Offload::None if may_fragment => return self.fragment(route, now_ms, packet, arena, start),
+            Offload::Checksum { start: from, offset } if may_fragment => {
+                segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
+                return self.fragment(route, now_ms, packet, arena, start);
             }
+            _ => {}
         }
-        let bytes = arena.get(start..start + total)?;
-        self.answer(now_ms, |room| icmp::too_big(packet, bytes, route.peer.spec.mtu, room));
+        let told = if packet.is_v6() { mtu.max(V6_MIN_MTU) } else { mtu };
+        self.answer(now_ms, |room| icmp::too_big(packet, bytes, told as u16, room));
         None
     }
 
@@ -392,7 +403,7 @@ impl Outbound {
         let bytes = arena.get(start..start + usize::from(packet.total_len))?;
         let (header, payload) = bytes.split_at_checked(usize::from(packet.header_len))?;
         let (fixed, options) = ip::V4::ref_from_prefix(header).ok()?;
-        let room = usize::from(peer.spec.mtu).checked_sub(header.len())? & !7;
+        let room = usize::from(peer.mtu()).checked_sub(header.len())? & !7;
         if room == 0 {
             return None;
         }

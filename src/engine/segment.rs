@@ -22,6 +22,21 @@ pub struct Gso {
 }
 
 impl Gso {
+    /// A TCP segment that was not meant to be cut, as a super-packet of one. `None` for all else, and for one that carries a
+    /// signature of its bytes (RFC 2385, RFC 5925).
+    pub fn of_segment(packet: &Packet, bytes: &[u8]) -> Option<Gso> {
+        let ip_len = usize::from(packet.header_len);
+        if packet.protocol != protocol::TCP || packet.fragment {
+            return None;
+        }
+        let (tcp, rest) = Tcp::ref_from_prefix(bytes.get(ip_len..)?).ok()?;
+        let transport_len = tcp.header_len();
+        let options = rest.get(..transport_len.checked_sub(transport::TCP_MIN_LEN)?)?;
+        let header_len = ip_len + transport_len;
+        let payload_len = usize::from(packet.total_len).checked_sub(header_len).filter(|len| *len > 0)?;
+        (!transport::is_signed(options)).then_some(Gso { header_len, size: payload_len, payload_len })
+    }
+
     /// How many segments come out, at least one.
     pub fn segments(&self) -> usize {
         self.payload_len.div_ceil(self.size).max(1)

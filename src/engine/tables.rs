@@ -14,10 +14,12 @@ use ipnet::IpNet;
 
 use super::stats::PeerStats;
 use super::tunnel::{self, Identity, Tunnel};
+use crate::health::path::Bounds;
 use crate::health::peer::Liveness;
 use crate::key::PublicKey;
 use crate::node::{Mac, NodeName, Vni};
-use crate::wire::{ethernet, vxlan};
+use crate::wire::transport::UDP_LEN;
+use crate::wire::{ethernet, ip, vxlan};
 
 /// Bytes that VXLAN puts before an inner IP packet: its own header and the inner Ethernet header.
 pub const ENCAPSULATION: usize = vxlan::HEADER_LEN + ethernet::HEADER_LEN;
@@ -45,7 +47,7 @@ pub struct PeerSpec {
     pub mac: Mac,
     /// What lives behind it.
     pub subnets: Vec<IpNet>,
-    /// The longest inner packet that the path takes.
+    /// The longest inner packet that this node's own link takes.
     pub mtu: u16,
     /// Its counters.
     pub stats: Arc<PeerStats>,
@@ -85,6 +87,24 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// The longest inner packet that the path takes: as it was measured, or what follows from this node's own link.
+    #[inline]
+    pub fn mtu(&self) -> u16 {
+        self.spec.liveness.as_deref().and_then(Liveness::path_mtu).unwrap_or(self.spec.mtu)
+    }
+
+    /// Bytes around an inner packet on the underlay, outer IP header included, as packets to it travel now.
+    pub fn overhead(&self) -> usize {
+        let sealed = self.spec.tunnel.as_deref().is_some_and(Tunnel::seals);
+        let ip = if self.spec.endpoint.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
+        ip + UDP_LEN + if sealed { tunnel::OVERHEAD } else { ENCAPSULATION }
+    }
+
+    /// How long packets to it could be, for the search of the path MTU.
+    pub fn bounds(&self) -> Bounds {
+        Bounds::new(self.overhead() as u16, self.spec.mtu, self.spec.endpoint.is_ipv6())
+    }
+
     /// VXLAN and Ethernet header of a packet to this peer.
     #[inline]
     pub fn header(&self, v6: bool) -> [u8; ENCAPSULATION] {

@@ -3,6 +3,7 @@ use super::*;
 use crate::admin::protocol::SessionView;
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::Stats;
+use crate::engine::tables::ENCAPSULATION;
 use crate::engine::testing::{connect, encrypted_mesh, mesh, mesh_with_mtu};
 use crate::engine::tunnel::Policy;
 use crate::wire::vnet_hdr;
@@ -31,6 +32,7 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             last_seen_ms: None,
             rtt_us: None,
             path_mtu: 1450,
+            path: None,
             tx_packets: 0,
             tx_bytes: 0,
             rx_packets: 0,

@@ -13,6 +13,7 @@ fn peer(name: &str, state: PeerState) -> PeerView {
         last_seen_ms: None,
         rtt_us: None,
         path_mtu: 1500,
+        path: None,
         tx_packets: 1_234_567,
         tx_bytes: 1_288_490_189,
         rx_packets: 0,
