@@ -16,6 +16,7 @@
 //! | [`why`] | the whole way of a packet, worked out for whoever asks |
 //! | [`probe`] | ICMP echoes through the mesh (`meshctl ping`) |
 //! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
+//! | [`selftest`] | what kernel, offloads and permissions allow here, tried out |
 //! | [`daemon`] | builds, connects and stops everything |
 //!
 //! Invariants, each held by a test or a lint:
@@ -42,6 +43,7 @@ pub mod key;
 pub mod membership;
 pub mod node;
 pub mod probe;
+pub mod selftest;
 pub mod sys;
 pub mod why;
 pub mod wire;

@@ -1,8 +1,8 @@
-//! `meshctl test`: all pairs, both families, all sizes.
+//! `meshctl test`: all pairs, both families, all sizes. `meshd selftest`: what this machine can do.
 
 use serde_json::Value;
 
-use crate::mesh::{Builder, MESHCTL, Node, Run, V4, V6, has_kernel_vxlan, skipped};
+use crate::mesh::{Builder, MESHCTL, MESHD, Node, Run, V4, V6, has_kernel_vxlan, skipped};
 use crate::namespace::until;
 
 /// The answer and whether it is good, which the exit code says too.
@@ -81,5 +81,31 @@ fn who_is_no_meshd_is_echoed_and_not_asked() {
     assert_eq!(answer["echoes"].as_array().unwrap().len(), 4);
     let k = mesh.node("k");
     assert_eq!([k.overlay(V4).to_string(), k.overlay(V6).to_string()], ["10.42.3.1", "fd42:0:0:3::1"]);
+    mesh.balances();
+}
+
+#[test]
+fn the_machine_that_runs_these_tests_passes_its_selftest() {
+    let story = "the_machine_that_runs_these_tests_passes_its_selftest";
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = mesh.node("a").node("b").start();
+    let a = mesh.node("a");
+    let before = a.host_state();
+    let mut command = a.ns.command(MESHD);
+    command.args(["selftest", "--json"]);
+    let run = Run::of(command);
+    let report: Value = serde_json::from_str(&run.out).unwrap_or_else(|error| panic!("{error}: {run:?}"));
+    assert_eq!((run.code, &report["good"]), (0, &true.into()), "{report:#}");
+    let names: Vec<_> = report["checks"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
+    for name in ["tun_tso", "udp_gso", "tcp_ipv4", "tcp_ipv6", "udp_ipv4", "udp_ipv6", "checksums"] {
+        assert!(names.contains(&name), "{names:?}");
+    }
+    assert_eq!(a.host_state(), before, "nothing of it is left");
+
+    let mut nobody = a.ns.command("setpriv");
+    nobody.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all", "--", MESHD, "selftest"]);
+    let run = Run::of(nobody);
+    assert_eq!(run.code, 1, "{run:?}");
+    assert!(run.out.contains("BAD") && run.out.contains("run it as root"), "{run:?}");
     mesh.balances();
 }
