@@ -38,6 +38,7 @@ mod mtu;
 mod namespace;
 mod nested;
 mod pods;
+mod preshared;
 mod refused;
 mod reload;
 mod scale;

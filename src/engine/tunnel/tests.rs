@@ -1,8 +1,9 @@
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use zerocopy::IntoBytes;
 
 use super::limit::PER_SOURCE;
+use super::lane::HELD_PACKETS;
 use super::*;
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::{Inbound, Received};
