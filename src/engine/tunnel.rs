@@ -11,7 +11,7 @@
 //! Session indices carry where they belong: `slot << 12 | lane << 8 | generation`. The kernel steers a datagram by the lane
 //! in there to the worker of that number (`sys::udp::steer`).
 
-pub mod aead;
+mod aead;
 mod cookie;
 mod identity;
 mod lane;

@@ -1,43 +1,32 @@
 //! ChaCha20-Poly1305 (RFC 8439) as transport messages use it: no associated data, the nonce a counter.
 //!
-//! Which code does it is the machine's business: [`portable`] is always there, and whoever starts the engine may name a
-//! faster one. Does not know sessions.
+//! The code is ring's: see benches/README.md for what else was tried. Does not know sessions.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 /// Bytes of an authentication tag.
-pub const TAG_LEN: usize = 16;
+pub(super) const TAG_LEN: usize = 16;
 
 /// One key, for one direction of one session.
-pub trait Aead: Send {
+pub(super) struct Aead(LessSafeKey);
+
+impl Aead {
+    pub(super) fn new(key: &[u8; 32]) -> Option<Self> {
+        key_of(key).map(Aead)
+    }
+
     /// Encrypts `text` where it lies, and returns the tag. A counter is used once.
-    fn seal(&mut self, counter: u64, text: &mut [u8]) -> Option<[u8; TAG_LEN]>;
-
-    /// Decrypts a ciphertext with its tag behind it where it lies. `None`: it was not sealed with this key and counter; what
-    /// lies there then has no meaning.
-    fn open(&mut self, counter: u64, sealed: &mut [u8]) -> Option<()>;
-}
-
-/// Takes a key into use.
-pub type MakeAead = fn(&[u8; 32]) -> Box<dyn Aead>;
-
-/// The one that works on every machine.
-pub fn portable(key: &[u8; 32]) -> Box<dyn Aead> {
-    Box::new(Ring(key_of(key)))
-}
-
-struct Ring(Option<LessSafeKey>);
-
-impl Aead for Ring {
     #[inline]
-    fn seal(&mut self, counter: u64, text: &mut [u8]) -> Option<[u8; TAG_LEN]> {
-        let tag = self.0.as_ref()?.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
+    pub(super) fn seal(&self, counter: u64, text: &mut [u8]) -> Option<[u8; TAG_LEN]> {
+        let tag = self.0.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
         tag.as_ref().try_into().ok()
     }
 
+    /// Decrypts a ciphertext with its tag behind it where it lies. `None`: it was not sealed with this key and counter; what
+    /// lies there then has no meaning.
     #[inline]
-    fn open(&mut self, counter: u64, sealed: &mut [u8]) -> Option<()> {
-        self.0.as_ref()?.open_in_place(nonce(counter), Aad::empty(), sealed).ok().map(|_| ())
+    pub(super) fn open(&self, counter: u64, sealed: &mut [u8]) -> Option<()> {
+        self.0.open_in_place(nonce(counter), Aad::empty(), sealed).ok().map(|_| ())
     }
 }
 

@@ -121,8 +121,7 @@ impl Guard {
         let tag = cipher.encrypt_inout_detached(&nonce.into(), mac1, cookie.as_mut_slice().into()).ok()?;
         let mut sealed_cookie = [0; 32];
         sealed_cookie.iter_mut().zip(cookie.iter().chain(tag.iter())).for_each(|(to, from)| *to = *from);
-        let reply =
-            CookieReply { kind: message::kind(message::COOKIE), receiver: sender.into(), nonce, sealed_cookie };
+        let reply = CookieReply { kind: message::kind(message::COOKIE), receiver: sender.into(), nonce, sealed_cookie };
         reply.as_bytes().try_into().ok()
     }
 }

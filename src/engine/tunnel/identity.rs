@@ -7,7 +7,6 @@ use x25519_dalek::StaticSecret;
 use zerocopy::FromBytes;
 
 use super::Outbox;
-use super::aead::{MakeAead, portable};
 use super::cookie::{Admission, Guard};
 use super::message::Initiation;
 use super::noise::{self, Heard, KeyPair};
@@ -17,7 +16,6 @@ use crate::key::{MAX_LANES, PublicKey, SecretKey};
 /// This node's keys, one a lane.
 pub struct Identity {
     pub(super) lanes: Vec<Own>,
-    pub(super) make: MakeAead,
     epoch_ms: u64,
 }
 
@@ -48,18 +46,13 @@ impl Identity {
             let public = key.lane(lane).public();
             Own { guard: Guard::new(&public), keys: KeyPair { secret, public } }
         };
-        Identity { lanes: (0..lanes.clamp(1, MAX_LANES) as u8).map(own).collect(), make: portable, epoch_ms: 0 }
+        Identity { lanes: (0..lanes.clamp(1, MAX_LANES) as u8).map(own).collect(), epoch_ms: 0 }
     }
 
     /// The same whose initiations carry the time: `epoch_ms` is the start in milliseconds since 1970, and later than
     /// any initiation of an earlier run. Without it stamps begin in 1970.
     pub fn started_at(self, epoch_ms: u64) -> Self {
         Identity { epoch_ms, ..self }
-    }
-
-    /// The same whose sessions use that code for ChaCha20-Poly1305.
-    pub fn sealing_with(self, make: MakeAead) -> Self {
-        Identity { make, ..self }
     }
 
     /// Milliseconds since 1970, about.

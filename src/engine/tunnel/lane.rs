@@ -355,8 +355,7 @@ impl<'t> Session<'t> {
     fn machine(&mut self, now_ms: u64) -> Option<(&mut Machine, Ends<'t>)> {
         let (own, theirs) = (self.own()?, self.tunnel.keys().get(self.number)?);
         let base = self.tunnel.slot() << 12 | (self.number as u32) << 8;
-        let ends =
-            Ends { own: &own.keys, theirs, preshared: self.tunnel.preshared(), make: self.tunnel.identity().make };
+        let ends = Ends { own: &own.keys, theirs, preshared: self.tunnel.preshared() };
         let state = self.state();
         if state.machine.is_none() {
             state.machine = Machine::new(ends.own, theirs, base, now_ms).map(Box::new);

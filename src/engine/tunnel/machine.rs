@@ -10,7 +10,6 @@
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::aead::MakeAead;
 use super::cookie::{Jar, Labels};
 use super::message::{Initiation, Response};
 use super::noise::{self, Heard, Initiated, Key, KeyPair, Stamp, Transport};
@@ -36,7 +35,6 @@ pub(super) struct Ends<'a> {
     pub(super) own: &'a KeyPair,
     pub(super) theirs: &'a PublicKey,
     pub(super) preshared: &'a [u8; 32],
-    pub(super) make: MakeAead,
 }
 
 pub(super) struct Machine {
@@ -169,7 +167,8 @@ impl Machine {
         let (keys, mut message) = heard.answer(ends.preshared, index).ok_or(Untaken::Refused)?;
         self.jar.sign(&self.labels, index, message.as_mut_bytes(), now_ms).ok_or(Untaken::Refused)?;
         self.heard = stamp;
-        let (sealing, opening) = session::pair(&keys, ends.make, [index, remote], false, now_ms);
+        let pair = session::pair(&keys, [index, remote], false, now_ms);
+        let (sealing, opening) = pair.ok_or(Untaken::Refused)?;
         self.next = Some((Box::new(opening), sealing));
         Ok(message)
     }
@@ -190,7 +189,7 @@ impl Machine {
         let finished = initiated.finish(ends.own, ends.preshared, message);
         let keys: Transport = finished.map_err(|_| Untaken::NotThisPreshared)?;
         let ids = [*index, message.sender.get()];
-        let (sealing, opening) = session::pair(&keys, ends.make, ids, true, now_ms);
+        let (sealing, opening) = session::pair(&keys, ids, true, now_ms).ok_or(Untaken::Refused)?;
         self.pending = [None, None];
         // what the peer asked for meanwhile it may be using already
         self.previous = self.next.take().map(|(next, _)| next).or_else(|| self.current.take());

@@ -6,7 +6,7 @@ use std::fmt;
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::aead::{Aead, MakeAead, TAG_LEN};
+use super::aead::{Aead, TAG_LEN};
 use super::message::{self, DataHeader};
 use super::noise::Transport;
 use super::{INNER_AT, OVERHEAD};
@@ -17,7 +17,7 @@ const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 
 /// The half that seals.
 pub(super) struct Sealing {
-    aead: Box<dyn Aead>,
+    aead: Aead,
     /// The peer's index of the session.
     remote: u32,
     counter: u64,
@@ -25,7 +25,7 @@ pub(super) struct Sealing {
 
 /// The half that opens.
 pub(super) struct Opening {
-    aead: Box<dyn Aead>,
+    aead: Aead,
     /// Our index of the session.
     pub(super) local: u32,
     pub(super) born_ms: u64,
@@ -47,14 +47,14 @@ pub(super) enum Unopened {
 /// Both halves.
 pub(super) fn pair(
     keys: &Transport,
-    make: MakeAead,
     [local, remote]: [u32; 2],
     initiator: bool,
     now_ms: u64,
-) -> (Sealing, Opening) {
-    let sealing = Sealing { aead: make(&keys.seal), remote, counter: 0 };
+) -> Option<(Sealing, Opening)> {
+    let sealing = Sealing { aead: Aead::new(&keys.seal)?, remote, counter: 0 };
     let window = Window::default();
-    (sealing, Opening { aead: make(&keys.open), local, born_ms: now_ms, initiator, late: false, window })
+    let opening = Opening { aead: Aead::new(&keys.open)?, local, born_ms: now_ms, initiator, late: false, window };
+    Some((sealing, opening))
 }
 
 impl Sealing {

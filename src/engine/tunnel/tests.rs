@@ -2,8 +2,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use zerocopy::IntoBytes;
 
-use super::limit::PER_SOURCE;
 use super::lane::HELD_PACKETS;
+use super::limit::PER_SOURCE;
 use super::*;
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::{Inbound, Received};
