@@ -334,13 +334,9 @@ impl Inbound {
         if identity.is_none() {
             return Err(Drop::HandshakeRefused);
         }
-        if limit.is_spent(source.ip(), now_ms) {
-            return Err(Drop::HandshakeLimited);
-        }
         let mut found = Err(Drop::HandshakeRefused);
         for ours in identity.iter().chain(former_identity) {
-            let allows = |source| limit.allows(source, now_ms);
-            let initiator = ours.initiator(datagram, source, allows, now_ms, self.data_socket, &mut self.outbox);
+            let initiator = ours.initiator(datagram, source, limit, now_ms, self.data_socket, &mut self.outbox);
             found = initiator.map(|initiator| (ours, initiator));
             // for which of our keys it is the first bytes tell; all else is said by the one that it is for
             if !matches!(found, Err(Drop::HandshakeRefused)) {

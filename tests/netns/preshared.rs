@@ -74,7 +74,7 @@ fn a_preshared_key_that_others_may_read_is_refused() {
     let list = mesh.list(|_| true);
     let refused = |words: &[&str]| {
         let run = a.try_meshd("run");
-        assert_eq!(run.code, 1, "{run:?}");
+        assert_eq!(run.code, 2, "{run:?}");
         assert!(words.iter().all(|word| run.err.contains(word)) && !run.err.contains(RIGHT), "{words:?} {run:?}");
     };
     let key = mesh.dir().join("psk");

@@ -1,15 +1,15 @@
 //! This node's keys, and what each handshake message meets first: is it for one of them, and is there time for it?
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use x25519_dalek::StaticSecret;
 use zerocopy::FromBytes;
 
-use super::Outbox;
 use super::cookie::{Admission, Guard};
 use super::message::Initiation;
 use super::noise::{self, Heard, KeyPair};
+use super::{Outbox, SourceLimit};
 use crate::engine::drop::Drop;
 use crate::key::{MAX_LANES, PublicKey, SecretKey};
 
@@ -75,25 +75,30 @@ impl Identity {
         self.lanes.iter().for_each(|own| own.guard.second_passed());
     }
 
-    /// Finds out who sent an initiation. Costs a Diffie-Hellman computation, of which there are few a second, or else only
-    /// for senders that have proved their address, and `allows` says how many for each: anybody can send in another's name.
+    /// Finds out who sent an initiation. Costs a Diffie-Hellman computation: of these there are few a second, or else only for
+    /// senders that have proved their address, each within its limit.
     pub fn initiator(
         &self,
         datagram: &[u8],
         source: SocketAddr,
-        mut allows: impl FnMut(IpAddr) -> bool,
+        limit: &mut SourceLimit,
         now_ms: u64,
         data_socket: u16,
         outbox: &mut Outbox,
     ) -> Result<Initiator, Drop> {
         let message = Initiation::ref_from_bytes(datagram).map_err(|_| Drop::WireguardMalformed)?;
+        let ip = source.ip();
+        if message.mac2 == [0; 16] && limit.is_spent(ip, now_ms) {
+            return Err(Drop::HandshakeLimited); // and costs next to nothing
+        }
         let ours = self.lanes.iter().enumerate().find(|(_, own)| own.guard.is_addressed(datagram));
         let (lane, own) = ours.ok_or(Drop::HandshakeRefused)?;
         match own.guard.admit(datagram, message.sender.get(), source, now_ms) {
             Admission::Granted => {}
-            Admission::Proved if allows(source.ip()) => {}
+            Admission::Proved if limit.allows(ip, now_ms) => {}
             Admission::Proved => return Err(Drop::HandshakeLimited),
             Admission::Cookie(reply) => {
+                limit.cookie(ip, now_ms);
                 outbox.post(&reply, source, data_socket);
                 return Ok(Initiator::Cookie);
             }

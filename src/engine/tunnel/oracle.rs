@@ -104,7 +104,14 @@ impl Pair {
         let done = match kind(datagram) {
             Err(_) => return Said::Refused,
             Ok(Kind::Initiation) => {
-                let found = self.identity.initiator(datagram, theirs(), |_| true, now_ms, 1, &mut self.outbox);
+                let found = self.identity.initiator(
+                    datagram,
+                    theirs(),
+                    &mut SourceLimit::default(),
+                    now_ms,
+                    1,
+                    &mut self.outbox,
+                );
                 match found {
                     Ok(Initiator::Heard(heard, 0)) => {
                         self.ours.lane(PEER, 0).answer(heard, theirs(), now_ms, 1, &mut self.outbox)
@@ -260,7 +267,8 @@ fn they_prove_theirs_where_we_do() {
     let asked = pair.they_ask();
     for _ in 0..300 {
         // many have asked in this second
-        pair.identity.initiator(&asked, theirs(), |_| true, 0, 1, &mut Outbox::default()).ok();
+        let mut limit = SourceLimit::default();
+        pair.identity.initiator(&asked, theirs(), &mut limit, 0, 1, &mut Outbox::default()).ok();
     }
     let Said::Datagram(reply) = pair.we_take(&asked) else { panic!("no answer") };
     assert_eq!(reply[0], COOKIE);
@@ -272,6 +280,6 @@ fn they_prove_theirs_where_we_do() {
     let third = pair.they_ask();
     let elsewhere = SocketAddr::from(([203, 0, 113, 9], 9));
     let mut outbox = Outbox::default();
-    let answer = pair.identity.initiator(&third, elsewhere, |_| true, 0, 1, &mut outbox);
+    let answer = pair.identity.initiator(&third, elsewhere, &mut SourceLimit::default(), 0, 1, &mut outbox);
     assert!(matches!(answer, Ok(Initiator::Cookie)));
 }

@@ -483,6 +483,10 @@ fn one_address_cannot_make_us_work_without_end() {
     assert_eq!(allowed, usize::from(PER_SOURCE));
     assert!(limit.allows("192.0.2.2".parse().unwrap(), 500), "others are not concerned");
     assert!(limit.allows(flood, 1_500), "and in the next second it may again");
+    assert!(!limit.is_spent(flood, 1_600), "cookies are another matter");
+    (0..PER_SOURCE).for_each(|_| limit.cookie(flood, 1_600));
+    assert!(limit.is_spent(flood, 1_600) && limit.allows(flood, 1_600));
+    assert!(!limit.is_spent(flood, 2_000));
 }
 
 #[test]
