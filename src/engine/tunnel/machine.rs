@@ -63,7 +63,11 @@ struct Pending {
     index: u32,
     initiated: Initiated,
     since_ms: u64,
+    /// Answers that are still looked at: each costs two Diffie-Hellman computations, and anybody could have sent it.
+    answers: u8,
 }
+
+const ANSWERS: u8 = 8;
 
 /// Why a message of a handshake is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,7 +157,7 @@ impl Machine {
         let (initiated, mut message) = noise::initiate(ends.own, ends.theirs, &self.static_static, index, stamp)?;
         self.jar.sign(&self.labels, index, message.as_mut_bytes(), now_ms)?;
         let [first, second] = &mut self.pending;
-        *first = second.replace(Pending { index, initiated, since_ms: now_ms });
+        *first = second.replace(Pending { index, initiated, since_ms: now_ms, answers: ANSWERS });
         Some(message)
     }
 
@@ -179,17 +183,25 @@ impl Machine {
     }
 
     fn asked(&self, message: &Response) -> Option<&Pending> {
-        self.pending.iter().flatten().find(|pending| pending.index == message.receiver.get())
+        let is_answered = |pending: &&Pending| pending.index == message.receiver.get() && pending.answers > 0;
+        self.pending.iter().flatten().find(is_answered)
     }
 
     /// Takes the peer's answer: from now on this is the session.
     pub(super) fn finish(&mut self, ends: Ends<'_>, message: &[u8], now_ms: u64) -> Result<Sealing, Untaken> {
         let message = Response::ref_from_bytes(message).map_err(|_| Untaken::Refused)?;
         let Pending { index, initiated, .. } = self.asked(message).ok_or(Untaken::Refused)?;
-        let finished = initiated.finish(ends.own, ends.preshared, message);
-        let keys: Transport = finished.map_err(|_| Untaken::NotThisPreshared)?;
-        let ids = [*index, message.sender.get()];
-        let (sealing, opening) = session::pair(&keys, ids, true, now_ms).ok_or(Untaken::Refused)?;
+        let [local, remote] = [*index, message.sender.get()];
+        let keys: Transport = match initiated.finish(ends.own, ends.preshared, message) {
+            Ok(keys) => keys,
+            Err(_) => {
+                for pending in self.pending.iter_mut().flatten().filter(|pending| pending.index == local) {
+                    pending.answers = pending.answers.saturating_sub(1);
+                }
+                return Err(Untaken::NotThisPreshared);
+            }
+        };
+        let (sealing, opening) = session::pair(&keys, [local, remote], true, now_ms).ok_or(Untaken::Refused)?;
         self.pending = [None, None];
         // what the peer asked for meanwhile it may be using already
         self.previous = self.next.take().map(|(next, _)| next).or_else(|| self.current.take());
