@@ -14,6 +14,8 @@ use crate::engine::testing::{self, assert_conserved, drops, payload};
 use crate::engine::tx_batch::Piece;
 use crate::wire::vnet_hdr::{self, VnetHdr};
 
+mod timers;
+
 /// A node with one worker, and the keys that it knows of its peers.
 struct Node {
     number: u8,
