@@ -41,6 +41,7 @@ impl Mesh for Fake {
             subnets: vec!["10.42.2.0/24".parse().unwrap(), "fd42:2::/64".parse().unwrap()],
             mac: "02:00:00:00:00:02".to_owned(),
             public_key: None,
+            preshared: false,
             encryption: Encryption::None,
             session: None,
             state: PeerState::Unknown,

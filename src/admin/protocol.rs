@@ -234,6 +234,9 @@ pub struct PeerView {
     pub public_key: Option<String>,
     /// How datagrams to it are protected.
     pub encryption: Encryption,
+    /// Both sides also have to know a preshared key.
+    #[serde(default)]
+    pub preshared: bool,
     /// Its WireGuard session, where it is encrypted.
     #[serde(default)]
     pub session: Option<SessionView>,

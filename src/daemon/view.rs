@@ -66,12 +66,13 @@ pub(super) enum Concern {
     Sidecar,
     Kept,
     Attach,
+    HandshakeTime,
 }
 
 impl Concern {
     /// Whether packets cross all the same.
     fn is_a_note(self) -> bool {
-        matches!(self, Concern::Servers | Concern::Sidecar | Concern::Kept | Concern::Attach)
+        matches!(self, Concern::Servers | Concern::Sidecar | Concern::Kept | Concern::Attach | Concern::HandshakeTime)
     }
 }
 
@@ -165,6 +166,7 @@ impl Shared {
             mac: spec.mac.to_string(),
             public_key: spec.tunnel.as_ref().and_then(|tunnel| tunnel.keys().first()).map(|key| key.to_string()),
             encryption: if sealed { Encryption::Wireguard } else { Encryption::None },
+            preshared: spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.is_preshared()),
             session: spec.tunnel.as_deref().filter(|_| sealed).map(session),
             state: match spec.liveness.as_deref().map(Liveness::verdict) {
                 Some(Verdict::Up) => PeerState::Up,

@@ -55,8 +55,6 @@ pub struct Inbound {
     /// What tunnels want sent because of what came.
     outbox: Outbox,
     limit: SourceLimit,
-    /// Decrypted packets come here first.
-    room: Vec<u8>,
     received_us: u64,
     heard: Vec<PeerIndex>,
 }
@@ -81,7 +79,6 @@ impl Inbound {
             data_socket: 1,
             outbox: Outbox::default(),
             limit: SourceLimit::default(),
-            room: Vec::new(),
             received_us: 0,
             heard: Vec::new(),
         }
@@ -309,14 +306,11 @@ impl Inbound {
             *session = Some(tunnel.lane(peer, lane));
         }
         let open = session.as_mut().ok_or(Drop::WireguardUnknownSession)?;
-        self.room.resize(self.room.len().max(datagram.len()), 0);
-        let opened = open.open(datagram, received.source, now_ms, self.data_socket, &mut self.room, &mut self.outbox);
+        let opened = open.open(index, datagram, received.source, now_ms, self.data_socket, &mut self.outbox);
         match opened {
             Ok(Opened::Packet(len)) => {
-                let place = datagram.get_mut(tunnel::INNER_AT..).and_then(|rest| rest.get_mut(..len));
-                let place = place.ok_or(Drop::WireguardMalformed)?;
-                place.copy_from_slice(self.room.get(..len).ok_or(Drop::WireguardMalformed)?);
-                Ok(Some((open.peer(), place)))
+                let place = datagram.get(tunnel::INNER_AT..).and_then(|rest| rest.get(..len));
+                Ok(Some((open.peer(), place.ok_or(Drop::WireguardMalformed)?)))
             }
             Ok(Opened::Consumed) => {
                 self.seen(tables, now_ms, &Tally { peer: open.peer(), packets: 0, bytes: 0 });
@@ -340,24 +334,19 @@ impl Inbound {
         if identity.is_none() {
             return Err(Drop::HandshakeRefused);
         }
-        if limit.is_spent(source.ip(), now_ms) {
-            return Err(Drop::HandshakeLimited);
-        }
         let mut found = Err(Drop::HandshakeRefused);
         for ours in identity.iter().chain(former_identity) {
-            let allows = |source| limit.allows(source, now_ms);
-            let initiator = ours.initiator(datagram, source, allows, self.data_socket, &mut self.outbox);
+            let initiator = ours.initiator(datagram, source, limit, now_ms, self.data_socket, &mut self.outbox);
             found = initiator.map(|initiator| (ours, initiator));
             // for which of our keys it is the first bytes tell; all else is said by the one that it is for
             if !matches!(found, Err(Drop::HandshakeRefused)) {
                 break;
             }
         }
-        let (ours, Initiator::Key(key, lane)) = found? else { return Ok(()) };
-        let (peer, tunnel) = tables.answerer(&key, ours, lane).ok_or(Drop::HandshakeRefused)?;
-        self.room.resize(self.room.len().max(datagram.len()), 0);
+        let (ours, Initiator::Heard(heard, lane)) = found? else { return Ok(()) };
+        let (peer, tunnel) = tables.answerer(&heard.key(), ours, lane).ok_or(Drop::HandshakeRefused)?;
         let mut session = tunnel.lane(peer, lane);
-        session.open(datagram, source, now_ms, self.data_socket, &mut self.room, &mut self.outbox)?;
+        session.answer(heard, source, now_ms, self.data_socket, &mut self.outbox)?;
         self.seen(tables, now_ms, &Tally { peer, packets: 0, bytes: 0 });
         Ok(())
     }

@@ -321,10 +321,19 @@ impl Outbound {
         for index in 0..gso.segments() {
             let (from, len) = (index * gso.size, segmenter.payload_len(index));
             if let Some(session) = session {
+                let write = |to: &mut Vec<u8>| {
+                    segmenter.write(index, payload.get(from..from + len)?, to)?;
+                    to.extend_from_slice(payload.get(from..from + len)?);
+                    Some(())
+                };
+                if session.is_up() {
+                    let inner = gso.header_len + len;
+                    seal_with(&mut self.batch, *key, *endpoint, session, packet.tos, inner, write)?;
+                    continue;
+                }
                 self.whole.clear();
-                segmenter.write(index, payload.get(from..from + len)?, &mut self.whole)?;
-                self.whole.extend_from_slice(payload.get(from..from + len)?);
-                seal(&mut self.batch, *key, *endpoint, session, now_ms, packet.tos, &self.whole)?;
+                write(&mut self.whole)?;
+                session.hold(&self.whole, packet.tos, now_ms);
                 continue;
             }
             let slab = self.batch.slab_mut();
@@ -515,11 +524,28 @@ fn seal(
         session.hold(packet, tos, now_ms);
         return Some(());
     }
+    seal_with(batch, key, endpoint, session, tos, packet.len(), |to| {
+        to.extend_from_slice(packet);
+        Some(())
+    })
+}
+
+/// Seals an inner packet of `inner` bytes, which `write` appends, into the batch.
+#[inline]
+fn seal_with(
+    batch: &mut TxBatch,
+    key: Key,
+    endpoint: SocketAddr,
+    session: &mut Session<'_>,
+    tos: u8,
+    inner: usize,
+    write: impl FnOnce(&mut Vec<u8>) -> Option<()>,
+) -> Option<()> {
     let slab = batch.slab_mut();
     let at = slab.len();
-    let len = session.seal(packet, slab)?;
+    let len = session.seal_with(inner, slab, write)?;
     let piece = Piece::Header { at: at as u32, len: len as u32 };
-    batch.open(key, endpoint, tos & tunnel::ECN, len).push(len, packet.len(), &[piece]);
+    batch.open(key, endpoint, tos & tunnel::ECN, len).push(len, inner, &[piece]);
     Some(())
 }
 

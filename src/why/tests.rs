@@ -21,6 +21,7 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             subnets: peer.spec.subnets.clone(),
             mac: peer.spec.mac.to_string(),
             public_key: None,
+            preshared: false,
             encryption: if tunnel.is_some() { Encryption::Wireguard } else { Encryption::None },
             session: tunnel.map(|facts| SessionView {
                 lanes: facts.lanes,

@@ -39,6 +39,7 @@ mod namespace;
 mod nested;
 mod path;
 mod pods;
+mod preshared;
 mod refused;
 mod reload;
 mod scale;

@@ -8,6 +8,7 @@ fn peer(name: &str, state: PeerState) -> PeerView {
         mac: "0a:58:0a:09:00:02".to_owned(),
         public_key: None,
         encryption: Encryption::None,
+        preshared: false,
         session: None,
         state,
         last_seen_ms: None,
