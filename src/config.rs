@@ -94,7 +94,15 @@ pub struct Settings {
     /// `bind-address`
     pub bind_address: SocketAddr,
     /// `datastore-endpoint`: `None` is SQLite in `data-dir`.
-    pub datastore_endpoint: Option<String>,
+    pub datastore_endpoint: Option<Secret>,
+    /// `datastore-password-file`
+    pub datastore_password_file: Option<PathBuf>,
+    /// `datastore-cafile`
+    pub datastore_cafile: Option<PathBuf>,
+    /// `datastore-certfile`
+    pub datastore_certfile: Option<PathBuf>,
+    /// `datastore-keyfile`
+    pub datastore_keyfile: Option<PathBuf>,
     /// `node-label`
     pub node_labels: BTreeMap<String, String>,
     /// `node-taint`
@@ -169,6 +177,10 @@ impl Config {
             tls_san: layers.many("tls-san", membership::tls_san, same_text)?,
             bind_address: layers.one("bind-address", membership::bind_address)?.unwrap_or(membership::ANY_ADDRESS),
             datastore_endpoint: membership::datastore(&layers)?,
+            datastore_password_file: layers.one("datastore-password-file", values::path)?,
+            datastore_cafile: layers.one("datastore-cafile", values::path)?,
+            datastore_certfile: layers.one("datastore-certfile", values::path)?,
+            datastore_keyfile: layers.one("datastore-keyfile", values::path)?,
             node_labels: layers.many("node-label", membership::label, membership::same_label)?.into_iter().collect(),
             node_taints: layers.many("node-taint", membership::taint, same_text)?,
             control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
@@ -233,6 +245,10 @@ impl Config {
             "tls-san" => a.tls_san != b.tls_san,
             "bind-address" => a.bind_address != b.bind_address,
             "datastore-endpoint" => a.datastore_endpoint != b.datastore_endpoint,
+            "datastore-password-file" => a.datastore_password_file != b.datastore_password_file,
+            "datastore-cafile" => a.datastore_cafile != b.datastore_cafile,
+            "datastore-certfile" => a.datastore_certfile != b.datastore_certfile,
+            "datastore-keyfile" => a.datastore_keyfile != b.datastore_keyfile,
             "node-label" => a.node_labels != b.node_labels,
             "node-taint" => a.node_taints != b.node_taints,
             "control-only" => a.control_only != b.control_only,

@@ -121,7 +121,7 @@ impl Sim {
 
 fn setup(cidr: &str, masks: MaskSizes) -> Setup {
     let cidrs = cidr.split(',').map(|c| c.parse().unwrap()).collect();
-    Setup { cidrs, masks, secret: None, purge_after: Some(Duration::from_secs(HOUR)) }
+    Setup { cidrs, masks, secret: None, purge_after: Some(Duration::from_secs(HOUR)), ..Setup::default() }
 }
 
 const MASKS: MaskSizes = MaskSizes { v4: 24, v6: 64 };

@@ -6,101 +6,19 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use meshd::membership::link::{FromMeshd, FromSidecar, Hello, Request, Status};
-use meshd::membership::record::{Mode, NodeRecord, Role};
+use meshd::membership::link::{FromMeshd, FromSidecar, Request};
+use meshd::membership::record::Role;
 use meshd::membership::registry::{GRACE, INTERVAL};
 use meshd::membership::settings::{Secret, Settings};
 use meshd::membership::token::Token;
-use serde_json::Value;
 use tempfile::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+use self::sidecar::Sidecar;
 
-/// A sidecar, and `meshd`'s end of its link.
-struct Sidecar {
-    child: Child,
-    write: UnixStream,
-    read: BufReader<UnixStream>,
-    asked: u64,
-    status: Status,
-    nodes: Vec<NodeRecord>,
-}
-
-impl Sidecar {
-    fn start(settings: &Settings, name: &str, underlay: &str) -> Self {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let child =
-            Command::new(env!("CARGO_BIN_EXE_mesh-sidecar")).stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
-        ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut sidecar = Sidecar {
-            child,
-            write: ours.try_clone().unwrap(),
-            read: BufReader::new(ours),
-            asked: 0,
-            status: Status::default(),
-            nodes: vec![],
-        };
-        sidecar.say(settings);
-        sidecar.say(&FromMeshd::Hello(Hello {
-            name: name.to_owned(),
-            underlay: vec![underlay.parse().unwrap()],
-            public_keys: vec![],
-            encryption: Mode::None,
-        }));
-        sidecar
-    }
-
-    fn say(&mut self, message: &impl serde::Serialize) {
-        let mut line = serde_json::to_vec(message).unwrap();
-        line.push(b'\n');
-        self.write.write_all(&line).unwrap();
-    }
-
-    fn hear(&mut self) -> FromSidecar {
-        let mut line = String::new();
-        assert!(self.read.read_line(&mut line).unwrap() > 0, "the sidecar has ended");
-        let message: FromSidecar = serde_json::from_str(&line).unwrap();
-        match &message {
-            FromSidecar::Status(status) => self.status = status.clone(),
-            FromSidecar::List { nodes, .. } => self.nodes = nodes.clone(),
-            FromSidecar::Delta { upsert, remove, .. } => {
-                self.nodes.retain(|n| !remove.contains(&n.id) && !upsert.iter().any(|u| u.id == n.id));
-                self.nodes.extend(upsert.iter().cloned());
-            }
-            _ => {}
-        }
-        message
-    }
-
-    fn until(&mut self, what: &str, good: impl Fn(&Self) -> bool) {
-        let start = Instant::now();
-        while !good(self) {
-            assert!(start.elapsed() < PATIENCE, "{what}: {:?}", self.status);
-            self.hear();
-        }
-    }
-
-    fn ask(&mut self, request: Request) -> Result<Value, String> {
-        self.asked += 1;
-        let id = self.asked;
-        self.say(&FromMeshd::Request { id, request });
-        loop {
-            if let FromSidecar::Answer { id: of, result } = self.hear()
-                && of == id
-            {
-                return result.map_err(|refusal| refusal.message);
-            }
-        }
-    }
-
-    fn kill(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
+mod sidecar;
 
 fn server_settings(dir: &Path, port: u16) -> Settings {
     let mut settings = Settings::new(Role::Server, dir);
@@ -291,8 +209,8 @@ fn it_runs_without_privileges_and_refuses_what_it_cannot_do() {
     other.cluster_cidr = vec!["10.43.0.0/16".parse().unwrap()];
     ends_with(&other, "cluster-cidr");
     let mut other = settings.clone();
-    other.datastore_endpoint = Some("postgres://user:hush@db/mesh".to_owned());
-    ends_with(&other, "postgres://…");
+    other.datastore.endpoint = Some(Secret::new("cassandra://user:hush@db/mesh"));
+    ends_with(&other, "cassandra://…");
     let empty = TempDir::new().unwrap();
     ends_with(&agent_settings(empty.path(), None), "token");
     ends_with(&agent_settings(empty.path(), Some("mesh1xxxx")), "damaged");

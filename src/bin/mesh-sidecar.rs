@@ -48,6 +48,15 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         None => run(),
+        Some(Verb::Backup { data_dir, .. } | Verb::Restore { data_dir, .. })
+            if sidecar::elsewhere(&data_dir).is_some() =>
+        {
+            let place = sidecar::elsewhere(&data_dir).unwrap_or_default();
+            Err(anyhow::anyhow!(
+                "this server's state is in {place}, not in its data-dir: back that up and restore it with its own tools \
+                 (`mysqldump --single-transaction`, `pg_dump`), while no server runs that uses it"
+            ))
+        }
         Some(Verb::Backup { data_dir, file }) => {
             block_on(async { Ok(sqlite::backup(&data_dir.join(sidecar::DATABASE), &file).await?) })
         }

@@ -7,14 +7,15 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use meshd::config::load::{DEFAULT_PATH, LoadError, Loader, TokenError};
+use meshd::config::load::{DEFAULT_PATH, DatastoreError, LoadError, Loader, TokenError};
 use meshd::config::{self, Config, ConfigError, KEYS, NodeIp};
 use meshd::control::nodes_file::{self, NoOwnEntry};
 use meshd::control::source::{NodesFile, NodesFileError};
 use meshd::daemon::{Join, ask};
 use meshd::key::{MAX_LANES, SecretKey};
 use meshd::membership::record::Role;
-use meshd::membership::settings::Secret;
+use meshd::membership::settings::{Datastore, Secret};
+use meshd::membership::store::check::Report;
 use meshd::membership::token::PREFIX;
 
 const FAILED: u8 = 1;
@@ -24,6 +25,7 @@ const EXAMPLES: &str = "\
 Examples:
   meshd server                              the first node of a cluster
   MESHD_TOKEN=mesh1… meshd agent            joins it; `meshctl token create` on the server prints a token
+  meshd datastore check                     can a server use the database of datastore-endpoint?
   meshd config check                        is /etc/meshd/config.yaml good?
   meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a
   meshd run --config ./a.yaml --log debug   a flag wins over the file
@@ -66,6 +68,14 @@ by the node list that it has kept, also without any server.
 A token on the command line can be read by every user of this machine: MESHD_TOKEN or `--token-file` keep it apart.
 
 Each flag is a key of the configuration file and an environment variable, as with `meshd run`.";
+
+const DATASTORE_HELP: &str = "\
+Connects as `meshd server` would, and looks: address, login, rights, encryption, format of the tables. Changes nothing. What \
+is missing is printed as what to run in the database, such as a GRANT.
+
+  MESHD_DATASTORE_ENDPOINT=mysql://mesh@db.example/meshd meshd datastore check --datastore-password-file /etc/meshd/db
+
+Exit codes: 0 a server can use it, 1 it cannot, 2 wrong usage or configuration.";
 
 const CHECK_HELP: &str = "\
 Checks what meshd would start with: the file, the MESHD_ variables, and the nodes-file that they name. \
@@ -114,6 +124,9 @@ enum Verb {
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigVerb),
+    /// Look at where a server's state is to be stored
+    #[command(subcommand)]
+    Datastore(DatastoreVerb),
     /// Make a key for WireGuard: private on stdout, public on stderr
     #[command(after_help = KEYGEN_HELP)]
     Keygen {
@@ -142,6 +155,19 @@ enum ConfigVerb {
     },
 }
 
+#[derive(Subcommand)]
+enum DatastoreVerb {
+    /// Say whether a server could use it, and what to run where it could not
+    #[command(after_help = DATASTORE_HELP)]
+    Check {
+        /// One JSON document
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        settings: Settings,
+    },
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
@@ -150,6 +176,7 @@ fn main() -> ExitCode {
         Some(Verb::Agent(Settings(loader))) => member(Role::Agent, loader),
         Some(Verb::Run(Settings(loader))) => run(loader),
         Some(Verb::Config(ConfigVerb::Check { file })) => check(Loader { path: file, flags: Vec::new() }),
+        Some(Verb::Datastore(DatastoreVerb::Check { json, settings })) => return datastore_check(json, settings.0),
         Some(Verb::Keygen { lanes }) => keygen(lanes),
         Some(Verb::Selftest { json }) => return selftest(json),
         Some(Verb::Cleanup(Settings(loader))) => cleanup(loader),
@@ -206,18 +233,25 @@ fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
     } else if !joined {
         needs(role, token.as_ref(), &config)?;
     }
-    block_on(meshd::daemon::run(config, loader, Some(Join { role, token })))
+    let datastore = match role {
+        Role::Server => config::load::datastore(&config)?,
+        _ => Datastore::default(),
+    };
+    block_on(meshd::daemon::run(config, loader, Some(Join { role, token, datastore: datastore.into() })))
 }
 
 /// What is missing for a first join. A server with neither makes a cluster of its own.
 fn needs(role: Role, token: Option<&Secret>, config: &Config) -> Result<(), Missing> {
     let whole = token.is_some_and(|token| token.reveal().starts_with(PREFIX));
-    if role == Role::Server && (whole || !config.servers.is_empty()) {
+    let shared = config.datastore_endpoint.as_ref().is_some_and(|e| !e.reveal().starts_with("sqlite:"));
+    if role == Role::Server && !shared && (whole || !config.servers.is_empty()) {
         return Err(Missing::Store);
     }
     match (token, config.servers.is_empty()) {
         (None, true) if role == Role::Server => Ok(()),
         (None, true) => Err(Missing::Both),
+        // the database is what lets a server in
+        (None, false) if role == Role::Server => Ok(()),
         (None, false) => Err(Missing::Token),
         // a server's own shared secret, with which its agents will join
         (Some(_), true) if !whole && role != Role::Server => Err(Missing::Server),
@@ -241,6 +275,39 @@ fn selftest(json: bool) -> ExitCode {
     let text = if json { serde_json::to_string(&report).unwrap_or_default() + "\n" } else { report.to_string() };
     let written = std::io::stdout().write_all(text.as_bytes());
     ExitCode::from(if report.good && written.is_ok() { 0 } else { FAILED })
+}
+
+fn datastore_check(json: bool, loader: Loader) -> ExitCode {
+    let report = loader.load().map_err(anyhow::Error::new).and_then(|config| {
+        notice(&config);
+        let datastore = config::load::datastore(&config)?;
+        let default = config.data_dir.join(meshd::membership::sidecar::DATABASE);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(runtime.block_on(meshd::membership::store::check::check(&datastore, &default)))
+    });
+    let report = match report {
+        Ok(report) => report,
+        Err(error) => return exit(Err(error)),
+    };
+    let text = if json { serde_json::to_string_pretty(&report).unwrap_or_default() } else { told_of(&report) };
+    // who does not read on has seen enough
+    let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    if report.ok { ExitCode::SUCCESS } else { ExitCode::from(FAILED) }
+}
+
+fn told_of(report: &Report) -> String {
+    let mut lines = vec![format!("{}: {}", report.datastore, if report.ok { "ok" } else { "not usable" })];
+    lines.extend(report.server.as_ref().map(|server| format!("  server     {server}")));
+    lines.extend(report.encrypted.map(|yes| format!("  encrypted  {}", if yes { "yes" } else { "no" })));
+    lines.extend(report.format.map(|format| match format {
+        0 => "  tables     none yet; the first server makes them".to_owned(),
+        format => format!("  tables     format {format}"),
+    }));
+    for finding in &report.findings {
+        lines.push(format!("  {}: {}", if finding.warning { "warning" } else { "missing" }, finding.problem));
+        lines.push(format!("    {}", finding.fix));
+    }
+    lines.join("\n")
 }
 
 fn cleanup(loader: Loader) -> anyhow::Result<()> {
@@ -310,6 +377,7 @@ fn code(error: &anyhow::Error) -> u8 {
         || error.is::<NodesFileError>()
         || error.is::<NoOwnEntry>()
         || error.is::<TokenError>()
+        || error.is::<DatastoreError>()
         || error.is::<Missing>();
     if theirs { USAGE } else { FAILED }
 }
@@ -342,8 +410,9 @@ enum Missing {
     )]
     Server,
     #[error(
-        "`server`, or a `mesh1…` token, joins a further server to a cluster, which needs a shared datastore; this version \
-         serves a cluster from one server. Run `meshd agent` to join that cluster, or leave both out to make another one"
+        "`server`, or a `mesh1…` token, joins a further server to a cluster, which needs a shared datastore: set \
+         `datastore-endpoint` to that of the cluster's servers. Run `meshd agent` to join that cluster as an agent, or leave \
+         both out to make another one"
     )]
     Store,
 }

@@ -101,7 +101,17 @@ pub const KEYS: &[Key] = &[
     )),
     key("bind-address", "ADDR:PORT", "`meshd server`: where it serves the control plane", "[::]:9345"),
     key("cluster-init", "true|false", "`meshd server`: managed etcd; this version cannot yet", "false"),
-    key("datastore-endpoint", "URL", "`meshd server`: where state is stored", "SQLite in data-dir"),
+    secret(
+        "datastore-endpoint",
+        "URL",
+        "`meshd server`: where state is stored: sqlite://PATH, mysql://USER@HOST/DATABASE or postgres://USER@HOST/DATABASE, \
+         the last two for several servers",
+        "SQLite in data-dir",
+    ),
+    live("datastore-password-file", "FILE", "`meshd server`: the database's password", "the endpoint's"),
+    live("datastore-cafile", "FILE", "`meshd server`: authority of the database's certificate (PEM)", "the system's"),
+    live("datastore-certfile", "FILE", "`meshd server`: certificate that is shown to the database (PEM)", "none"),
+    live("datastore-keyfile", "FILE", "`meshd server`: its private key (PEM)", "none"),
     changing(list("node-label", "KEY=VALUE", "Labels of this node", "none")),
     changing(list("node-taint", "KEY=VALUE:EFFECT", "Taints of this node", "none")),
     key("control-only", "true|false", "`meshd server`: no workload subnet, one overlay address", "false"),

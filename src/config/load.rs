@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{Config, ConfigError, Sources, TokenFile};
-use crate::membership::settings::Secret;
+use crate::membership::settings::{Datastore, Secret};
 use crate::membership::token::{BadToken, Credential};
 
 /// The file that is read when nobody names one.
@@ -104,6 +104,45 @@ pub fn token(config: &Config) -> Result<Option<Secret>, TokenError> {
     let text = text.trim();
     Credential::parse(text).map_err(|source| TokenError::Bad { path, source })?;
     Ok(Some(Secret::new(text)))
+}
+
+/// A file of the datastore's that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DatastoreError {
+    /// It cannot be read.
+    #[error("cannot read the {0}: {1}")]
+    Read(&'static str, #[source] ReadError),
+    /// It is not what it should be.
+    #[error("{key} {}: {what}", path.display())]
+    Bad {
+        /// Which key names it.
+        key: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+/// `datastore-endpoint`, with what the files beside it hold.
+pub fn datastore(config: &Config) -> Result<Datastore, DatastoreError> {
+    let text = |key: &'static str, path: &Option<PathBuf>, begins: &str| {
+        let Some(path) = path else { return Ok(None) };
+        let bad = |what| DatastoreError::Bad { key, path: path.clone(), what };
+        let bytes = read_regular(path, MAX_TOKEN).map_err(|error| DatastoreError::Read(key, error))?.0;
+        let text = String::from_utf8(bytes).map_err(|_| bad("not a text"))?;
+        if text.trim().is_empty() || !text.contains(begins) {
+            return Err(bad(if begins.is_empty() { "it is empty" } else { "no PEM of that kind is in it" }));
+        }
+        Ok(Some(text.trim().to_owned()))
+    };
+    Ok(Datastore {
+        endpoint: config.datastore_endpoint.clone(),
+        password: text("datastore-password-file", &config.datastore_password_file, "")?.map(Secret::new),
+        ca: text("datastore-cafile", &config.datastore_cafile, "-----BEGIN CERTIFICATE-----")?,
+        certificate: text("datastore-certfile", &config.datastore_certfile, "-----BEGIN CERTIFICATE-----")?,
+        key: text("datastore-keyfile", &config.datastore_keyfile, "PRIVATE KEY-----")?.map(Secret::new),
+    })
 }
 
 const MAX_TOKEN: u64 = 64 << 10;

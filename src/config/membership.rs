@@ -8,11 +8,12 @@ use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net};
 
-use super::error::{ConfigError, Problem};
+use super::error::{ConfigError, Place, Problem};
 use super::layers::Layers;
 use super::values::{self, Read, Refusal};
 use crate::membership::address::ServerAddress;
 use crate::membership::settings::{MaskSizes, SERVER_PORT, Secret};
+use crate::membership::store::endpoint::Endpoint;
 use crate::membership::token::Credential;
 
 /// `bind-address` unless it is set: every address, both families.
@@ -67,10 +68,18 @@ pub(super) fn mask_sizes(layers: &Layers) -> Result<MaskSizes, ConfigError> {
     Ok(sizes)
 }
 
-/// `datastore-endpoint` and `cluster-init`, of which this version knows the one store that needs neither.
-pub(super) fn datastore(layers: &Layers) -> Result<Option<String>, ConfigError> {
+/// `datastore-endpoint`; and `cluster-init`, which this version cannot.
+pub(super) fn datastore(layers: &Layers) -> Result<Option<Secret>, ConfigError> {
     layers.one("cluster-init", cluster_init)?;
-    layers.one("datastore-endpoint", datastore_endpoint)
+    let endpoint = layers.one("datastore-endpoint", datastore_endpoint)?;
+    let password = endpoint.as_ref().and_then(|text| Endpoint::parse(text.reveal()).ok()?.password);
+    if let (Some(_), place @ Place::Flag(_)) = (password, layers.place("datastore-endpoint")) {
+        let fix = "every user of this machine can read a password there; leave it out, and set datastore-password-file, or \
+                   set MESHD_DATASTORE_ENDPOINT instead of the flag";
+        let problem = Problem::BadValue { key: "datastore-endpoint", value: "…".to_owned(), fix: fix.to_owned() };
+        return Err(ConfigError { place, problem });
+    }
+    Ok(endpoint)
 }
 
 pub(super) fn tls_san(text: &str) -> Read<String> {
@@ -180,14 +189,18 @@ fn cluster_init(text: &str) -> Read<()> {
     }
 }
 
-fn datastore_endpoint(text: &str) -> Read<String> {
-    let scheme = text.split_once("://").map(|(scheme, _)| scheme);
-    match scheme {
-        Some("sqlite") => Ok(text.to_owned()),
-        Some("mysql" | "mariadb" | "postgres" | "postgresql" | "etcd" | "http" | "https") => {
+fn datastore_endpoint(text: &str) -> Read<Secret> {
+    const WANTED: &str = "use `sqlite:///PATH`, `mysql://USER@HOST/DATABASE` or `postgres://USER@HOST/DATABASE`, or remove it \
+                          for SQLite below `data-dir`";
+    match text.split_once("://") {
+        Some(("sqlite", path)) if path.is_empty() || path.starts_with('/') => Ok(Secret::new(text)),
+        Some(("mysql" | "mariadb" | "postgres" | "postgresql", _)) => {
+            Endpoint::parse(text).map(|_| Secret::new(text)).map_err(Refusal::Fix)
+        }
+        Some(("etcd" | "http" | "https", _)) => {
             Err(Refusal::Later("remove it: state is then in SQLite below `data-dir`"))
         }
-        _ => Err("use `sqlite://PATH`, or remove it for SQLite below `data-dir`".into()),
+        _ => Err(WANTED.into()),
     }
 }
 

@@ -319,7 +319,7 @@ proptest! {
 }
 
 /// The keys of `meshd server` and `meshd agent`, each with a value that is not the default.
-const OTHERS: [(&str, &str); 17] = [
+const OTHERS: [(&str, &str); 21] = [
     ("bfd", "off"),
     ("server", "a"),
     ("token", "t"),
@@ -330,6 +330,10 @@ const OTHERS: [(&str, &str); 17] = [
     ("bind-address", "10.9.0.1"),
     ("cluster-init", "false"),
     ("datastore-endpoint", "sqlite:///x"),
+    ("datastore-password-file", "/p"),
+    ("datastore-cafile", "/ca"),
+    ("datastore-certfile", "/ce"),
+    ("datastore-keyfile", "/k"),
     ("node-label", "a=b"),
     ("node-taint", "a:NoExecute"),
     ("control-only", "true"),
@@ -381,8 +385,10 @@ fn wrong_membership_values_are_named() {
         ("bind-address: host:9345", "use an address with a port"),
         ("cluster-init: true", "not supported by this version yet"),
         ("datastore-endpoint: etcd://h1,h2", "not supported by this version yet"),
-        ("datastore-endpoint: mysql://u@h/d", "not supported by this version yet"),
-        ("datastore-endpoint: x.db", "use `sqlite://PATH`"),
+        ("datastore-endpoint: mysql://hush@/d", "no host"),
+        ("datastore-endpoint: postgres://u:hush@h", "no database"),
+        ("datastore-endpoint: mysql://u:hush@h/d?ssl=1", "only `sslmode`"),
+        ("datastore-endpoint: x.db", "use `sqlite:///PATH`"),
         ("node-label: a", "write `key=value`"),
         ("node-label: [a=1, a=2]", "there twice"),
         ("node-taint: a=b:Never", "NoSchedule"),
@@ -396,6 +402,7 @@ fn wrong_membership_values_are_named() {
     ] {
         let message = message(text);
         assert!(message.contains(part), "{text}: {message}");
+        assert!(!message.contains("hush"), "{text}: {message}");
     }
 }
 

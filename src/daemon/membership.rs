@@ -24,7 +24,7 @@ use crate::control::plan::plan;
 use crate::control::records::Records;
 use crate::membership::link::{FromSidecar, Hello, Status};
 use crate::membership::record::Role;
-use crate::membership::settings::{LogFormat, Secret, Settings};
+use crate::membership::settings::{Datastore, LogFormat, Secret, Settings};
 use crate::node::NodeList;
 
 /// A list that removes most peers is confirmed by a later revision that still does, this long afterwards.
@@ -46,6 +46,8 @@ pub struct Join {
     pub role: Role,
     /// What it joins with; a node that has joined needs none.
     pub token: Option<Secret>,
+    /// Where a server keeps its state.
+    pub datastore: Box<Datastore>,
 }
 
 /// Whether the node of that data directory is a member already.
@@ -145,6 +147,9 @@ impl Membership {
     pub(super) fn configure(&mut self, config: &Config) -> anyhow::Result<()> {
         if config.token_file != Some(config::TokenFile::StandardInput) {
             self.join.token = config::load::token(config)?;
+        }
+        if self.join.role == Role::Server {
+            self.join.datastore = config::load::datastore(config)?.into();
         }
         self.sidecar.configure(settings(config, &self.join));
         Ok(())
@@ -431,7 +436,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.cluster_cidr = config.cluster_cidr.clone();
         settings.node_cidr_mask_size = config.node_cidr_mask_size;
         settings.tls_san = config.tls_san.clone();
-        settings.datastore_endpoint = config.datastore_endpoint.clone();
+        settings.datastore = (*join.datastore).clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
         settings.lb_server_port = config.lb_server_port;

@@ -49,9 +49,9 @@ pub struct Settings {
     /// `token` or what `token-file` holds, trimmed: a `mesh1…` token or a shared secret.
     #[serde(default)]
     pub token: Option<Secret>,
-    /// `datastore-endpoint`, server only; `None`: SQLite in `data_dir`.
+    /// `datastore-endpoint` and its company, server only.
     #[serde(default)]
-    pub datastore_endpoint: Option<String>,
+    pub datastore: Datastore,
     /// `node-label`
     #[serde(default)]
     pub node_labels: BTreeMap<String, String>,
@@ -87,7 +87,7 @@ impl Settings {
             tls_san: Vec::new(),
             servers: Vec::new(),
             token: None,
-            datastore_endpoint: None,
+            datastore: Datastore::default(),
             node_labels: BTreeMap::new(),
             node_taints: Vec::new(),
             control_only: false,
@@ -97,6 +97,22 @@ impl Settings {
             log_format: LogFormat::default(),
         }
     }
+}
+
+/// Where servers keep their state, and how they get in. Files are here by their content: the sidecar may not read them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Datastore {
+    /// `datastore-endpoint`, which may hold a password; `None`: SQLite in `data-dir`.
+    pub endpoint: Option<Secret>,
+    /// What `datastore-password-file` holds, trimmed; wins over the endpoint's.
+    pub password: Option<Secret>,
+    /// What `datastore-cafile` holds: certificates in PEM that the store's must come from.
+    pub ca: Option<String>,
+    /// What `datastore-certfile` holds: the certificate in PEM that is shown to the store.
+    pub certificate: Option<String>,
+    /// What `datastore-keyfile` holds: its key in PEM.
+    pub key: Option<Secret>,
 }
 
 /// How large a node's subnets are, as prefix lengths.

@@ -23,12 +23,13 @@ use super::agent::{Agent, AgentError, Command, Heard, View, forward, local};
 use super::clock::Now;
 use super::files::{self, FileError};
 use super::link::{FromMeshd, FromSidecar, Hello, Refusal, Request, Status};
+use super::random;
 use super::record::Role;
-use super::registry::{OpenError, Refused, Registry, Setup};
+use super::registry::{OpenError, Proof, Refused, Registry, Setup};
 use super::server::{Server, ServerError};
-use super::settings::Settings;
-use super::store::StoreError;
-use super::store::sqlite::Sqlite;
+use super::settings::{Datastore, Settings};
+use super::store::endpoint::redacted;
+use super::store::{self, StoreError};
 use super::token::{Credential, Token};
 
 /// Messages that wait for `meshd`.
@@ -40,9 +41,14 @@ const RETRY: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The database of a server.
 pub const DATABASE: &str = "server/membership.db";
+/// Which cluster a server has served, and, on its second line, in which store it is.
+const CLUSTER_ID: &str = "server/cluster-id";
+/// The id of a cluster that is about to be made.
+const CANDIDATE: &str = "server/cluster-id.new";
 /// What whoever wants a token for another server is told.
-const ONE_SERVER: &str = "no token for a further server: servers of one cluster need a datastore that they share, and this \
-                          version keeps its state in SQLite on one. `--role agent` makes a token for everything else";
+const ONE_SERVER: &str = "no token for a further server: servers of one cluster need a datastore that they share \
+                          (`datastore-endpoint`), and this one keeps its state in SQLite. `--role agent` makes a token for \
+                          everything else";
 /// A token for agents, or the pre-shared secret.
 pub const NODE_TOKEN: &str = "server/node-token";
 
@@ -73,16 +79,14 @@ pub enum SidecarError {
     /// A change.
     #[error(transparent)]
     Refused(#[from] Refused),
-    /// Not yet.
-    #[error("`datastore-endpoint: {0}` is not supported by this version; leave it out for SQLite in `data-dir`")]
-    Datastore(String),
     /// A `server:` that is none.
     #[error(transparent)]
     Address(#[from] BadServerAddress),
     /// More than one server needs a store that they share.
     #[error(
-        "`server` or a `mesh1…` token with role server joins a further server to a cluster, which needs a shared datastore; this \
-         version serves a cluster from one. Remove `server` (and that token) to make a cluster, or run `meshd agent`"
+        "`server` or a `mesh1…` token joins a further server to a cluster, which needs a datastore that they share: set \
+         `datastore-endpoint` to that of the cluster's servers. Remove `server` (and that token) to make a cluster, or run \
+         `meshd agent`"
     )]
     SecondServer,
 }
@@ -124,7 +128,8 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
             Ok(())
         });
     }
-    let desk = Desk { role: settings.role, view: view.clone(), registry, commands };
+    let shared = store::is_shared(&settings.datastore);
+    let desk = Desk { role: settings.role, shared, view: view.clone(), registry, commands };
     let mut line = Vec::new();
     loop {
         // `line` keeps what was read so far when another branch wins.
@@ -217,38 +222,56 @@ async fn live(
     let names = keep_names(&settings, hello.clone(), registry.clone(), &server);
     tokio::select! {
         () = names => {}
+        gone = registry.follow(), if store::is_shared(&settings.datastore) => return Err(gone.into()),
         ended = local::run(settings.clone(), registry.clone(), heard, orders, view, out.clone()) => ended?,
     }
     // The others are served for as long as `meshd` lives, also after this node has left.
-    out.closed().await;
+    tokio::select! {
+        () = out.closed() => {}
+        gone = registry.follow(), if store::is_shared(&settings.datastore) => return Err(gone.into()),
+    }
     Ok(())
 }
 
 /// Opens the store, and listens.
 async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Server), SidecarError> {
-    if let Some(endpoint) = settings.datastore_endpoint.as_ref().filter(|e| !e.is_empty() && *e != "sqlite://") {
-        // It may hold a password: what stands before it is enough.
-        let scheme = endpoint.split("://").next().unwrap_or_default();
-        return Err(SidecarError::Datastore(format!("{scheme}://…")));
+    let shared = store::is_shared(&settings.datastore);
+    let known = Known::read(&settings.data_dir)?;
+    let (mut secret, mut joins) = (None, None);
+    match settings.token.as_ref().map(|token| Credential::parse(token.reveal())) {
+        Some(Ok(Credential::Shared(shared))) => secret = Some(shared),
+        Some(Ok(Credential::Token(token))) => joins = Some(token),
+        Some(Err(error)) => return Err(AgentError::Token(error).into()),
+        None => {}
     }
-    if !settings.servers.is_empty() {
+    if !shared && (joins.is_some() || !settings.servers.is_empty()) {
         return Err(SidecarError::SecondServer);
     }
-    let secret = match settings.token.as_ref().map(|token| Credential::parse(token.reveal())) {
-        Some(Ok(Credential::Shared(secret))) => Some(secret),
-        Some(Ok(Credential::Token(_))) => return Err(SidecarError::SecondServer),
-        Some(Err(error)) => return Err(AgentError::Token(error).into()),
-        None => None,
-    };
+    // Who has served a cluster belongs to it, whatever the configuration says still.
+    joins = joins.filter(|_| known.cluster.is_none());
     files::ensure_dir(&settings.data_dir.join("server"))?;
-    let store = Sqlite::open(&settings.data_dir.join(DATABASE)).await.map_err(OpenError::Store)?;
+    let store = store::open(&settings.datastore, &settings.data_dir.join(DATABASE)).await.map_err(OpenError::Store)?;
     let setup = Setup {
         cidrs: settings.cluster_cidr.clone(),
         masks: settings.node_cidr_mask_size,
         secret: secret.clone(),
         purge_after: settings.purge_after.map(Duration::from_secs),
+        shared,
+        candidate: Some(known.candidate(&settings.data_dir)?),
+        ca: joins.as_ref().map(|token| token.ca_hash),
+        join: known.cluster.is_none() && !settings.servers.is_empty(),
+        cluster: known.cluster,
+        datastore: store::kind(&settings.datastore),
     };
-    let registry = Arc::new(Registry::open(Arc::new(store), setup, Now::read()).await?);
+    let registry = Arc::new(Registry::open(store, setup, Now::read()).await?);
+    if let Some(token) = joins {
+        let proof = Proof::Token(token.id, token.secret);
+        local::join(settings, &registry, hello, &proof).await.map_err(|error| match error {
+            local::JoinError::Keep(error) => SidecarError::Keep(error),
+            local::JoinError::Refused(refused) => SidecarError::Refused(refused),
+        })?;
+    }
+    Known::write(&settings.data_dir, registry.cluster(), &settings.datastore)?;
     let names = names(settings, hello);
     let server = Server::start(settings.bind_address, registry.clone(), &names).await?;
     registry.set_servers(addresses(settings, hello, server.address()));
@@ -258,6 +281,52 @@ async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Ser
         None => node_token(&settings.data_dir.join(NODE_TOKEN), &registry).await?,
     }
     Ok((registry, server))
+}
+
+/// What the data directory says of the cluster that this server serves.
+struct Known {
+    cluster: Option<String>,
+}
+
+impl Known {
+    fn read(data_dir: &Path) -> Result<Self, SidecarError> {
+        let text = files::read(&data_dir.join(CLUSTER_ID))?;
+        let text = text.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let first = text.and_then(|text| text.lines().next().map(|line| line.trim().to_owned()));
+        Ok(Known { cluster: first.filter(|line| !line.is_empty()) })
+    }
+
+    /// The id of a cluster that this server may make: it stands on the disk before the cluster is there, so that a crash
+    /// in between leaves nobody with a cluster that is not theirs.
+    fn candidate(&self, data_dir: &Path) -> Result<String, SidecarError> {
+        let path = data_dir.join(CANDIDATE);
+        let kept = files::read(&path)?.and_then(|bytes| String::from_utf8(bytes).ok()).filter(|id| id.len() == 32);
+        if let Some(id) = kept {
+            return Ok(id);
+        }
+        let id = random::id();
+        if self.cluster.is_none() {
+            files::write_atomic(&path, id.as_bytes())?;
+        }
+        Ok(id)
+    }
+
+    fn write(data_dir: &Path, cluster: &str, datastore: &Datastore) -> Result<(), SidecarError> {
+        let place = datastore.endpoint.as_ref().map_or_else(|| "sqlite://".to_owned(), |e| redacted(e.reveal()));
+        let (path, text) = (data_dir.join(CLUSTER_ID), format!("{cluster}\n{place}\n"));
+        if files::read(&path)?.as_deref() != Some(text.as_bytes()) {
+            files::write_atomic(&path, text.as_bytes())?;
+        }
+        let candidate = data_dir.join(CANDIDATE);
+        Ok(files::remove(&candidate).map_err(|source| FileError { path: candidate, source })?)
+    }
+}
+
+/// Where the state of a server with this data directory is, when that is a store elsewhere, which has tools of its own.
+pub fn elsewhere(data_dir: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(data_dir.join(CLUSTER_ID)).ok()?;
+    let place = text.lines().nth(1)?.trim().to_owned();
+    (!place.is_empty() && !place.starts_with("sqlite:")).then_some(place)
 }
 
 /// Follows the node's addresses: what the certificate names, and where servers are said to be.
@@ -359,6 +428,7 @@ async fn tell_status(view: View, out: mpsc::Sender<FromSidecar>) -> Result<(), S
 #[derive(Clone)]
 struct Desk {
     role: Role,
+    shared: bool,
     view: View,
     registry: watch::Receiver<Option<Arc<Registry>>>,
     commands: mpsc::Sender<Command>,
@@ -373,7 +443,10 @@ impl Desk {
             self.commands.send(Command::Leave(answer)).await.map_err(|_| gone())?;
             return left.await.unwrap_or_else(|_| Err(gone())).map(|()| json!({ "left": true }));
         }
-        if matches!(request, Request::TokenCreate { role: Role::Server, .. }) && self.role == Role::Server {
+        if matches!(request, Request::TokenCreate { role: Role::Server, .. })
+            && self.role == Role::Server
+            && !self.shared
+        {
             return Err(refusal(ONE_SERVER.to_owned()));
         }
         if self.role == Role::Server {

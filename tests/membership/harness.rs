@@ -42,6 +42,7 @@ pub(crate) fn setup() -> Setup {
         masks: MaskSizes { v4: 24, v6: 64 },
         secret: None,
         purge_after: None,
+        ..Setup::default()
     }
 }
 

@@ -9,13 +9,45 @@ use super::keep::{Keep, KeepError};
 use super::{Command, Heard, Relay, View, myself};
 use crate::membership::api::JoinRequest;
 use crate::membership::clock::Now;
-use crate::membership::link::{FromSidecar, Refusal, Status};
+use crate::membership::link::{FromSidecar, Hello, Refusal, Status};
 use crate::membership::record::Role;
-use crate::membership::registry::{INTERVAL, Proof, Registry};
+use crate::membership::registry::{INTERVAL, Proof, Refused, Registry};
 use crate::membership::settings::Settings;
 
 /// What the registry refuses is tried again after so long, or when `meshd` says something else.
 const RETRY: Duration = Duration::from_secs(5);
+
+/// Joins once, by a token: a server of a cluster that others have made.
+pub async fn join(settings: &Settings, registry: &Registry, hello: &Hello, proof: &Proof) -> Result<(), JoinError> {
+    let keep = Keep::open(&settings.data_dir)?;
+    let request = request(settings, &keep, &hello.name, hello)?;
+    let answer = registry.join(Now::read(), &request, proof, None).await?;
+    keep.joined(&hello.name, Role::Server, &answer)?;
+    Ok(())
+}
+
+/// Why a server does not become a member.
+#[derive(Debug, thiserror::Error)]
+pub enum JoinError {
+    /// Its own files.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// The cluster.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+}
+
+fn request(settings: &Settings, keep: &Keep, name: &str, hello: &Hello) -> Result<JoinRequest, KeepError> {
+    Ok(JoinRequest {
+        name: name.to_owned(),
+        role: Role::Server,
+        myself: myself(settings, hello),
+        control_only: settings.control_only,
+        request: keep.request()?,
+        clock: Now::read().unix,
+        token: None,
+    })
+}
 
 /// Runs until `meshd` is gone, or this node left or was removed.
 pub async fn run(
@@ -31,15 +63,7 @@ pub async fn run(
     let member = keep.membership()?;
     let name = member.map_or_else(|| hello.borrow().name.clone(), |member| member.name);
     let id = loop {
-        let join = JoinRequest {
-            name: name.clone(),
-            role: Role::Server,
-            myself: myself(&settings, &hello.borrow_and_update()),
-            control_only: settings.control_only,
-            request: keep.request()?,
-            clock: Now::read().unix,
-            token: None,
-        };
+        let join = request(&settings, &keep, &name, &hello.borrow_and_update())?;
         match registry.join(Now::read(), &join, &Proof::Local, None).await {
             Ok(answer) => {
                 keep.joined(&name, Role::Server, &answer)?;

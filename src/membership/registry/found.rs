@@ -6,13 +6,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
 use super::feed::Feed;
+use super::others::Others;
 use super::rows::{self, BadRow, ClusterRow, GoneRow, NodeRow, TokenRow};
 use super::space::Space;
 use super::state::State;
 use super::{OpenError, Setup};
 use crate::membership::authority::{Authority, Kept};
 use crate::membership::clock::Now;
-use crate::membership::store::{Compare, Op, Revision, Store, Txn};
+use crate::membership::store::{Compare, Op, Outcome, Revision, Store, Txn};
 use crate::membership::{pake, random};
 
 /// Everything that is in the store.
@@ -24,6 +25,7 @@ pub(super) struct Found {
     pub(super) beats: HashMap<String, i64>,
     pub(super) state: State,
     pub(super) feed: Feed,
+    pub(super) others: Others,
 }
 
 impl Found {
@@ -32,6 +34,7 @@ impl Found {
         let mut state = State::new(space.clone());
         let (mut cluster, mut ca, mut secret) = (None, None, None);
         let (mut guard, mut list, mut beats) = (0, 0, HashMap::new());
+        let mut others = Others::default();
         for item in snapshot.items {
             let (key, value) = (item.key.as_str(), item.value.as_slice());
             match key {
@@ -53,25 +56,26 @@ impl Found {
                     state.tokens.insert(row.id.clone(), row);
                 }
                 _ if key.starts_with(rows::AUDIT) => state.audit.push_back(item.key),
-                _ => {}
+                _ => others.take(key, Some(value)),
             }
         }
-        Ok(Found { cluster, ca, secret, guard, beats, state, feed: Feed::new(list) })
+        Ok(Found { cluster, ca, secret, guard, beats, state, feed: Feed::new(list), others })
     }
 }
 
-/// Makes the cluster, in one step: there is no half of one.
-pub(super) async fn make(store: &dyn Store, setup: &Setup, now: Now) -> Result<(), OpenError> {
-    let id = random::id();
+/// Makes the cluster, in one step: there is no half of one. Whether it was this server that made it.
+pub(super) async fn make(store: &dyn Store, setup: &Setup, now: Now) -> Result<bool, OpenError> {
+    let id = setup.candidate.clone().unwrap_or_else(random::id);
     let (_, ca) = Authority::generate(&id, now.date())?;
+    let secret = setup.secret.as_ref().map(|secret| pake::Verifier::new(secret.reveal(), &id));
     let row = ClusterRow { id, created_at: now.unix, cidrs: setup.cidrs.clone(), masks: setup.masks };
-    let ops = vec![
+    let mut ops = vec![
         Op::put(rows::CLUSTER, rows::json(&row)),
         Op::put(rows::CA, rows::json(&ca)),
         Op::put(rows::GUARD, ""),
         Op::put(rows::LIST, ""),
     ];
+    ops.extend(secret.map(|secret| Op::put(rows::SECRET, STANDARD.encode(secret.as_bytes()))));
     let compares = vec![Compare { key: rows::CLUSTER.to_owned(), modified: 0 }];
-    store.txn(Txn { compares, ops }).await?;
-    Ok(())
+    Ok(matches!(store.txn(Txn { compares, ops }).await?, Outcome::Done(_)))
 }

@@ -30,6 +30,8 @@ pub(super) struct Beat {
 pub(super) struct Patient<'a> {
     pub(super) id: &'a str,
     pub(super) ready: bool,
+    /// Whether its silence is this server's to judge: it heartbeats here, or the server where it did is gone.
+    pub(super) mine: bool,
 }
 
 /// What should change.
@@ -47,6 +49,8 @@ pub(super) struct Health {
     away: HashMap<String, Duration>,
     /// Nodes that were not heard yet count from here.
     start: Duration,
+    /// Or from here, where another server heard them before.
+    since: HashMap<String, Duration>,
     ticked: Duration,
     /// From an earlier life of the server: when nodes were last heard, seconds since 1970. For people only.
     pub(super) remembered: HashMap<String, i64>,
@@ -54,11 +58,30 @@ pub(super) struct Health {
 
 impl Health {
     pub(super) fn new(now: Now, remembered: HashMap<String, i64>) -> Self {
-        Health { beats: HashMap::new(), away: HashMap::new(), start: now.mono, ticked: now.mono, remembered }
+        Health {
+            beats: HashMap::new(),
+            away: HashMap::new(),
+            start: now.mono,
+            since: HashMap::new(),
+            ticked: now.mono,
+            remembered,
+        }
     }
 
     pub(super) fn beat(&mut self, id: &str, beat: Beat) {
         self.beats.insert(id.to_owned(), beat);
+    }
+
+    /// Another server hears this node now.
+    pub(super) fn forget(&mut self, id: &str) {
+        self.beats.remove(id);
+        self.away.remove(id);
+        self.since.remove(id);
+    }
+
+    /// The server that heard this node is gone: the node has the whole grace to find another.
+    pub(super) fn adopt(&mut self, now: Now, id: &str) {
+        self.since.insert(id.to_owned(), now.mono);
     }
 
     /// When a node was last heard, seconds since 1970.
@@ -73,22 +96,24 @@ impl Health {
         let stood_still = passed > STANDSTILL;
         if stood_still {
             self.start += passed;
+            self.since.values_mut().for_each(|since| *since += passed);
             self.beats.values_mut().for_each(|beat| beat.at.mono += passed);
         }
         let fresh = |health: &Health, id: &str| {
-            let since = health.beats.get(id).map_or(health.start, |beat| beat.at.mono);
+            let first = health.since.get(id).copied().unwrap_or(health.start);
+            let since = health.beats.get(id).map_or(first, |beat| beat.at.mono);
             now.mono.saturating_sub(since) < GRACE
         };
         let heard = |health: &Health, id: &str| health.beats.contains_key(id) && fresh(health, id);
         let mut verdict = Verdict::default();
-        for node in nodes {
+        for node in nodes.iter().filter(|node| node.mine) {
             match (node.ready, heard(self, node.id)) {
                 (false, true) => verdict.up.push(node.id.to_owned()),
                 (true, false) if !fresh(self, node.id) => verdict.down.push(node.id.to_owned()),
                 _ => {}
             }
         }
-        let there = nodes.iter().filter(|node| heard(self, node.id)).count();
+        let there = nodes.iter().filter(|node| if node.mine { heard(self, node.id) } else { node.ready }).count();
         let reached: HashSet<&str> = self
             .beats
             .iter()
@@ -96,7 +121,8 @@ impl Health {
             .flat_map(|(_, beat)| beat.reaches.iter().map(String::as_str))
             .collect();
         let known: HashSet<&str> = nodes.iter().map(|node| node.id).collect();
-        let silent = |id: &str| known.contains(id) && !heard(self, id) && !reached.contains(id);
+        let mine: HashSet<&str> = nodes.iter().filter(|node| node.mine).map(|node| node.id).collect();
+        let silent = |id: &str| mine.contains(id) && !heard(self, id) && !reached.contains(id);
         let counts = there * 2 > nodes.len() && !stood_still;
         let mut away: HashMap<String, Duration> =
             self.away.iter().filter(|(id, _)| silent(id)).map(|(id, d)| (id.clone(), *d)).collect();
@@ -111,6 +137,7 @@ impl Health {
         }
         self.away = away;
         self.beats.retain(|id, _| known.contains(id.as_str()));
+        self.since.retain(|id, _| known.contains(id.as_str()));
         verdict
     }
 }
@@ -151,7 +178,8 @@ mod tests {
         }
 
         fn tick(&mut self) {
-            let nodes: Vec<_> = self.ready.iter().map(|(id, ready)| Patient { id, ready: *ready }).collect();
+            let nodes: Vec<_> =
+                self.ready.iter().map(|(id, ready)| Patient { id, ready: *ready, mine: true }).collect();
             let verdict = self.health.tick(self.now, &nodes, Some(Duration::from_secs(HOUR)));
             for id in verdict.up {
                 *self.ready.get_mut(id.as_str()).unwrap() = true;

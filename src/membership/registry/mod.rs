@@ -5,15 +5,17 @@
 //! time as an argument, and knows nothing of HTTP.
 
 mod feed;
+mod follow;
 mod found;
 mod health;
+mod others;
 mod refused;
 mod requests;
 mod rows;
 mod space;
 mod state;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -29,6 +31,7 @@ use self::feed::Feed;
 use self::found::Found;
 use self::health::{Beat, Health, Patient};
 pub use self::health::{GRACE, INTERVAL};
+use self::others::Others;
 pub use self::refused::Refused;
 pub use self::rows::BadRow;
 use self::rows::{AuditRow, ClusterRow, How, Plan, TokenRow};
@@ -49,14 +52,16 @@ use super::token::{Token, TokenId, TokenSecret};
 
 /// A change is tried again so often when somebody came in between.
 const TRIES: usize = 20;
+/// What another server wrote is known here after so long, where nothing is wrong.
+const NEWS: Duration = Duration::from_millis(600);
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
 /// Heartbeats are stored this often, for people who ask after a restart.
 const FLUSH: Duration = Duration::from_secs(300);
 const TIDY: Duration = Duration::from_secs(600);
 
-/// What a cluster is made with.
-#[derive(Debug, Clone)]
+/// What a cluster is made with, and what is known of the one that should be there.
+#[derive(Debug, Clone, Default)]
 pub struct Setup {
     /// `cluster-cidr`
     pub cidrs: Vec<IpNet>,
@@ -66,6 +71,18 @@ pub struct Setup {
     pub secret: Option<Secret>,
     /// `purge-after`
     pub purge_after: Option<Duration>,
+    /// Whether other servers use the store, too.
+    pub shared: bool,
+    /// The cluster that this server has served before: nothing else will do.
+    pub cluster: Option<String>,
+    /// The id of a cluster that this server makes, or has just made.
+    pub candidate: Option<String>,
+    /// SHA-256 of the CA of the cluster that this server is to join, as its token says.
+    pub ca: Option<[u8; 32]>,
+    /// Whether the cluster has to be there already, for another reason: `server` was given.
+    pub join: bool,
+    /// What kind of store it is, in a word; for people.
+    pub datastore: &'static str,
 }
 
 /// Why there is no registry.
@@ -80,6 +97,45 @@ pub enum OpenError {
     /// The CA.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
+    /// The cluster that was there is not.
+    #[error(
+        "cluster {cluster}, which this server belongs to, is no longer in its datastore: it was emptied, or is another one. Nothing \
+         is served. Restore the datastore from a backup, or set `datastore-endpoint` right; to give that cluster up for good, \
+         remove the data-dir's `server` and `agent` folders"
+    )]
+    Vanished {
+        /// Its id.
+        cluster: String,
+    },
+    /// Another cluster is there.
+    #[error(
+        "the datastore holds cluster {found}, but this server belongs to {cluster}: one database is for one cluster. Set \
+         `datastore-endpoint` right"
+    )]
+    OtherCluster {
+        /// The one that is there.
+        found: String,
+        /// The one that should be.
+        cluster: String,
+    },
+    /// A cluster is there, and nothing says that this server is meant to serve it.
+    #[error(
+        "the datastore holds cluster {found} already: to add this server to it, give it a token that `meshctl token create --role \
+         server` made there, or its shared secret; for a cluster of its own, give it another database. If it is a server of it \
+         whose data-dir was lost, write {found} into the file server/cluster-id there"
+    )]
+    Stranger {
+        /// The one that is there.
+        found: String,
+    },
+    /// A token for a cluster that is not there.
+    #[error(
+        "`token` or `server` joins a cluster that is not the one in the datastore; set `datastore-endpoint` to that of its servers"
+    )]
+    OtherToken,
+    /// Another secret than the cluster's.
+    #[error("`token` is not the shared secret that this cluster was made with; use the one of its other servers")]
+    OtherSecret,
     /// Somebody else makes a cluster in it.
     #[error("another server makes a cluster in this store at the same time; start again")]
     Race,
@@ -121,6 +177,15 @@ pub struct Registry {
     writer: tokio::sync::Mutex<Writer>,
     health: Mutex<Health>,
     servers: RwLock<Vec<ServerAddress>>,
+    shared: bool,
+    datastore: &'static str,
+    /// This server among others, as long as it runs.
+    me: String,
+    /// Locked after `known` and `health`, where they are, too.
+    others: Mutex<Others>,
+    /// Nodes that heartbeat here, and that the store does not know of yet.
+    moved: Mutex<HashSet<String>>,
+    presence: tokio::sync::Mutex<follow::Presence>,
     /// What watchers may have by now; lags a little behind, so that many changes are one answer.
     published: watch::Sender<u64>,
     changed: Notify,
@@ -149,7 +214,7 @@ struct Writer {
 #[derive(Default)]
 struct Answers {
     revision: u64,
-    servers: usize,
+    servers: Vec<ServerAddress>,
     by_start: HashMap<Option<u64>, Bytes>,
 }
 
@@ -158,19 +223,42 @@ impl Registry {
     pub async fn open(store: Arc<dyn Store>, setup: Setup, now: Now) -> Result<Self, OpenError> {
         let space = Space::new(&setup.cidrs, setup.masks).map_err(BadRow::from)?;
         let mut found = Found::read(&*store, &space).await?;
+        let mut made = false;
         if found.cluster.is_none() {
-            found::make(&*store, &setup, now).await?;
+            if let Some(cluster) = setup.cluster {
+                return Err(OpenError::Vanished { cluster });
+            }
+            if setup.ca.is_some() || setup.join {
+                return Err(OpenError::OtherToken);
+            }
+            made = found::make(&*store, &setup, now).await?;
             found = Found::read(&*store, &space).await?;
         }
         let (Some(cluster), Some(ca)) = (found.cluster, found.ca) else { return Err(OpenError::Race) };
+        let authority = Authority::load(&ca)?;
+        if let Some(was) = setup.cluster.as_ref().filter(|was| **was != cluster.id) {
+            return Err(OpenError::OtherCluster { found: cluster.id, cluster: was.clone() });
+        }
+        if setup.ca.is_some_and(|hash| hash != authority.hash()) {
+            return Err(OpenError::OtherToken);
+        }
+        made |= setup.candidate.as_ref() == Some(&cluster.id);
+        let verifier = setup.secret.as_ref().map(|secret| pake::Verifier::new(secret.reveal(), &cluster.id));
+        if setup.shared && !made {
+            if verifier.is_some() && found.secret != verifier {
+                return Err(OpenError::OtherSecret);
+            }
+            if setup.cluster.is_none() && setup.ca.is_none() && verifier.is_none() {
+                return Err(OpenError::Stranger { found: cluster.id });
+            }
+        }
         if cluster.cidrs != setup.cidrs || cluster.masks != setup.masks {
             let was = cluster.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
             let masks = format!("{}, {}", cluster.masks.v4, cluster.masks.v6);
             return Err(BadRow::OtherSpace { was, masks }.into());
         }
-        let secret = match &setup.secret {
-            Some(secret) => {
-                let verifier = pake::Verifier::new(secret.reveal(), &cluster.id);
+        let secret = match verifier {
+            Some(verifier) => {
                 if found.secret.as_ref() != Some(&verifier) {
                     let ops = vec![Op::put(rows::SECRET, STANDARD.encode(verifier.as_bytes()))];
                     store.txn(Txn { compares: vec![], ops }).await?;
@@ -182,7 +270,7 @@ impl Registry {
         let revision = found.feed.revision();
         Ok(Registry {
             store,
-            authority: Authority::load(&ca)?,
+            authority,
             cluster,
             secret,
             purge_after: setup.purge_after,
@@ -196,6 +284,12 @@ impl Registry {
             }),
             health: Mutex::new(Health::new(now, found.beats)),
             servers: RwLock::default(),
+            shared: setup.shared,
+            datastore: setup.datastore,
+            me: random::id(),
+            others: Mutex::new(found.others),
+            moved: Mutex::default(),
+            presence: tokio::sync::Mutex::default(),
             published: watch::Sender::new(revision),
             changed: Notify::new(),
             answers: Mutex::default(),
@@ -229,12 +323,18 @@ impl Registry {
         self.secret.as_ref()
     }
 
-    /// Where the servers are.
+    /// Where the servers are, this one first.
     pub fn servers(&self) -> Vec<ServerAddress> {
-        self.servers.read().unwrap_or_else(PoisonError::into_inner).clone()
+        let mut all = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for address in self.others().servers.values().flatten() {
+            if !all.contains(address) {
+                all.push(address.clone());
+            }
+        }
+        all
     }
 
-    /// Says where the servers are.
+    /// Says where this server is.
     pub fn set_servers(&self, servers: Vec<ServerAddress>) {
         *self.servers.write().unwrap_or_else(PoisonError::into_inner) = servers;
     }
@@ -248,6 +348,10 @@ impl Registry {
         from: Option<IpAddr>,
     ) -> Result<JoinAnswer, Refused> {
         if let Proof::Token(id, secret) = proof {
+            if self.shared && self.known().state.token(id, secret).is_err() {
+                // Another server may have made it a moment ago.
+                tokio::time::sleep(NEWS).await;
+            }
             // Guesses stop here: they cost no signature, and no turn in the queue of those who change something.
             self.known().state.token(id, secret).inspect_err(|_| {
                 self.counters.refusals.fetch_add(1, Ordering::Relaxed);
@@ -266,7 +370,7 @@ impl Registry {
         };
         self.counters.joins.fetch_add(1, Ordering::Relaxed);
         let id = row.record.id;
-        self.health().beat(&id, Beat { at: now, observed: from, reaches: vec![] });
+        self.beat(now, &id, from, vec![]);
         let certificate = self.authority.node_leaf(&request, &id, now.date())?;
         Ok(JoinAnswer {
             id,
@@ -328,6 +432,9 @@ impl Registry {
         reaches.truncate(16);
         self.counters.beats.fetch_add(1, Ordering::Relaxed);
         self.health().beat(id, Beat { at: now, observed, reaches });
+        if self.shared && self.others().via.get(id) != Some(&self.me) {
+            self.moved.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+        }
     }
 
     /// What a node says of itself.
@@ -400,12 +507,17 @@ impl Registry {
         let verdict = {
             let known = self.known();
             let nodes = known.state.nodes.values().filter(|row| row.record.role != Role::Foreign);
-            let nodes: Vec<_> = nodes.map(|row| Patient { id: &row.record.id, ready: row.ready }).collect();
-            self.health().tick(now, &nodes, self.purge_after)
+            let mut health = self.health();
+            let others = self.others();
+            let mine = |id: &str| !self.shared || others.is_mine(&self.me, id);
+            let nodes: Vec<_> =
+                nodes.map(|row| Patient { id: &row.record.id, ready: row.ready, mine: mine(&row.record.id) }).collect();
+            health.tick(now, &nodes, self.purge_after)
         };
         if verdict != health::Verdict::default() {
             self.change(now, |state| Ok(((), judged(state, now, &verdict)))).await?;
         }
+        self.show_presence(now).await?;
         let (flush, tidy) = {
             let mut writer = self.writer.lock().await;
             let flush = now.mono.saturating_sub(writer.flushed) >= FLUSH;
@@ -460,8 +572,8 @@ impl Registry {
         let known = self.known();
         let revision = known.feed.revision();
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
-        if answers.revision != revision || answers.servers != servers.len() || answers.by_start.len() > 64 {
-            *answers = Answers { revision, servers: servers.len(), by_start: HashMap::new() };
+        if answers.revision != revision || answers.servers != servers || answers.by_start.len() > 64 {
+            *answers = Answers { revision, servers: servers.clone(), by_start: HashMap::new() };
         }
         answers
             .by_start
@@ -506,7 +618,7 @@ impl Registry {
                     self.settle(&plan, lines, revision);
                     return Ok(answer);
                 }
-                Ok(Outcome::Conflict) => writer.stale = true,
+                Ok(Outcome::Conflict) => self.catch_up(&mut writer).await,
                 Err(error) => {
                     writer.stale = !matches!(error, StoreError::Full { .. });
                     return Err(error.into());
@@ -521,6 +633,10 @@ impl Registry {
             let of = |part: &Option<String>| part.clone().unwrap_or_default();
             tracing::info!(node = of(&line.node), token = of(&line.token), from = of(&line.from), "{}", line.what);
         }
+        self.make_known(plan, lines, revision);
+    }
+
+    fn make_known(&self, plan: &Plan, lines: Vec<String>, revision: Revision) {
         let mut known = self.known_mut();
         known.state.apply(plan);
         known.state.audit.extend(lines);
@@ -558,6 +674,11 @@ impl Registry {
             OpenError::Store(error) => Refused::Store(error),
             other => Refused::BadRecord(other.to_string()),
         })?;
+        if found.cluster.as_ref().map(|cluster| &cluster.id) != Some(&self.cluster.id) {
+            let gone = OpenError::Vanished { cluster: self.cluster.id.clone() }.to_string();
+            return Err(StoreError::Unfit { place: "datastore".to_owned(), problem: gone }.into());
+        }
+        *self.others() = found.others;
         *self.known_mut() = Known { state: found.state, feed: found.feed };
         writer.guard = found.guard;
         writer.stale = false;
@@ -571,6 +692,10 @@ impl Registry {
 
     fn known_mut(&self) -> RwLockWriteGuard<'_, Known> {
         self.known.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn others(&self) -> MutexGuard<'_, Others> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn health(&self) -> MutexGuard<'_, Health> {
@@ -599,7 +724,7 @@ fn judged(state: &State, now: Now, verdict: &health::Verdict) -> Plan {
     }
     let flips = verdict.up.iter().map(|id| (id, true)).chain(verdict.down.iter().map(|id| (id, false)));
     for (id, ready) in flips.filter(|(id, _)| !verdict.purge.contains(id)) {
-        if let Some(mut row) = state.nodes.get(id).cloned() {
+        if let Some(mut row) = state.nodes.get(id).filter(|row| row.ready != ready).cloned() {
             row.ready = ready;
             row.settle();
             tracing::info!(node = row.record.name, "{}", if ready { "ready" } else { "not ready" });

@@ -97,12 +97,13 @@ impl Registry {
         }
         json!({
             "cluster": self.cluster(),
-            "datastore": "sqlite",
+            "datastore": if self.datastore.is_empty() { "sqlite" } else { self.datastore },
             "revision": *self.published.borrow(),
             "addresses": self.servers(),
             "servers": servers,
-            // One SQLite store is one server: it may not fail. Forwarding goes on without it.
-            "tolerance": 0,
+            // One SQLite store is one server: it may not fail. Of servers over a shared store all but one may, as far as
+            // they are concerned. Forwarding goes on without any.
+            "tolerance": self.others().servers.len().saturating_sub(1),
             "nodes": {
                 "ready": count(Readiness::Ready),
                 "not-ready": count(Readiness::NotReady),

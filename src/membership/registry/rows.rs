@@ -17,6 +17,10 @@ pub(super) const GUARD: &str = "guard";
 /// Written by each change of the node list: its revision is the list's.
 pub(super) const LIST: &str = "list";
 pub(super) const BEATS: &str = "beats";
+/// A server that runs, bound to its lease: where it is reached.
+pub(super) const SERVER: &str = "server/";
+/// Which server a node heartbeats at.
+pub(super) const VIA: &str = "via/";
 pub(super) const NODE: &str = "node/";
 pub(super) const GONE: &str = "gone/";
 pub(super) const TOKEN: &str = "token/";
@@ -132,7 +136,9 @@ impl Plan {
     pub(super) fn ops(&self) -> Vec<Op> {
         let mut ops = Vec::new();
         ops.extend(self.put_nodes.iter().map(|row| Op::put(format!("{NODE}{}", row.record.id), json(row))));
-        ops.extend(self.drop_nodes.iter().map(|id| Op::delete(format!("{NODE}{id}"))));
+        ops.extend(
+            self.drop_nodes.iter().flat_map(|id| [Op::delete(format!("{NODE}{id}")), Op::delete(format!("{VIA}{id}"))]),
+        );
         ops.extend(self.put_gone.iter().map(|row| Op::put(format!("{GONE}{}", row.id), json(row))));
         ops.extend(self.drop_gone.iter().map(|id| Op::delete(format!("{GONE}{id}"))));
         ops.extend(self.put_tokens.iter().map(|row| Op::put(format!("{TOKEN}{}", row.id), json(row))));

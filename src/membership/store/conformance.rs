@@ -123,6 +123,13 @@ async fn odd_keys(store: &dyn Store) {
         assert!(list(store, key).await.contains(&key.to_owned()), "{key:?}");
     }
     assert_eq!(list(store, "q/%").await.len(), 1, "no wildcard in a prefix");
+    // by their bytes: no case, no accent, no trailing blank is like another
+    let keys = ["y/", "y/A", "y/a", "y/a ", "y/a\u{301}", "y/\u{e1}"];
+    for key in keys.iter().rev() {
+        put(store, key, key.as_bytes()).await;
+    }
+    assert_eq!(list(store, "y/").await, keys, "sorted by bytes, and none is another");
+    assert_eq!(list(store, "y/a").await, keys[2..5], "nor in a prefix");
     let big = vec![0xa5; 1 << 20];
     put(store, "q/big", &big).await;
     assert_eq!(store.range("q/big").await.expect("range").items[0].value, big);

@@ -4,13 +4,21 @@
 //! [`Store::txn`] has acknowledged survives any crash; a transaction happens whole or not at all; revisions grow by one
 //! with each transaction that changes something, and are never given twice.
 
+pub mod check;
 pub mod conformance;
+pub mod endpoint;
+pub mod sql;
 pub mod sqlite;
 
+use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
+
+use self::sqlite::Sqlite;
+use crate::membership::settings::Datastore;
 
 /// The number of a change; the first is 1, and 0 stands for "never".
 pub type Revision = u64;
@@ -178,6 +186,14 @@ pub enum StoreError {
     /// A lease that there is not, or no longer.
     #[error("there is no such lease")]
     NoLease,
+    /// Not usable as it is; a person has to change something. Nothing was changed.
+    #[error("{place}: {problem}")]
+    Unfit {
+        /// Which store.
+        place: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// Everything else: the outcome of what was asked is unknown.
     #[error("{place}: {detail}")]
     Unavailable {
@@ -186,6 +202,40 @@ pub enum StoreError {
         /// In the engine's words.
         detail: String,
     },
+}
+
+/// Opens the store that `datastore-endpoint` names, by its scheme; SQLite at `default` where it names none.
+pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store>, StoreError> {
+    let endpoint = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+    let (scheme, rest) = endpoint.split_once("://").unwrap_or((endpoint, ""));
+    match scheme {
+        "" | "sqlite" => {
+            let path = if rest.is_empty() { default } else { Path::new(rest) };
+            Ok(Arc::new(Sqlite::open(path).await?))
+        }
+        "mysql" | "mariadb" | "postgres" | "postgresql" => Ok(Arc::new(sql::remote::open(datastore, endpoint).await?)),
+        _ => {
+            // It may hold a password: what stands before it is enough.
+            let problem = "not supported by this version; leave `datastore-endpoint` out for SQLite in `data-dir`";
+            Err(StoreError::Unfit { place: format!("{scheme}://…"), problem: problem.to_owned() })
+        }
+    }
+}
+
+/// Whether the store is one that several servers share.
+pub fn is_shared(datastore: &Datastore) -> bool {
+    kind(datastore) != "sqlite"
+}
+
+/// What kind of store it is, in a word.
+pub fn kind(datastore: &Datastore) -> &'static str {
+    let endpoint = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+    match endpoint.split_once("://").map_or("", |(scheme, _)| scheme) {
+        "mysql" | "mariadb" => "mysql",
+        "postgres" | "postgresql" => "postgres",
+        "etcd" => "etcd",
+        _ => "sqlite",
+    }
 }
 
 /// A store.
