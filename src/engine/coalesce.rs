@@ -145,7 +145,7 @@ impl Coalescer {
         self.units.get(..self.used).unwrap_or_default()
     }
 
-    /// The headers that [`Piece::Header`] points into.
+    /// The memory that [`Piece::Slab`] points into.
     pub fn slab(&self) -> &[u8] {
         &self.slab
     }
@@ -224,12 +224,12 @@ impl Coalescer {
             let at = self.slab.len();
             self.slab.extend_from_slice(VnetHdr::default().as_bytes());
             segmenter.write(index, bytes.get(from..from + len)?, &mut self.slab)?;
-            let header = Piece::Header { at: at as u32, len: (self.slab.len() - at) as u32 };
+            let whole = Piece::Slab { at: at as u32, len: (self.slab.len() - at) as u32 };
             self.start(offer, bytes, None);
             let unit = self.units.get_mut(self.used - 1)?;
             unit.bytes = (gso.header_len + len) as u32;
             unit.pieces.clear();
-            unit.pieces.extend([header, Piece::Payload { at: (offer.at + from) as u32, len: len as u32 }]);
+            unit.pieces.push(whole);
         }
         u16::try_from(gso.segments()).ok()
     }
@@ -290,7 +290,7 @@ impl Unit {
     fn head(&self) -> Option<std::ops::Range<usize>> {
         match self.pieces.first()? {
             Piece::Payload { at, len } => Some(*at as usize..(*at + *len) as usize),
-            Piece::Header { .. } => None,
+            Piece::Slab { .. } => None,
         }
     }
 

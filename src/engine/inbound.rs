@@ -169,7 +169,7 @@ impl Inbound {
         self.coalescer.units()
     }
 
-    /// The headers that the units' pieces point into.
+    /// The slab that the units' pieces point into.
     pub fn slab(&self) -> &[u8] {
         self.coalescer.slab()
     }
@@ -209,25 +209,55 @@ impl Inbound {
     ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
         // 2. open
         let datagram = arena.get_mut(at..at + len).ok_or(Drop::BadVxlanHeader)?;
-        let inner = if tunnel::is_wireguard(datagram) {
-            match self.decrypt(tables, now_ms, datagram, member, received, session)? {
-                Some((peer, bytes)) => {
-                    let packet = Packet::parse(bytes).map_err(|_| Drop::BadInnerPacket)?;
-                    Inner { peer, start: at + tunnel::INNER_AT, packet, authentic: true }
-                }
-                None => return Ok(None),
-            }
-        } else {
-            let peer = member.ok_or(Drop::UnknownSource)?;
-            if tables.tunnel(peer).is_some_and(|tunnel| tunnel.policy() == Policy::Required) {
-                return Err(Drop::ClearFromEncryptedPeer);
-            }
-            let packet = match open_vxlan(tables, datagram) {
-                Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
-                opened => opened?,
-            };
-            Inner { peer, start: at + ENCAPSULATION, packet, authentic: false }
+        if tunnel::is_wireguard(datagram) {
+            return self.sealed_journey(tables, now_ms, arena, at, len, member, received, session);
+        }
+        let peer = member.ok_or(Drop::UnknownSource)?;
+        if tables.tunnel(peer).is_some_and(|tunnel| tunnel.policy() == Policy::Required) {
+            return Err(Drop::ClearFromEncryptedPeer);
+        }
+        let packet = match open_vxlan(tables, datagram) {
+            Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
+            opened => opened?,
         };
+        let inner = Inner { peer, start: at + ENCAPSULATION, packet, authentic: false };
+        self.deliver(tables, now_ms, arena, inner, len, received)
+    }
+
+    /// The same for a WireGuard message. Not part of its caller: the clear path must not pay for it.
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments)]
+    fn sealed_journey<'t>(
+        &mut self,
+        tables: &'t Tables,
+        now_ms: u64,
+        arena: &mut [u8],
+        at: usize,
+        len: usize,
+        member: Option<PeerIndex>,
+        received: Received,
+        session: &mut Option<Session<'t>>,
+    ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
+        let datagram = arena.get_mut(at..at + len).ok_or(Drop::WireguardMalformed)?;
+        let Some((peer, bytes)) = self.decrypt(tables, now_ms, datagram, member, received, session)? else {
+            return Ok(None);
+        };
+        let packet = Packet::parse(bytes).map_err(|_| Drop::BadInnerPacket)?;
+        let inner = Inner { peer, start: at + tunnel::INNER_AT, packet, authentic: true };
+        self.deliver(tables, now_ms, arena, inner, len, received)
+    }
+
+    /// What came out of a datagram of `len` bytes. Inlined always: it is compiled for clear and for decrypted packets.
+    #[inline(always)]
+    fn deliver(
+        &mut self,
+        tables: &Tables,
+        now_ms: u64,
+        arena: &mut [u8],
+        inner: Inner,
+        len: usize,
+        received: Received,
+    ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
         let Inner { peer, start, mut packet, authentic } = inner;
         let local = tables.local();
 
