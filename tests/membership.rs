@@ -459,7 +459,7 @@ async fn idle_and_slow_connections_harm_nobody() {
     let mut answer = Vec::new();
     let read = tokio::time::timeout(Duration::from_secs(15), slow.read_buf(&mut answer)).await;
     assert!(read.is_ok() && contains(&answer, b"408"), "{}", String::from_utf8_lossy(&answer));
-    assert!(node.view.status.borrow().connected, "positive control");
+    assert!(node.view.status.borrow().connected, "positive control: {:?}", node.view.status.borrow());
 }
 
 #[tokio::test(flavor = "multi_thread")]
