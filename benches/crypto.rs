@@ -8,9 +8,9 @@ use meshd::engine::testing::{connect, encrypted_mesh, payload, udp};
 use meshd::engine::tunnel::{Outbox, Policy};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-const LENGTHS: [usize; 2] = [64, 1400];
+const LENGTHS: [usize; 3] = [64, 1400, 8900];
 
-/// ChaCha20-Poly1305 (RFC 8439) as boringtun calls it.
+/// ChaCha20-Poly1305 (RFC 8439) as tunnels call it.
 fn aead(c: &mut Criterion) {
     let mut group = c.benchmark_group("crypto/ring");
     let key = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &[7; 32]).unwrap());

@@ -213,6 +213,16 @@ fn session(peer: &PeerView) -> Option<Finding> {
     if session.unanswered == 0 {
         return Some(note("idle", format!("{} has no session at present: the next packet starts one", peer.name)));
     }
+    if session.another_preshared {
+        return Some(bad(
+            "another_preshared_key",
+            format!("{} answers handshakes as a peer with another preshared key does, or with none", peer.name),
+            format!(
+                "give the entry of {} and its entry of this node the same `preshared-key-file`, or none",
+                peer.name
+            ),
+        ));
+    }
     let tried = match session.unanswered {
         1 => "the handshake was not answered".to_owned(),
         n => format!("{n} handshakes were not answered"),

@@ -345,6 +345,9 @@ pub struct SessionView {
     /// Handshakes that were started since the last session, and not answered.
     #[serde(default)]
     pub unanswered: u32,
+    /// The peer answers as one with another preshared key would, or with none.
+    #[serde(default)]
+    pub another_preshared: bool,
 }
 
 /// What crossed one side: `rx` is what meshd read from it, `tx` what it wrote. A super-packet counts as its segments.

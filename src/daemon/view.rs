@@ -207,6 +207,7 @@ fn session(tunnel: &Tunnel) -> SessionView {
         lanes_up: facts.lanes_up,
         waiting: facts.held,
         unanswered: facts.unanswered,
+        another_preshared: tunnel.has_another_preshared(),
     }
 }
 

@@ -39,6 +39,8 @@ fn a_preshared_key_has_to_be_right_on_both_sides() {
     assert!(!pings(&c.ns, w.overlay(V4)));
     until("c says why", || c.log().contains("node w answers handshakes as a peer with another preshared key"));
     assert!(view(c, "w")["session"]["handshake_age_ms"].is_null());
+    let why = c.ctl(&["why", &w.overlay(V4).to_string()]);
+    assert!(why.code == 1 && why.out.contains("another preshared key"), "{why:?}");
     ping(&a.ns, w.overlay(V4));
     tcp(&w.ns, &a.ns, a.overlay(V4), MEGABYTE);
     ping(&a.ns, c.overlay(V4));
