@@ -431,9 +431,9 @@ fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
 #[inline]
 fn same_ip(packet: &Packet, a: &[u8], b: &[u8]) -> bool {
     if packet.is_v6() {
-        same(a, b, 0..4) && same(a, b, 6..ip::V6_LEN)
+        same::<4>(a, b, 0) && same::<34>(a, b, 6)
     } else {
-        same(a, b, 0..2) && same(a, b, 6..10) && same(a, b, 12..ip::V4_MIN_LEN)
+        same::<2>(a, b, 0) && same::<4>(a, b, 6) && same::<8>(a, b, 12)
     }
 }
 
@@ -443,24 +443,27 @@ fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
     let start = usize::from(packet.header_len);
     let (Some(a), Some(b)) = (head.get(start..), bytes.get(start..)) else { return false };
     let (Ok((a_tcp, _)), Ok((b_tcp, _))) = (Tcp::ref_from_prefix(a), Tcp::ref_from_prefix(b)) else { return false };
+    let options = transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN);
     (a_tcp.flags ^ b_tcp.flags) & !(flags::FIN | flags::PSH) == 0
         && a_tcp.window == b_tcp.window
-        && same(a, b, 0..4)
-        && same(a, b, 8..13)
+        && same::<4>(a, b, 0)
+        && same::<5>(a, b, 8)
         && a_tcp.urgent == b_tcp.urgent
-        && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
+        && a.get(options.clone()).is_some_and(|a| Some(a) == b.get(options))
 }
 
 /// Ports are equal, and the datagram may join at all.
 #[inline]
 fn same_udp(packet: &Packet, head: &[u8], bytes: &[u8], segment: &Segment) -> bool {
     let start = usize::from(packet.header_len);
-    segment.may_lead && same(head, bytes, start..start + 4)
+    segment.may_lead && same::<4>(head, bytes, start)
 }
 
+/// `N` bytes from `at` on are there and equal. Of a fixed length, or each would be a call.
 #[inline]
-fn same(a: &[u8], b: &[u8], range: std::ops::Range<usize>) -> bool {
-    matches!((a.get(range.clone()), b.get(range)), (Some(a), Some(b)) if a == b)
+fn same<const N: usize>(a: &[u8], b: &[u8], at: usize) -> bool {
+    let (a, b) = (a.get(at..).and_then(<[u8]>::first_chunk::<N>), b.get(at..).and_then(<[u8]>::first_chunk::<N>));
+    a.is_some_and(|a| Some(a) == b)
 }
 
 fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {

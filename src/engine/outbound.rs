@@ -9,7 +9,7 @@
 //!    waits for a session.
 //! 7. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
 //!
-//! In the clear small packets are not copied either: the encapsulation goes into the room before them, over the offload
+//! In the clear single packets are not copied: the encapsulation goes into the room before them, over the offload
 //! header.
 
 use std::net::SocketAddr;
