@@ -2,7 +2,8 @@
 //!
 //! The protocol is Donenfeld's "WireGuard: Next Generation Kernel Network Tunnel" (2017), here the whitepaper. `noise` has
 //! the handshake, `cookie` the codes that keep floods off it, `session` the keys that come of it, `machine` all that for one
-//! key of ours and one of a peer's, `lane` the locks and the bounded, counted queue around a machine, `identity` our keys.
+//! key of ours and one of a peer's, `lane` and `locked` the locks and the bounded, counted queue around a machine, `identity`
+//! our keys.
 //! In this file is the tunnel to a peer: which lane a packet takes, and how strictly the peer is encrypted.
 //!
 //! Between two meshd nodes there is a session for each **lane**: a pair of keys of its own, so that two workers encrypt for
@@ -16,6 +17,7 @@ mod cookie;
 mod identity;
 mod lane;
 mod limit;
+mod locked;
 mod machine;
 mod message;
 mod noise;
@@ -33,9 +35,10 @@ use crossbeam::utils::CachePadded;
 use zerocopy::FromBytes;
 
 pub use self::identity::{Identity, Initiator};
-use self::lane::{Lane, socket_of};
-pub use self::lane::{Opened, Session};
+use self::lane::Lane;
 pub use self::limit::SourceLimit;
+use self::locked::socket_of;
+pub use self::locked::{Opened, Session};
 use self::message::{CookieReply, DataHeader, Initiation, Response};
 pub use self::noise::Heard;
 use self::outbox::Letter;
