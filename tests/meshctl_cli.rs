@@ -16,7 +16,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
 use meshd::admin::protocol::{
     Encryption, ForeignView, KeysView, NodeRole, NodeState, NodeView, PeerState, PeerView, Request, StatsView,
-    StatusView, SurveyView, why,
+    StatusView, SurveyView, capture, why,
 };
 use meshd::admin::server::{Limits, Mesh, serve_with};
 use meshd::admin::socket::{AdminSocket, SocketOptions};
@@ -109,6 +109,10 @@ impl Mesh for Fake {
 
     fn survey(&self) -> BoxFuture<'_, SurveyView> {
         ready(SurveyView { node: "a".to_owned(), ..SurveyView::default() }).boxed()
+    }
+
+    fn capture(&self, _: capture::Ask) -> Result<capture::CaptureView, String> {
+        Err("nothing passes here".to_owned())
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

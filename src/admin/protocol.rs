@@ -11,6 +11,7 @@
 //! <- {"version":1,"error":{"code":"denied","message":"…"}}
 //! ```
 
+pub mod capture;
 pub mod why;
 
 use std::collections::BTreeMap;
@@ -50,6 +51,11 @@ pub enum Request {
     },
     /// Who reaches whom in the mesh, and where to send echoes: `SurveyView`. Takes some seconds.
     Survey,
+    /// Packets as they pass: `CaptureView`. What it shows is others' traffic, so it is not for everybody who may look.
+    Capture {
+        /// What of it.
+        ask: capture::Ask,
+    },
     /// Let a held-back node list through: a sentence that says what happened.
     NodesAccept,
     /// Something for the servers to answer, as JSON.
@@ -75,7 +81,7 @@ pub enum Request {
 
 impl Request {
     /// The names of all requests, as they stand on the wire.
-    pub const NAMES: [&'static str; 11] = [
+    pub const NAMES: [&'static str; 12] = [
         "peers",
         "stats",
         "status",
@@ -83,6 +89,7 @@ impl Request {
         "keys",
         "why",
         "survey",
+        "capture",
         "nodes-accept",
         "cluster",
         "node-commands",
@@ -97,7 +104,7 @@ impl Request {
             Request::Cluster {
                 ask: link::Request::Nodes | link::Request::TokenList | link::Request::ClusterStatus,
             } => false,
-            Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
+            Request::Capture { .. } | Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }
     }
 
@@ -639,6 +646,7 @@ mod tests {
             Request::Keys,
             Request::Why { ask: why::Ask { destination: "b".to_owned(), flow: None } },
             Request::Survey,
+            Request::Capture { ask: capture::Ask::Fetch { id: 7 } },
             Request::NodesAccept,
             Request::Cluster { ask: link::Request::TokenRevoke { id: "x".to_owned() } },
             Request::NodeCommands {

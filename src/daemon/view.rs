@@ -16,7 +16,7 @@ use super::data_plane::Facts;
 use super::member::Member;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
-    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, why,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, capture, why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -26,6 +26,7 @@ use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel::Tunnel;
 use crate::health::path::State;
 use crate::health::peer::{Liveness, Verdict};
+use crate::io::tap::Tap;
 use crate::membership::link;
 use crate::node::{NodeList, NodeName};
 use crate::sys::udp;
@@ -38,6 +39,7 @@ pub(super) struct Shared {
     pub started: Instant,
     pub tables: Arc<ArcSwap<Tables>>,
     pub stats: Stats,
+    pub tap: Arc<Tap>,
     pub list: ArcSwap<NodeList>,
     pub facts: Mutex<Option<Facts>>,
     pub overlay: Mutex<Vec<std::net::IpAddr>>,
@@ -84,6 +86,7 @@ impl Shared {
             started: Instant::now(),
             tables: Arc::new(ArcSwap::from_pointee(tables)),
             stats,
+            tap: Arc::default(),
             list: ArcSwap::default(),
             facts: Mutex::default(),
             overlay: Mutex::default(),
@@ -350,6 +353,10 @@ impl Mesh for Shared {
 
     fn survey(&self) -> BoxFuture<'_, SurveyView> {
         self.ask_around().boxed()
+    }
+
+    fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, String> {
+        self.captured(ask)
     }
 
     fn accept_nodes(&self) -> Result<String, String> {
