@@ -48,6 +48,8 @@ impl Mesh for Fake {
             rtt_us: None,
             path_mtu: 1500,
             path: None,
+            loss_permille: None,
+            ways: Vec::new(),
             tx_packets: 100_000 * asked,
             tx_bytes: 0,
             rx_packets: 0,
@@ -375,7 +377,7 @@ fn scripts_get_the_documented_fields() {
     served.fake.ready.store(true, Ordering::Relaxed);
 
     let peers = json(&served.ctl(&["peers", "--json"]));
-    let expected = "name endpoint subnets mac public_key encryption session state last_seen_ms rtt_us path_mtu path \
+    let expected = "name endpoint subnets mac public_key encryption session state last_seen_ms rtt_us loss_permille ways path_mtu path \
         tx_packets tx_bytes rx_packets rx_bytes";
     assert_eq!(keys(&peers[0]), words(expected));
     assert_eq!(peers[0]["state"], "unknown");

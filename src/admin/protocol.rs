@@ -248,8 +248,14 @@ pub struct PeerView {
     pub state: PeerState,
     /// Age of the last datagram from it.
     pub last_seen_ms: Option<u64>,
-    /// Round-trip time of the last probe.
+    /// Smoothed round trip.
     pub rtt_us: Option<u64>,
+    /// Of a thousand probes so many were lost, of the last 64.
+    #[serde(default)]
+    pub loss_permille: Option<u32>,
+    /// The same for each way that packets to it take.
+    #[serde(default)]
+    pub ways: Vec<WayView>,
     /// The longest inner IP packet that the path to it takes.
     pub path_mtu: u32,
     /// How that is known; `None`: it follows from this node's own link.
@@ -263,6 +269,19 @@ pub struct PeerView {
     pub rx_packets: u64,
     /// Inner bytes received from it.
     pub rx_bytes: u64,
+}
+
+/// One of the ways that packets to a peer take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayView {
+    /// The outer source port.
+    pub source_port: u16,
+    /// The lane, where it is encrypted.
+    pub lane: Option<u32>,
+    /// Smoothed round trip.
+    pub rtt_us: Option<u64>,
+    /// Of a thousand probes so many were lost, of the last 64.
+    pub loss_permille: Option<u32>,
 }
 
 /// What is known of the path to a peer (RFC 8899).
