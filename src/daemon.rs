@@ -6,6 +6,7 @@
 
 pub mod ask;
 mod attach;
+mod capture;
 mod data_plane;
 mod hints;
 mod kept;
@@ -336,6 +337,7 @@ impl Daemon {
             port: shared.port,
             tables: shared.tables.clone(),
             stats: shared.stats.clone(),
+            tap: shared.tap.clone(),
             started: shared.started,
             ended: self.ended.clone(),
         };

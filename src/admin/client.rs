@@ -16,7 +16,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{
     Answer, ErrorCode, ErrorView, ForeignView, KeysView, NodeView, Outcome, PeerView, Request, StatsView, StatusView,
-    SurveyView, VERSION, why,
+    SurveyView, VERSION, capture, why,
 };
 use super::socket::group_name;
 use crate::membership::link;
@@ -158,6 +158,11 @@ impl Client {
     /// Who reaches whom in the mesh.
     pub fn survey(&self) -> Result<SurveyView, ClientError> {
         self.patient().ask(&Request::Survey)
+    }
+
+    /// Packets as they pass.
+    pub fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, ClientError> {
+        self.ask(&Request::Capture { ask })
     }
 
     /// Lets a held-back node list through; the sentence says what happened.

@@ -11,6 +11,7 @@
 //! <- {"version":1,"error":{"code":"denied","message":"…"}}
 //! ```
 
+pub mod capture;
 pub mod why;
 
 use std::collections::BTreeMap;
@@ -50,6 +51,11 @@ pub enum Request {
     },
     /// Who reaches whom in the mesh, and where to send echoes: `SurveyView`. Takes some seconds.
     Survey,
+    /// Packets as they pass: `CaptureView`. What it shows is others' traffic, so it is not for everybody who may look.
+    Capture {
+        /// What of it.
+        ask: capture::Ask,
+    },
     /// Let a held-back node list through: a sentence that says what happened.
     NodesAccept,
     /// Something for the servers to answer, as JSON.
@@ -75,7 +81,7 @@ pub enum Request {
 
 impl Request {
     /// The names of all requests, as they stand on the wire.
-    pub const NAMES: [&'static str; 11] = [
+    pub const NAMES: [&'static str; 12] = [
         "peers",
         "stats",
         "status",
@@ -83,6 +89,7 @@ impl Request {
         "keys",
         "why",
         "survey",
+        "capture",
         "nodes-accept",
         "cluster",
         "node-commands",
@@ -97,7 +104,7 @@ impl Request {
             Request::Cluster {
                 ask: link::Request::Nodes | link::Request::TokenList | link::Request::ClusterStatus,
             } => false,
-            Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
+            Request::Capture { .. } | Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }
     }
 
@@ -244,8 +251,14 @@ pub struct PeerView {
     pub state: PeerState,
     /// Age of the last datagram from it.
     pub last_seen_ms: Option<u64>,
-    /// Round-trip time of the last probe.
+    /// Smoothed round trip.
     pub rtt_us: Option<u64>,
+    /// Of a thousand probes so many were lost, of the last 64.
+    #[serde(default)]
+    pub loss_permille: Option<u32>,
+    /// The same for each way that packets to it take.
+    #[serde(default)]
+    pub ways: Vec<WayView>,
     /// The longest inner IP packet that the path to it takes.
     pub path_mtu: u32,
     /// How that is known; `None`: it follows from this node's own link.
@@ -259,6 +272,19 @@ pub struct PeerView {
     pub rx_packets: u64,
     /// Inner bytes received from it.
     pub rx_bytes: u64,
+}
+
+/// One of the ways that packets to a peer take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayView {
+    /// The outer source port.
+    pub source_port: u16,
+    /// The lane, where it is encrypted.
+    pub lane: Option<u32>,
+    /// Smoothed round trip.
+    pub rtt_us: Option<u64>,
+    /// Of a thousand probes so many were lost, of the last 64.
+    pub loss_permille: Option<u32>,
 }
 
 /// What is known of the path to a peer (RFC 8899).
@@ -645,6 +671,7 @@ mod tests {
             Request::Keys,
             Request::Why { ask: why::Ask { destination: "b".to_owned(), flow: None } },
             Request::Survey,
+            Request::Capture { ask: capture::Ask::Fetch { id: 7 } },
             Request::NodesAccept,
             Request::Cluster { ask: link::Request::TokenRevoke { id: "x".to_owned() } },
             Request::NodeCommands {

@@ -16,7 +16,8 @@ use super::data_plane::Facts;
 use super::member::Member;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
-    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, why,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, WayView, capture,
+    why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -24,8 +25,10 @@ use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel::Tunnel;
+use crate::health::meter::Way;
 use crate::health::path::State;
 use crate::health::peer::{Liveness, Verdict};
+use crate::io::tap::Tap;
 use crate::membership::link;
 use crate::node::{NodeList, NodeName};
 use crate::sys::udp;
@@ -38,6 +41,7 @@ pub(super) struct Shared {
     pub started: Instant,
     pub tables: Arc<ArcSwap<Tables>>,
     pub stats: Stats,
+    pub tap: Arc<Tap>,
     pub list: ArcSwap<NodeList>,
     pub facts: Mutex<Option<Facts>>,
     pub overlay: Mutex<Vec<std::net::IpAddr>>,
@@ -85,6 +89,7 @@ impl Shared {
             started: Instant::now(),
             tables: Arc::new(ArcSwap::from_pointee(tables)),
             stats,
+            tap: Arc::default(),
             list: ArcSwap::default(),
             facts: Mutex::default(),
             overlay: Mutex::default(),
@@ -159,6 +164,8 @@ impl Shared {
         let (spec, stats) = (&peer.spec, &peer.spec.stats);
         let sealed = spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.seals());
         let heard = spec.tunnel.as_ref().filter(|_| sealed).map(|tunnel| tunnel.endpoint());
+        let measured = spec.liveness.as_deref().filter(|liveness| liveness.verdict() == Verdict::Up);
+        let measured = measured.map(Liveness::measured);
         PeerView {
             name: spec.name.to_string(),
             endpoint: heard.unwrap_or(spec.endpoint),
@@ -175,6 +182,8 @@ impl Shared {
             },
             last_seen_ms: stats.last_seen().map(|seen| now_ms.saturating_sub(seen)),
             rtt_us: spec.liveness.as_deref().and_then(Liveness::round_trip_us).map(u64::from),
+            loss_permille: measured.as_ref().and_then(|(all, _)| all.lost_permille()),
+            ways: measured.map(|(_, ways)| self.ways(peer, sealed, &ways)).unwrap_or_default(),
             path_mtu: u32::from(peer.mtu()),
             path: spec.liveness.as_deref().and_then(|liveness| path(liveness, now_ms)),
             tx_packets: stats.sum(|flow| flow.tx_packets.get()),
@@ -182,6 +191,27 @@ impl Shared {
             rx_packets: stats.sum(|flow| flow.rx_packets.get()),
             rx_bytes: stats.sum(|flow| flow.rx_bytes.get()),
         }
+    }
+}
+
+impl Shared {
+    /// What was measured on each way, by the outer source port.
+    fn ways(&self, peer: &Peer, sealed: bool, ways: &[Way]) -> Vec<WayView> {
+        let facts = lock(&self.facts);
+        let same_family = |(ip, _): &&(std::net::IpAddr, Vec<u16>)| ip.is_ipv4() == peer.spec.endpoint.is_ipv4();
+        let ports = facts.as_ref().and_then(|facts| facts.source_ports.iter().find(same_family));
+        let ports = ports.map(|(_, ports)| ports.as_slice()).unwrap_or_default();
+        let view = |(number, way): (usize, &Way)| {
+            // lane 0 has the data port, the others those behind it
+            let at = if sealed { number.checked_sub(1) } else { Some(number) };
+            WayView {
+                source_port: at.and_then(|at| ports.get(at)).copied().unwrap_or(self.port),
+                lane: sealed.then_some(number as u32),
+                rtt_us: Some(u64::from(way.round_trip_us)).filter(|us| *us > 0),
+                loss_permille: way.lost_permille(),
+            }
+        };
+        ways.iter().enumerate().map(view).collect()
     }
 }
 
@@ -353,6 +383,10 @@ impl Mesh for Shared {
 
     fn survey(&self) -> BoxFuture<'_, SurveyView> {
         self.ask_around().boxed()
+    }
+
+    fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, String> {
+        self.captured(ask)
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

@@ -421,7 +421,7 @@ impl Inbound {
         let now_us = self.received_us.max(now_ms * 1000);
         match message {
             Message::Control(control) => liveness.heard(self.worker, now_us, control),
-            Message::Echo(echo, size) => liveness.heard_echo(self.worker, now_us, echo, *size),
+            Message::Echo(echo, size) => liveness.heard_echo(now_us, echo, *size),
             Message::Ask(_) | Message::Report(_) => liveness.heard_survey(self.worker, message),
         }
         if self.heard.last() != Some(&peer) {

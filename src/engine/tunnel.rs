@@ -332,10 +332,18 @@ impl Tunnel {
         lane.state().nudge(now_ms);
     }
 
-    /// Sends a packet of this node's own through lane 0. Without a session there it starts a handshake instead, as eagerly
-    /// as if something waited for it.
-    pub fn originate(&self, peer: PeerIndex, packet: &[u8], now_ms: u64, data_socket: u16, outbox: &mut Outbox) {
-        let (number, lane) = self.at(0);
+    /// Sends a packet of this node's own through that lane, or through lane 0 while it has no session. Without a session there
+    /// it starts a handshake instead, as eagerly as if something waited for it.
+    pub fn originate(
+        &self,
+        peer: PeerIndex,
+        lane: usize,
+        packet: &[u8],
+        now_ms: u64,
+        data_socket: u16,
+        outbox: &mut Outbox,
+    ) {
+        let (number, lane) = self.at(if self.is_up(lane) { lane } else { 0 });
         let mut session = Session::outward(self, peer, number, lane);
         if !session.is_up() {
             return session.start_for(true, now_ms, data_socket, outbox);

@@ -92,6 +92,7 @@ impl Vigil {
             self.take_over(&turn, resumes);
         }
         for peer in heard.drain(..) {
+            self.answer(&mut turn, peer);
             let deadline = self.give(&mut turn, peer);
             self.run(peer, deadline);
         }
@@ -167,6 +168,14 @@ impl Vigil {
         }
     }
 
+    /// Answers the probes that came here.
+    fn answer(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) {
+        let tables = turn.tables;
+        if let Some(liveness) = tables.liveness(index) {
+            liveness.answers(|message| self.post(turn, index, message, None));
+        }
+    }
+
     /// Gives a session the time. Returns when it wants it again; `None` where it sleeps, or is another worker's.
     fn give(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) -> Option<u64> {
         let peer = turn.tables.peer(index)?;
@@ -175,11 +184,15 @@ impl Vigil {
         let last_seen_us = stats.last_seen().map(|ms| ms * 1000);
         let moment = Moment { now_us: turn.now_us, settled_us: turn.settled_us, last_seen_us };
         let sent_bytes = || stats.sum(|flow| flow.tx_bytes.get());
-        liveness.turn(moment, peer.bounds(), sent_bytes, |message| self.post(turn, index, message))
+        let ways = match peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
+            Some(tunnel) => tunnel.keys().len(),
+            None => usize::from(turn.data_socket),
+        };
+        liveness.turn(moment, peer.bounds(), ways, sent_bytes, |message, way| self.post(turn, index, message, way))
     }
 
-    /// Sends a packet the way that packets to the peer go.
-    fn post(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex, message: &Message) {
+    /// Sends a packet the way that packets to the peer go: on this one of several, or on the one that BFD has.
+    fn post(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex, message: &Message, way: Option<u16>) {
         let Some(peer) = turn.tables.peer(index) else { return };
         let (spec, local) = (&peer.spec, turn.tables.local());
         let Some(liveness) = spec.liveness.as_deref() else { return };
@@ -202,11 +215,12 @@ impl Vigil {
         if let Some(tunnel) = spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
             let Some(theirs) = spec.underlay.iter().find(same_family).copied() else { return };
             bfd::write_packet(message, Ends { source: own, destination: theirs, source_port }, &mut self.room);
-            tunnel.originate(index, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
+            let lane = usize::from(way.unwrap_or(0));
+            tunnel.originate(index, lane, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
         } else {
             let vni = liveness.settings().vni;
             bfd::write_frame(message, vni, local.mac.0, own, source_port, &mut self.room);
-            let socket = spread % turn.data_socket.max(1);
+            let socket = way.unwrap_or(spread) % turn.data_socket.max(1);
             turn.outbox.originate(&self.room, spec.endpoint, socket, bfd::TOS);
         }
     }

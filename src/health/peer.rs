@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, O
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::machine::{Event, Session, Timers};
+use super::meter::{Meter, Way};
 use super::path::{self, Bounds, Circumstances, PathMtu};
 use crate::wire::bfd::{Control, Diagnostic, Message, State};
 use crate::wire::echo::Echo;
@@ -79,6 +80,7 @@ struct Inner {
     died_us: u64,
     heard_us: u64,
     path: PathMtu,
+    meter: Meter,
     next_echo_us: u64,
     /// Number and size of probes that arrived.
     answers: Vec<(u64, u16)>,
@@ -131,6 +133,7 @@ impl Liveness {
             died_us: 0,
             heard_us: 0,
             path: PathMtu::new(u64::from(discriminator)),
+            meter: Meter::new(u64::from(discriminator)),
             next_echo_us: 0,
             answers: Vec::new(),
             asked: None,
@@ -194,6 +197,12 @@ impl Liveness {
         PathFacts { state: path.state(), confirmed_us: path.confirmed_us(), black_holes: path.black_holes() }
     }
 
+    /// Round trip and loss: of all ways together, and of each.
+    pub fn measured(&self) -> (Way, Vec<Way>) {
+        let meter = &self.lock().meter;
+        (meter.all(), meter.ways().to_vec())
+    }
+
     /// Somebody on the path says that inner packets over `size` bytes do not fit.
     pub fn hint(&self, now_us: u64, size: u16) {
         self.lock().path.hint(now_us, size);
@@ -249,17 +258,19 @@ impl Liveness {
         }
     }
 
-    /// Takes an echo packet of the peer's that `worker` received; its IP packet had `size` bytes.
-    pub fn heard_echo(&self, worker: usize, now_us: u64, echo: &Echo, size: u16) {
-        self.own(worker);
+    /// Takes an echo packet of the peer's, whichever worker received it: they take all the ways there are. Its IP packet had
+    /// `size` bytes.
+    pub fn heard_echo(&self, now_us: u64, echo: &Echo, size: u16) {
         let mut inner = self.lock();
         // RFC 5880 §6.8.9: only while the session is up; and this one, not another run's
         if inner.session.state() != State::Up || echo.yours != inner.session.discriminator() {
             return;
         }
         if echo.answer {
-            inner.path.answered(now_us, echo.number, echo.size);
-            self.publish(&inner);
+            if !inner.meter.answered(now_us, echo.number) {
+                inner.path.answered(now_us, echo.number, echo.size);
+                self.publish(&inner);
+            }
         } else if inner.answers.len() < ANSWERS {
             inner.answers.push((echo.number, size));
         }
@@ -371,14 +382,25 @@ impl Liveness {
         self.neighbour.load(Ordering::Relaxed) || now_us < inner.wanted_until_us || awake()
     }
 
-    /// Lets time pass, and gives what is to be sent to `send`. `bounds`: how long packets to the peer could be, and
-    /// `sent_bytes` counts those that were sent. Returns when to come again; `None` while the session is idle.
+    /// The answers to probes that arrived, on whichever way: they wait for no turn.
+    pub fn answers(&self, mut send: impl FnMut(&Message)) {
+        let mut inner = self.lock();
+        let Some((yours, _)) = inner.session.echoes() else { return inner.answers.clear() };
+        for (number, size) in inner.answers.drain(..) {
+            send(&Message::Echo(Echo { answer: true, yours, number, size }, 0));
+        }
+    }
+
+    /// Lets time pass, and gives what is to be sent to `send`, with the way where that matters. `bounds`: how long packets to
+    /// the peer could be, `ways` how many ways they take, and `sent_bytes` counts those that were sent. Returns when to come
+    /// again; `None` while the session is idle.
     pub fn turn(
         &self,
         moment: Moment,
         bounds: Bounds,
+        ways: usize,
         sent_bytes: impl FnOnce() -> u64,
-        mut send: impl FnMut(&Message),
+        mut send: impl FnMut(&Message, Option<u16>),
     ) -> Option<u64> {
         let Moment { now_us, settled_us, last_seen_us } = moment;
         let mut inner = self.lock();
@@ -399,27 +421,25 @@ impl Liveness {
             self.set(Verdict::Unknown);
         }
         while let Some(packet) = inner.session.send(now_us) {
-            send(&Message::Control(packet));
+            send(&Message::Control(packet), None);
         }
-        let probes_us = self.probe(&mut inner, now_us, bounds, sent_bytes, send);
+        let probes_us = self.probe(&mut inner, now_us, bounds, ways, sent_bytes, send);
         let running = inner.session.state() != State::AdminDown;
         running.then(|| inner.session.next_deadline().min(probes_us))
     }
 
-    /// Answers probes, and sends the one that is due. Returns when the next one is.
+    /// Sends the probe that is due, and what there is to be said of others. Returns when the next one is due.
     fn probe(
         &self,
         inner: &mut Inner,
         now_us: u64,
         bounds: Bounds,
+        ways: usize,
         sent_bytes: impl FnOnce() -> u64,
-        mut send: impl FnMut(&Message),
+        mut send: impl FnMut(&Message, Option<u16>),
     ) -> u64 {
         let echoes = inner.session.echoes();
         let (yours, interval_us) = echoes.unwrap_or((0, 0));
-        for (number, size) in inner.answers.drain(..).filter(|_| yours != 0) {
-            send(&Message::Echo(Echo { answer: true, yours, number, size }, 0));
-        }
         if let Some(ask) = inner.asked.take().filter(|_| yours != 0) {
             if ask.wake && inner.woken_us.is_none_or(|us| now_us >= us + WOKEN_US) {
                 inner.woken_us = Some(now_us);
@@ -427,23 +447,30 @@ impl Liveness {
             }
             // who sends it knows the others, and fills it in
             let survey::Ask { number, first, .. } = ask;
-            send(&Message::Report(Report { yours, number, first, total: 0, entries: Vec::new() }));
+            send(&Message::Report(Report { yours, number, first, total: 0, entries: Vec::new() }), None);
         }
         if let Some(survey) = inner.survey.as_mut().filter(|survey| survey.ask && yours != 0) {
             survey.ask = false;
             let (number, first, wake) = (survey.number, survey.entries.len() as u16, survey.wake);
-            send(&Message::Ask(survey::Ask { yours, number, first, wake }));
+            send(&Message::Ask(survey::Ask { yours, number, first, wake }), None);
         }
         let (able, round_trip_us) = (echoes.is_some(), self.round_trip_us.load(Ordering::Relaxed));
         if !able || now_us >= inner.next_echo_us {
             let now = Circumstances { bounds, able, round_trip_us, heard_us: inner.heard_us };
             if let Some(ask) = inner.path.turn(now_us, now, sent_bytes) {
                 inner.next_echo_us = now_us + u64::from(interval_us);
-                send(&Message::Echo(Echo { answer: false, yours, number: ask.number, size: 0 }, ask.size));
+                send(&Message::Echo(Echo { answer: false, yours, number: ask.number, size: 0 }, ask.size), None);
             }
             self.publish(inner);
         }
-        if able { inner.path.next_deadline().max(inner.next_echo_us) } else { u64::MAX }
+        if !able {
+            inner.meter.rest();
+            return u64::MAX;
+        }
+        if let Some((number, way)) = inner.meter.turn(now_us, ways) {
+            send(&Message::Echo(Echo { answer: false, yours, number, size: 0 }, 0), Some(way));
+        }
+        inner.path.next_deadline().max(inner.next_echo_us).min(inner.meter.next_deadline())
     }
 
     fn set(&self, verdict: Verdict) {
@@ -485,7 +512,8 @@ mod tests {
             for (number, side) in sides.iter().enumerate() {
                 let Some(side) = side else { continue };
                 let moment = Moment { now_us: now, settled_us: Some(now), last_seen_us: seen };
-                side.turn(moment, BOUNDS, || 0, |message| under_way.push((1 - number, message.clone())));
+                side.turn(moment, BOUNDS, 1, || 0, |message, _| under_way.push((1 - number, message.clone())));
+                side.answers(|message| under_way.push((1 - number, message.clone())));
             }
             for (to, message) in under_way {
                 match (message, sides[to]) {
@@ -493,7 +521,7 @@ mod tests {
                         sent += 1;
                         side.inspect(|side| side.heard(0, now, &packet));
                     }
-                    (Message::Echo(echo, size), Some(side)) => side.heard_echo(0, now, &echo, size),
+                    (Message::Echo(echo, size), Some(side)) => side.heard_echo(now, &echo, size),
                     _ => {}
                 }
             }
@@ -597,9 +625,9 @@ mod tests {
         a.look(0, 0);
         talk([Some(&a), Some(&b)], 0, 3_000, None);
         let at = |ms: u64| Moment { now_us: ms * MS, settled_us: None, last_seen_us: None };
-        a.turn(at(4_200), BOUNDS, || 0, |_| {});
+        a.turn(at(4_200), BOUNDS, 1, || 0, |_, _| {});
         assert_eq!(a.verdict(), Verdict::Up);
-        a.turn(at(5_000), BOUNDS, || 0, |_| {});
+        a.turn(at(5_000), BOUNDS, 1, || 0, |_, _| {});
         assert!(a.is_down(), "but not for ever");
     }
 }

@@ -34,6 +34,8 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             rtt_us: None,
             path_mtu: 1450,
             path: None,
+            loss_permille: None,
+            ways: Vec::new(),
             tx_packets: 0,
             tx_bytes: 0,
             rx_packets: 0,
