@@ -50,6 +50,8 @@ databases() {
     local policy=/usr/sbin/policy-rc.d conf=/etc/postgresql-common missing=()
     [ -x /usr/sbin/mariadbd ] || missing+=(mariadb-server)
     compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
+    command -v etcd >/dev/null || missing+=(etcd-server)
+    command -v etcdctl >/dev/null || missing+=(etcd-client)
     [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
     if [ ! -e $conf/createcluster.conf ]; then
         mkdir -p $conf

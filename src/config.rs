@@ -93,6 +93,8 @@ pub struct Settings {
     pub tls_san: Vec<String>,
     /// `bind-address`
     pub bind_address: SocketAddr,
+    /// `cluster-init`
+    pub cluster_init: bool,
     /// `datastore-endpoint`: `None` is SQLite in `data-dir`.
     pub datastore_endpoint: Option<Secret>,
     /// `datastore-password-file`
@@ -176,6 +178,7 @@ impl Config {
             node_cidr_mask_size: membership::mask_sizes(&layers)?,
             tls_san: layers.many("tls-san", membership::tls_san, same_text)?,
             bind_address: layers.one("bind-address", membership::bind_address)?.unwrap_or(membership::ANY_ADDRESS),
+            cluster_init: layers.one("cluster-init", membership::yes_or_no)?.unwrap_or(false),
             datastore_endpoint: membership::datastore(&layers)?,
             datastore_password_file: layers.one("datastore-password-file", values::path)?,
             datastore_cafile: layers.one("datastore-cafile", values::path)?,
@@ -244,6 +247,7 @@ impl Config {
             "node-cidr-mask-size" => a.node_cidr_mask_size != b.node_cidr_mask_size,
             "tls-san" => a.tls_san != b.tls_san,
             "bind-address" => a.bind_address != b.bind_address,
+            "cluster-init" => a.cluster_init != b.cluster_init,
             "datastore-endpoint" => a.datastore_endpoint != b.datastore_endpoint,
             "datastore-password-file" => a.datastore_password_file != b.datastore_password_file,
             "datastore-cafile" => a.datastore_cafile != b.datastore_cafile,

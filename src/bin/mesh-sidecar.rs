@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 use meshd::membership::settings::{LINK_FD, LogFormat, Settings};
 use meshd::membership::store::sqlite;
-use meshd::membership::{privileges, sidecar};
+use meshd::membership::{etcd, privileges, sidecar};
 
 /// The largest settings.
 const MAX_SETTINGS: usize = 1 << 20;
@@ -35,6 +35,20 @@ enum Verb {
         /// The file to write; it must not exist
         file: PathBuf,
     },
+    /// After a loss of the quorum: make this server's etcd the only member, with all that it has. Stop meshd on all servers
+    /// first; start this one, then the others, which join it again by themselves
+    ClusterReset {
+        /// The server's data-dir
+        #[arg(long, default_value = "/var/lib/meshd")]
+        data_dir: PathBuf,
+    },
+    /// Runs etcd, for as long as the sidecar runs
+    #[command(hide = true)]
+    RunEtcd {
+        /// etcd and its arguments
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<std::ffi::OsString>,
+    },
     /// Put a copy in the place of a server's database. Stop meshd first
     Restore {
         /// The server's data-dir
@@ -48,6 +62,17 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         None => run(),
+        Some(Verb::RunEtcd { command }) => run_etcd(&command),
+        Some(Verb::ClusterReset { data_dir }) => cluster_reset(&data_dir),
+        Some(Verb::Backup { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
+            block_on(async { Ok(etcd::tools::backup(&data_dir, &file).await?) })
+        }
+        Some(Verb::Restore { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
+            block_on(async { Ok(etcd::tools::restore(&data_dir, &file).await?) }).and_then(|()| {
+                eprintln!("mesh-sidecar: start meshd here, then on the other servers: they join this one again");
+                give(&data_dir.join("server"))
+            })
+        }
         Some(Verb::Backup { data_dir, .. } | Verb::Restore { data_dir, .. })
             if sidecar::elsewhere(&data_dir).is_some() =>
         {
@@ -84,24 +109,47 @@ fn run() -> anyhow::Result<()> {
 }
 
 fn restore(database: &std::path::Path, file: &std::path::Path) -> anyhow::Result<()> {
-    use std::os::unix::fs::{MetadataExt, lchown};
     if let Some(folder) = database.parent() {
         meshd::membership::files::ensure_dir(folder)?;
     }
     block_on(async { Ok(sqlite::restore(file, database).await?) })?;
-    // Run by root, it must stay readable for the sidecar's account.
-    if let Some(folder) = database.parent() {
-        let owner = folder.metadata()?;
-        for entry in folder.read_dir()? {
-            let entry = entry?;
-            // not through a link, which that account can put there
-            let is_file = entry.file_type()?.is_file();
-            if is_file && entry.metadata()?.uid() != owner.uid() {
-                lchown(entry.path(), Some(owner.uid()), Some(owner.gid()))?;
-            }
+    database.parent().map_or(Ok(()), give)
+}
+
+/// Run by root, it must stay readable for the sidecar's account.
+fn give(folder: &std::path::Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::{MetadataExt, lchown};
+    let owner = folder.metadata()?;
+    for entry in folder.read_dir()? {
+        let entry = entry?;
+        // not through a link, which that account can put there
+        let kind = entry.file_type()?;
+        if (kind.is_file() || kind.is_dir()) && entry.metadata()?.uid() != owner.uid() {
+            lchown(entry.path(), Some(owner.uid()), Some(owner.gid()))?;
+        }
+        if kind.is_dir() {
+            give(&entry.path())?;
         }
     }
     Ok(())
+}
+
+fn cluster_reset(data_dir: &std::path::Path) -> anyhow::Result<()> {
+    etcd::tools::reset(data_dir)?;
+    eprintln!("mesh-sidecar: start meshd here, then on the other servers: they join this one again");
+    give(&data_dir.join("server"))
+}
+
+/// Becomes etcd, which then ends when the sidecar does, however that ends.
+fn run_etcd(command: &[std::ffi::OsString]) -> anyhow::Result<()> {
+    use std::os::unix::process::CommandExt;
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))?;
+    if rustix::process::getppid() != parent {
+        bail!("the sidecar has ended");
+    }
+    let (program, arguments) = command.split_first().context("no program")?;
+    Err(std::process::Command::new(program).args(arguments).exec().into())
 }
 
 /// The socket to meshd.

@@ -244,14 +244,11 @@ fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
 fn needs(role: Role, token: Option<&Secret>, config: &Config) -> Result<(), Missing> {
     let whole = token.is_some_and(|token| token.reveal().starts_with(PREFIX));
     let shared = config.datastore_endpoint.as_ref().is_some_and(|e| !e.reveal().starts_with("sqlite:"));
-    if role == Role::Server && !shared && (whole || !config.servers.is_empty()) {
-        return Err(Missing::Store);
-    }
     match (token, config.servers.is_empty()) {
         (None, true) if role == Role::Server => Ok(()),
         (None, true) => Err(Missing::Both),
         // the database is what lets a server in
-        (None, false) if role == Role::Server => Ok(()),
+        (None, false) if role == Role::Server && shared => Ok(()),
         (None, false) => Err(Missing::Token),
         // a server's own shared secret, with which its agents will join
         (Some(_), true) if !whole && role != Role::Server => Err(Missing::Server),
@@ -409,12 +406,6 @@ enum Missing {
         "`token` is a shared secret, which does not say where the cluster is: give --server https://HOST:9345 with it"
     )]
     Server,
-    #[error(
-        "`server`, or a `mesh1…` token, joins a further server to a cluster, which needs a shared datastore: set \
-         `datastore-endpoint` to that of the cluster's servers. Run `meshd agent` to join that cluster as an agent, or leave \
-         both out to make another one"
-    )]
-    Store,
 }
 
 /// `--config`, and a flag for each key of the configuration: the same table as the file's, so that none is missing.

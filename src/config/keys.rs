@@ -100,7 +100,7 @@ pub const KEYS: &[Key] = &[
         "none",
     )),
     key("bind-address", "ADDR:PORT", "`meshd server`: where it serves the control plane", "[::]:9345"),
-    key("cluster-init", "true|false", "`meshd server`: managed etcd; this version cannot yet", "false"),
+    key("cluster-init", "true|false", "`meshd server`: keep state in an etcd that servers run themselves", "false"),
     secret(
         "datastore-endpoint",
         "URL",

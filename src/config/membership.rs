@@ -14,6 +14,7 @@ use super::values::{self, Read, Refusal};
 use crate::membership::address::ServerAddress;
 use crate::membership::settings::{MaskSizes, SERVER_PORT, Secret};
 use crate::membership::store::endpoint::Endpoint;
+use crate::membership::store::etcd;
 use crate::membership::token::Credential;
 
 /// `bind-address` unless it is set: every address, both families.
@@ -70,7 +71,6 @@ pub(super) fn mask_sizes(layers: &Layers) -> Result<MaskSizes, ConfigError> {
 
 /// `datastore-endpoint`; and `cluster-init`, which this version cannot.
 pub(super) fn datastore(layers: &Layers) -> Result<Option<Secret>, ConfigError> {
-    layers.one("cluster-init", cluster_init)?;
     let endpoint = layers.one("datastore-endpoint", datastore_endpoint)?;
     let password = endpoint.as_ref().and_then(|text| Endpoint::parse(text.reveal()).ok()?.password);
     if let (Some(_), place @ Place::Flag(_)) = (password, layers.place("datastore-endpoint")) {
@@ -182,24 +182,15 @@ fn same_size(a: &u8, b: &u8) -> Option<&'static str> {
     ((*a <= 32) == (*b <= 32)).then_some("there is another for the same family; up to 32 it is for IPv4")
 }
 
-fn cluster_init(text: &str) -> Read<()> {
-    match yes_or_no(text)? {
-        true => Err(Refusal::Later("remove it: one server with SQLite needs none")),
-        false => Ok(()),
-    }
-}
-
 fn datastore_endpoint(text: &str) -> Read<Secret> {
-    const WANTED: &str = "use `sqlite:///PATH`, `mysql://USER@HOST/DATABASE` or `postgres://USER@HOST/DATABASE`, or remove it \
-                          for SQLite below `data-dir`";
+    const WANTED: &str = "use `sqlite:///PATH`, `mysql://USER@HOST/DATABASE`, `postgres://USER@HOST/DATABASE` or \
+                          `etcd://HOST:2379,HOST:2379`, or remove it for SQLite below `data-dir`";
     match text.split_once("://") {
         Some(("sqlite", path)) if path.is_empty() || path.starts_with('/') => Ok(Secret::new(text)),
         Some(("mysql" | "mariadb" | "postgres" | "postgresql", _)) => {
             Endpoint::parse(text).map(|_| Secret::new(text)).map_err(Refusal::Fix)
         }
-        Some(("etcd" | "http" | "https", _)) => {
-            Err(Refusal::Later("remove it: state is then in SQLite below `data-dir`"))
-        }
+        Some(("etcd" | "etcds", _)) => etcd::check(text).map(|()| Secret::new(text)).map_err(Refusal::Fix),
         _ => Err(WANTED.into()),
     }
 }

@@ -284,8 +284,8 @@ fn no_key_is_forgotten_when_comparing() {
     let mut values = values.into_iter();
     let mut value_of = |key: &Key| others(key).or_else(|| values.next());
     let all: Vec<_> = KEYS.iter().filter_map(|key| Some((key, value_of(key)?))).collect();
-    // what `cluster-init` can be is one value; the last two change the default of `address` as well
-    let alone = |key: &Key| !matches!(key.name, "cluster-init" | "cni-conf-dir" | "subnet-file");
+    // these change the default of `address` as well
+    let alone = |key: &Key| !matches!(key.name, "cni-conf-dir" | "subnet-file");
     for (key, value) in all.into_iter().filter(|(key, _)| alone(key)) {
         let new = parse(&format!("{}: {value}", key.name)).unwrap();
         let changes = old.live_changes(&new);
@@ -328,7 +328,7 @@ const OTHERS: [(&str, &str); 21] = [
     ("node-cidr-mask-size", "25"),
     ("tls-san", "a"),
     ("bind-address", "10.9.0.1"),
-    ("cluster-init", "false"),
+    ("cluster-init", "true"),
     ("datastore-endpoint", "sqlite:///x"),
     ("datastore-password-file", "/p"),
     ("datastore-cafile", "/ca"),
@@ -383,8 +383,8 @@ fn wrong_membership_values_are_named() {
         ("node-cidr-mask-size: [24, 25]", "for the same family"),
         ("node-cidr-mask-size: 129", "from 8 to 128"),
         ("bind-address: host:9345", "use an address with a port"),
-        ("cluster-init: true", "not supported by this version yet"),
-        ("datastore-endpoint: etcd://h1,h2", "not supported by this version yet"),
+        ("cluster-init: maybe", "true"),
+        ("datastore-endpoint: etcd://h1,,h2", "is no host"),
         ("datastore-endpoint: mysql://hush@/d", "no host"),
         ("datastore-endpoint: postgres://u:hush@h", "no database"),
         ("datastore-endpoint: mysql://u:hush@h/d?ssl=1", "only `sslmode`"),

@@ -436,6 +436,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.cluster_cidr = config.cluster_cidr.clone();
         settings.node_cidr_mask_size = config.node_cidr_mask_size;
         settings.tls_san = config.tls_san.clone();
+        settings.cluster_init = config.cluster_init;
         settings.datastore = (*join.datastore).clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;

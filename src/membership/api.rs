@@ -1,11 +1,12 @@
 //! What nodes and servers say to each other over HTTPS, as JSON. All of it is under `/v1`.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
 use super::address::ServerAddress;
+use super::authority::Kept;
 use super::record::{Mode, NodeRecord, Role};
 use super::settings::Secret;
 
@@ -184,6 +185,51 @@ pub enum News {
         /// All nodes.
         nodes: Vec<NodeRecord>,
     },
+}
+
+/// `POST /v1/servers/join`: a server's node wants its etcd to be a member of the cluster's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerJoin {
+    /// Where the member will be.
+    pub address: IpAddr,
+}
+
+/// The answer to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerJoined {
+    /// The members' certificate authority, with its key.
+    pub authority: Kept,
+    /// What tells this etcd from another.
+    pub token: String,
+    /// All members, the new one included: names and peer URLs.
+    pub members: Vec<(String, String)>,
+}
+
+/// The answer to `POST /v1/servers/promote`, which the new member repeats until it is so.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Promoted {
+    /// Whether it is a full member.
+    pub promoted: bool,
+}
+
+/// The answer to `POST /v1/servers`: as the quorum sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServersAnswer {
+    /// The full members' names: the identities of their servers' keys.
+    pub members: Vec<String>,
+}
+
+/// A member of the etcd that the servers run, as a server sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerMember {
+    /// The identity of its server's key.
+    pub name: String,
+    /// Whether it is not a full one yet.
+    pub learner: bool,
+    /// Whether it answers.
+    pub answers: bool,
+    /// Whether it leads.
+    pub leader: bool,
 }
 
 /// Every answer that is not a success.

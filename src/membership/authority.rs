@@ -114,9 +114,25 @@ impl Authority {
 
     /// A certificate for a server that is reached by these names and addresses.
     pub fn server_leaf(&self, names: &[String], now: OffsetDateTime) -> Result<ServerLeaf, AuthorityError> {
+        self.named_leaf("meshd server", names, vec![ExtendedKeyUsagePurpose::ServerAuth], now)
+    }
+
+    /// A certificate for one of equals that serve each other.
+    pub fn peer_leaf(&self, names: &[String], now: OffsetDateTime) -> Result<ServerLeaf, AuthorityError> {
+        let both = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.named_leaf("meshd datastore", names, both, now)
+    }
+
+    fn named_leaf(
+        &self,
+        title: &str,
+        names: &[String],
+        usages: Vec<ExtendedKeyUsagePurpose>,
+        now: OffsetDateTime,
+    ) -> Result<ServerLeaf, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = params("meshd server", now, LEAF_LIFE);
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let mut params = params(title, now, LEAF_LIFE);
+        params.extended_key_usages = usages;
         params.subject_alt_names = names.iter().map(|name| alt_name(name)).collect::<Result<_, _>>()?;
         let leaf = params.signed_by(&key, &self.issuer)?;
         Ok(ServerLeaf {

@@ -9,6 +9,7 @@ pub mod api;
 pub mod authority;
 pub mod client;
 pub mod clock;
+pub mod etcd;
 pub mod files;
 pub mod link;
 pub mod pake;

@@ -78,8 +78,10 @@ fn own(folder: &Path, account: &User) -> Result<(), String> {
     let give = |path: &Path| lchown(path, Some(uid), Some(gid)).map_err(|e| e.to_string());
     for entry in folder.read_dir().map_err(|e| e.to_string())? {
         let entry = entry.map_err(|e| e.to_string())?;
-        if entry.file_type().is_ok_and(|kind| kind.is_file()) {
-            give(&entry.path())?;
+        match entry.file_type() {
+            Ok(kind) if kind.is_file() => give(&entry.path())?,
+            Ok(kind) if kind.is_dir() => own(&entry.path(), account)?,
+            _ => {}
         }
     }
     give(folder)

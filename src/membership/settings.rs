@@ -49,6 +49,9 @@ pub struct Settings {
     /// `token` or what `token-file` holds, trimmed: a `mesh1…` token or a shared secret.
     #[serde(default)]
     pub token: Option<Secret>,
+    /// `cluster-init`, server only.
+    #[serde(default)]
+    pub cluster_init: bool,
     /// `datastore-endpoint` and its company, server only.
     #[serde(default)]
     pub datastore: Datastore,
@@ -87,6 +90,7 @@ impl Settings {
             tls_san: Vec::new(),
             servers: Vec::new(),
             token: None,
+            cluster_init: false,
             datastore: Datastore::default(),
             node_labels: BTreeMap::new(),
             node_taints: Vec::new(),

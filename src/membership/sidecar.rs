@@ -21,6 +21,7 @@ use super::address::{BadServerAddress, ServerAddress};
 use super::agent::keep::KeepError;
 use super::agent::{Agent, AgentError, Command, Heard, View, forward, local};
 use super::clock::Now;
+use super::etcd::{Managed, ManagedError};
 use super::files::{self, FileError};
 use super::link::{FromMeshd, FromSidecar, Hello, Refusal, Request, Status};
 use super::random;
@@ -29,7 +30,7 @@ use super::registry::{OpenError, Proof, Refused, Registry, Setup};
 use super::server::{Server, ServerError};
 use super::settings::{Datastore, Settings};
 use super::store::endpoint::redacted;
-use super::store::{self, StoreError};
+use super::store::{self, Store, StoreError};
 use super::token::{Credential, Token};
 
 /// Messages that wait for `meshd`.
@@ -38,6 +39,8 @@ const WAITING: usize = 64;
 const MAX_LINE: u64 = 4 << 20;
 /// What fails at the start is tried again after so long.
 const RETRY: Duration = Duration::from_secs(5);
+/// What depends on other servers that come up at the same time.
+const RETRY_JOIN: Duration = Duration::from_secs(1);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The database of a server.
 pub const DATABASE: &str = "server/membership.db";
@@ -47,7 +50,7 @@ const CLUSTER_ID: &str = "server/cluster-id";
 const CANDIDATE: &str = "server/cluster-id.new";
 /// What whoever wants a token for another server is told.
 const ONE_SERVER: &str = "no token for a further server: servers of one cluster need a datastore that they share \
-                          (`datastore-endpoint`), and this one keeps its state in SQLite. `--role agent` makes a token for \
+                          (`cluster-init: true`, or `datastore-endpoint`), and this one keeps its state in SQLite. `--role agent` makes a token for \
                           everything else";
 /// A token for agents, or the pre-shared secret.
 pub const NODE_TOKEN: &str = "server/node-token";
@@ -79,6 +82,9 @@ pub enum SidecarError {
     /// A change.
     #[error(transparent)]
     Refused(#[from] Refused),
+    /// The servers' own etcd.
+    #[error(transparent)]
+    Managed(#[from] ManagedError),
     /// A `server:` that is none.
     #[error(transparent)]
     Address(#[from] BadServerAddress),
@@ -128,8 +134,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
             Ok(())
         });
     }
-    let shared = store::is_shared(&settings.datastore);
-    let desk = Desk { role: settings.role, shared, view: view.clone(), registry, commands };
+    let desk = Desk { role: settings.role, view: view.clone(), registry, commands };
     let mut line = Vec::new();
     loop {
         // `line` keeps what was read so far when another branch wins.
@@ -198,9 +203,10 @@ async fn live(
         return Ok(());
     }
     let hello = heard.hello.clone();
+    let mut managed = Managed::find(&settings, DATABASE)?;
     let (registry, server) = loop {
         let said = hello.borrow().clone();
-        match serve(&settings, &said).await {
+        match serve(&settings, &said, &mut managed).await {
             Ok(started) => break started,
             // What may pass by itself is waited for; the rest is for a person, and ends the process with the reason.
             Err(
@@ -214,28 +220,64 @@ async fn live(
                 tracing::error!("{error}");
                 view.status.send_modify(|status| status.problem = Some(error.to_string()));
             }
+            Err(SidecarError::Managed(error)) if error.may_pass() => {
+                let problem = error.to_string();
+                if view.status.borrow().problem.as_ref() != Some(&problem) {
+                    tracing::warn!("{problem}");
+                    view.status.send_modify(|status| status.problem = Some(problem));
+                }
+            }
+            Err(SidecarError::Managed(ManagedError::Expelled(reason))) => {
+                view.status.send_modify(|status| (status.joined, status.problem) = (false, Some(reason.clone())));
+                let _ = out.send(FromSidecar::Expelled { reason }).await;
+                out.closed().await;
+                return Ok(());
+            }
             Err(error) => return Err(error),
         }
-        tokio::time::sleep(RETRY).await;
+        tokio::select! {
+            () = tokio::time::sleep(if managed.is_some() { RETRY_JOIN } else { RETRY }) => {}
+            () = out.closed() => return Ok(()),
+        }
     };
     serving.send_replace(Some(registry.clone()));
     let names = keep_names(&settings, hello.clone(), registry.clone(), &server);
     tokio::select! {
         () = names => {}
-        gone = registry.follow(), if store::is_shared(&settings.datastore) => return Err(gone.into()),
-        ended = local::run(settings.clone(), registry.clone(), heard, orders, view, out.clone()) => ended?,
+        gone = registry.follow(), if registry.is_shared() => return Err(gone.into()),
+        ended = maintain(&mut managed, &registry) => return Err(ended.into()),
+        ended = local::run(settings.clone(), registry.clone(), heard, orders, view.clone(), out.clone()) => ended?,
+    }
+    if let (Some(managed), Ok(members)) = (&mut managed, registry.members())
+        && managed.part(members).await?
+    {
+        serving.send_replace(None);
+        drop(server);
+        out.closed().await;
+        return Ok(());
     }
     // The others are served for as long as `meshd` lives, also after this node has left.
     tokio::select! {
         () = out.closed() => {}
-        gone = registry.follow(), if store::is_shared(&settings.datastore) => return Err(gone.into()),
+        gone = registry.follow(), if registry.is_shared() => return Err(gone.into()),
     }
     Ok(())
 }
 
+async fn maintain(managed: &mut Option<Managed>, registry: &Registry) -> ManagedError {
+    match (managed, registry.members()) {
+        (Some(managed), Ok(members)) => managed.maintain(registry, members).await,
+        _ => std::future::pending().await,
+    }
+}
+
 /// Opens the store, and listens.
-async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Server), SidecarError> {
-    let shared = store::is_shared(&settings.datastore);
+async fn serve(
+    settings: &Settings,
+    hello: &Hello,
+    managed: &mut Option<Managed>,
+) -> Result<(Arc<Registry>, Server), SidecarError> {
+    let shared = managed.is_some() || store::is_shared(&settings.datastore);
     let known = Known::read(&settings.data_dir)?;
     let (mut secret, mut joins) = (None, None);
     match settings.token.as_ref().map(|token| Credential::parse(token.reveal())) {
@@ -250,20 +292,36 @@ async fn serve(settings: &Settings, hello: &Hello) -> Result<(Arc<Registry>, Ser
     // Who has served a cluster belongs to it, whatever the configuration says still.
     joins = joins.filter(|_| known.cluster.is_none());
     files::ensure_dir(&settings.data_dir.join("server"))?;
-    let store = store::open(&settings.datastore, &settings.data_dir.join(DATABASE)).await.map_err(OpenError::Store)?;
+    let (store, members, known) = match managed {
+        Some(managed) => {
+            let (store, members) = managed.store(settings, hello).await?;
+            // Who came to others proved itself to them, and the cluster is theirs.
+            let joined = if managed.joined() { managed.cluster(settings)? } else { None };
+            joins = None;
+            (Arc::new(store) as Arc<dyn Store>, Some(members), Known { cluster: joined.or(known.cluster) })
+        }
+        None => {
+            let database = settings.data_dir.join(DATABASE);
+            (store::open(&settings.datastore, &database).await.map_err(OpenError::Store)?, None, known)
+        }
+    };
+    let adopts = managed.as_ref().is_some_and(Managed::joined);
     let setup = Setup {
-        cidrs: settings.cluster_cidr.clone(),
+        cidrs: if adopts { vec![] } else { settings.cluster_cidr.clone() },
         masks: settings.node_cidr_mask_size,
         secret: secret.clone(),
         purge_after: settings.purge_after.map(Duration::from_secs),
         shared,
         candidate: Some(known.candidate(&settings.data_dir)?),
         ca: joins.as_ref().map(|token| token.ca_hash),
-        join: known.cluster.is_none() && !settings.servers.is_empty(),
+        join: members.is_none() && known.cluster.is_none() && !settings.servers.is_empty(),
         cluster: known.cluster,
-        datastore: store::kind(&settings.datastore),
+        datastore: if members.is_some() { "etcd" } else { store::kind(&settings.datastore) },
     };
     let registry = Arc::new(Registry::open(store, setup, Now::read()).await?);
+    if let Some(members) = members {
+        registry.set_members(members);
+    }
     if let Some(token) = joins {
         let proof = Proof::Token(token.id, token.secret);
         local::join(settings, &registry, hello, &proof).await.map_err(|error| match error {
@@ -428,7 +486,6 @@ async fn tell_status(view: View, out: mpsc::Sender<FromSidecar>) -> Result<(), S
 #[derive(Clone)]
 struct Desk {
     role: Role,
-    shared: bool,
     view: View,
     registry: watch::Receiver<Option<Arc<Registry>>>,
     commands: mpsc::Sender<Command>,
@@ -443,18 +500,15 @@ impl Desk {
             self.commands.send(Command::Leave(answer)).await.map_err(|_| gone())?;
             return left.await.unwrap_or_else(|_| Err(gone())).map(|()| json!({ "left": true }));
         }
-        if matches!(request, Request::TokenCreate { role: Role::Server, .. })
-            && self.role == Role::Server
-            && !self.shared
-        {
-            return Err(refusal(ONE_SERVER.to_owned()));
-        }
         if self.role == Role::Server {
             let registry = self.registry.borrow().clone();
             let Some(registry) = registry else {
                 let problem = self.view.status.borrow().problem.clone();
                 return Err(refusal(problem.unwrap_or_else(|| "the server is starting; try again".to_owned())));
             };
+            if matches!(request, Request::TokenCreate { role: Role::Server, .. }) && !registry.is_shared() {
+                return Err(refusal(ONE_SERVER.to_owned()));
+            }
             return registry.request(Now::read(), &request).await.map_err(|e| refusal(e.to_string()));
         }
         let status = self.view.status.borrow().clone();

@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::CertifiedKey;
@@ -116,6 +117,34 @@ pub fn client_config(
     config.resumption = rustls::client::Resumption::disabled();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok((Arc::new(config), presented))
+}
+
+/// What a datastore is connected to with: who it may be (PEM), and what is shown to it, certificate and key (PEM).
+pub fn datastore_config(roots: &str, identity: Option<(&str, &str)>) -> Result<ClientConfig, TlsError> {
+    let told = |e: &dyn std::fmt::Display| TlsError(e.to_string());
+    let mut store = RootCertStore::empty();
+    for root in CertificateDer::pem_slice_iter(roots.as_bytes()) {
+        // Of a machine's many some may be odd: those that can be read count.
+        let _ = store.add(root.map_err(|e| told(&e))?);
+    }
+    if store.is_empty() {
+        return Err(TlsError("no certificate of an authority is in the CA file".to_owned()));
+    }
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&version::TLS13])
+        .map_err(|e| told(&e))?
+        .with_root_certificates(store);
+    let mut config = match identity {
+        Some((chain, key)) => {
+            let chain: Vec<_> =
+                CertificateDer::pem_slice_iter(chain.as_bytes()).collect::<Result<_, _>>().map_err(|e| told(&e))?;
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|e| told(&e))?;
+            builder.with_client_auth_cert(chain, key).map_err(|e| told(&e))?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
 }
 
 /// Whether `chain` is a server of the CA that it ends with, reached by `name`, at `now`.

@@ -44,6 +44,7 @@ mod preshared;
 mod refused;
 mod reload;
 mod scale;
+mod servers;
 mod shaken;
 mod steered;
 mod storms;

@@ -175,7 +175,8 @@ impl Keep {
         ClientIdentity { certificate, key: PrivatePkcs8KeyDer::from(self.key.serialized_der().to_vec()).into() }
     }
 
-    fn identity(&self) -> Result<String, KeepError> {
+    /// The identity of its key, by which servers know it.
+    pub fn identity(&self) -> Result<String, KeepError> {
         let request = CertificateParams::default().serialize_request(&self.key)?;
         authority::identity_of_request(request.der())
             .map_err(|e| KeepError::Damaged { path: self.folder.join(KEY), why: e.to_string() })

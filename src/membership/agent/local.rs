@@ -37,7 +37,12 @@ pub enum JoinError {
     Refused(#[from] Refused),
 }
 
-fn request(settings: &Settings, keep: &Keep, name: &str, hello: &Hello) -> Result<JoinRequest, KeepError> {
+pub(in crate::membership) fn request(
+    settings: &Settings,
+    keep: &Keep,
+    name: &str,
+    hello: &Hello,
+) -> Result<JoinRequest, KeepError> {
     Ok(JoinRequest {
         name: name.to_owned(),
         role: Role::Server,

@@ -299,7 +299,8 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.view.problem(self.waiting(error));
-                    if matches!(error, ClientError::Refused { .. }) || self.proofs > 0 {
+                    let asked = self.proofs > 0 && !matches!(error, ClientError::Unreachable { .. });
+                    if matches!(error, ClientError::Refused { .. }) || asked {
                         let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
                         let pause = REFUSED_PAUSE * (1 << doublings);
                         let pause = pause + pause.mul_f64(random::below(500) as f64 / 1000.0);
@@ -372,23 +373,16 @@ impl Agent {
     }
 
     async fn join(&mut self, server: &ServerAddress) -> Result<(), ClientError> {
-        let mut join = self.join_request()?;
-        let answer: JoinAnswer = match self.credential.clone() {
-            Some(Credential::Token(token)) => {
-                // The hash is compared within the handshake: a stranger is never sent the token.
-                let mut connection = Connection::open(server, Trust::Hash(token.ca_hash), None).await?;
-                let secret = random::hex(&token.secret.0);
-                join.token =
-                    Some(TokenProof { id: token.id.to_string(), secret: super::settings::Secret::new(secret) });
-                connection.ask(Method::POST, "/v1/join", &join).await?
-            }
-            Some(Credential::Shared(secret)) => {
-                let mut connection = Connection::open(server, Trust::Unproven, None).await?;
-                self.proofs = self.proofs.saturating_add(1);
-                connection.join_by_secret(secret.reveal(), join).await?
-            }
-            None => return Err(ClientError::Setup(AgentError::NoToken.to_string())),
-        };
+        let join = self.join_request()?;
+        let no_token = || ClientError::Setup(AgentError::NoToken.to_string());
+        let credential = self.credential.clone().ok_or_else(no_token)?;
+        let answer = ask_to_join(server, &credential, join).await;
+        // a connection that was lost half-way counts as well: who is in between may have cut it
+        let asked = !matches!(answer, Err(ClientError::Unreachable { .. }));
+        if matches!(credential, Credential::Shared(_)) && asked {
+            self.proofs = self.proofs.saturating_add(1);
+        }
+        let answer = answer?;
         self.keep_answer(server, &answer)
     }
 
@@ -587,6 +581,27 @@ impl Agent {
         match error {
             ClientError::Unreachable { .. } if self.member.is_none() => format!("waiting for a server: {error}"),
             other => other.to_string(),
+        }
+    }
+}
+
+/// Joins once, through that server.
+pub(super) async fn ask_to_join(
+    server: &ServerAddress,
+    credential: &Credential,
+    mut join: JoinRequest,
+) -> Result<JoinAnswer, ClientError> {
+    match credential {
+        Credential::Token(token) => {
+            // The hash is compared within the handshake: a stranger is never sent the token.
+            let mut connection = Connection::open(server, Trust::Hash(token.ca_hash), None).await?;
+            let secret = random::hex(&token.secret.0);
+            join.token = Some(TokenProof { id: token.id.to_string(), secret: super::settings::Secret::new(secret) });
+            connection.ask(Method::POST, "/v1/join", &join).await
+        }
+        Credential::Shared(secret) => {
+            let mut connection = Connection::open(server, Trust::Unproven, None).await?;
+            connection.join_by_secret(secret.reveal(), join).await
         }
     }
 }

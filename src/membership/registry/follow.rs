@@ -183,7 +183,7 @@ impl Registry {
         }
         let moved = std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner));
         let moved: Vec<String> = moved.into_iter().filter(|id| self.has(id)).collect();
-        for some in moved.chunks(200) {
+        for some in moved.chunks(100) {
             let ops = some.iter().map(|id| Op::put(format!("{}{id}", rows::VIA), self.me.as_bytes())).collect();
             if let Outcome::Done(_) = self.store.txn(Txn { compares: vec![], ops }).await? {
                 let mut others = self.others();

@@ -18,7 +18,7 @@ mod state;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -43,6 +43,7 @@ use super::address::ServerAddress;
 use super::api::{JoinAnswer, JoinRequest, Myself, News, PollAnswer};
 use super::authority::{self, Authority, AuthorityError};
 use super::clock::Now;
+use super::etcd::Members;
 use super::pake;
 use super::random;
 use super::record::{NodeRecord, Role};
@@ -63,7 +64,7 @@ const TIDY: Duration = Duration::from_secs(600);
 /// What a cluster is made with, and what is known of the one that should be there.
 #[derive(Debug, Clone, Default)]
 pub struct Setup {
-    /// `cluster-cidr`
+    /// `cluster-cidr`; empty: the one of the cluster that is there.
     pub cidrs: Vec<IpNet>,
     /// `node-cidr-mask-size`
     pub masks: MaskSizes,
@@ -177,6 +178,8 @@ pub struct Registry {
     writer: tokio::sync::Mutex<Writer>,
     health: Mutex<Health>,
     servers: RwLock<Vec<ServerAddress>>,
+    /// The etcd that the servers run, where they do.
+    members: OnceLock<Arc<Members>>,
     shared: bool,
     datastore: &'static str,
     /// This server among others, as long as it runs.
@@ -221,6 +224,13 @@ struct Answers {
 impl Registry {
     /// Opens the cluster in this store, or makes one. Stretching a secret takes a moment.
     pub async fn open(store: Arc<dyn Store>, setup: Setup, now: Now) -> Result<Self, OpenError> {
+        let mut setup = setup;
+        if setup.cidrs.is_empty()
+            && let Some(row) = store.range(rows::CLUSTER).await?.items.iter().find(|item| item.key == rows::CLUSTER)
+        {
+            let row: ClusterRow = rows::read(rows::CLUSTER, &row.value)?;
+            (setup.cidrs, setup.masks) = (row.cidrs, row.masks);
+        }
         let space = Space::new(&setup.cidrs, setup.masks).map_err(BadRow::from)?;
         let mut found = Found::read(&*store, &space).await?;
         let mut made = false;
@@ -284,6 +294,7 @@ impl Registry {
             }),
             health: Mutex::new(Health::new(now, found.beats)),
             servers: RwLock::default(),
+            members: OnceLock::new(),
             shared: setup.shared,
             datastore: setup.datastore,
             me: random::id(),
@@ -321,6 +332,21 @@ impl Registry {
     /// What is needed to check proofs of the shared secret.
     pub fn secret(&self) -> Option<&pake::Verifier> {
         self.secret.as_ref()
+    }
+
+    /// Whether other servers use the store, too.
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// The etcd that the servers run, for further ones.
+    pub fn members(&self) -> Result<&Arc<Members>, Refused> {
+        self.members.get().ok_or(Refused::NoMembers(self.datastore))
+    }
+
+    /// Says that the servers run it.
+    pub fn set_members(&self, members: Arc<Members>) {
+        let _ = self.members.set(members);
     }
 
     /// Where the servers are, this one first.

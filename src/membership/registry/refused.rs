@@ -3,6 +3,7 @@
 use ipnet::IpNet;
 
 use crate::membership::authority::AuthorityError;
+use crate::membership::etcd::members::MembersError;
 use crate::membership::record::Role;
 use crate::membership::store::StoreError;
 
@@ -99,6 +100,15 @@ pub enum Refused {
     /// The source guessed too often.
     #[error("too many failed attempts from this address; try again in a minute")]
     TooMany,
+    /// A further server cannot join such a cluster.
+    #[error(
+        "this cluster's state is in {0}, which further servers do not join by themselves: start its server with `cluster-init: \
+         true`, or give all servers one `datastore-endpoint`"
+    )]
+    NoMembers(&'static str),
+    /// A further server has to wait.
+    #[error("{0}")]
+    Later(String),
     /// Many wrote at once.
     #[error("too many changes at once; try again")]
     Busy,
@@ -135,6 +145,8 @@ impl Refused {
             Refused::NotAllowed => "not-allowed",
             Refused::NotHere => "not-here",
             Refused::TooMany => "too-many-attempts",
+            Refused::NoMembers(_) => "no-members",
+            Refused::Later(_) => "later",
             Refused::Busy => "busy",
             Refused::Store(_) => "store",
             Refused::Authority(AuthorityError::BadRequest) => "bad-request",
@@ -149,10 +161,19 @@ impl Refused {
             Refused::NoSuchNode(_) | Refused::NoSuchToken(_) => 404,
             Refused::NameTaken(_) | Refused::KeyTaken(_) => 409,
             Refused::TooMany => 429,
-            Refused::Busy | Refused::Store(_) => 503,
+            Refused::Busy | Refused::Later(_) | Refused::Store(_) => 503,
             Refused::Authority(_) => 500,
             Refused::Exhausted { .. } => 507,
             _ => 403,
+        }
+    }
+}
+
+impl From<MembersError> for Refused {
+    fn from(error: MembersError) -> Self {
+        match error {
+            MembersError::Store(error) => Refused::Store(error),
+            MembersError::Later(why) => Refused::Later(why),
         }
     }
 }

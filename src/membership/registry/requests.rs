@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::refused::{Refused, role};
 use super::rows::How;
 use super::{Registry, with_health};
+use crate::membership::api::ServerMember;
 use crate::membership::clock::{Now, rfc3339};
 use crate::membership::link::Request;
 use crate::membership::record::{NodeRecord, Role, State as Readiness};
@@ -85,25 +86,45 @@ impl Registry {
     fn cluster_status(&self) -> Value {
         let records = self.records();
         let count = |state: Readiness| records.iter().filter(|r| r.state == state).count();
+        let members = self.members.get().map(|members| members.view()).unwrap_or_default();
         let servers: Vec<_> = records
             .iter()
             .filter(|r| r.role == Role::Server)
-            .map(|r| json!({ "name": r.name, "id": r.id, "state": r.state, "underlay": r.underlay }))
+            .map(|r| {
+                let mut server = json!({ "name": r.name, "id": r.id, "state": r.state, "underlay": r.underlay });
+                if let Some(member) = members.iter().find(|member| self.is_of(member, &r.id)) {
+                    server["datastore"] = json!(word(member));
+                }
+                server
+            })
             .collect();
         let mut warnings = Vec::new();
         let workers = records.iter().any(|r| r.subnets.iter().any(|net| net.prefix_len() < net.max_prefix_len()));
         if !records.is_empty() && !workers {
-            warnings.push("no node carries a workload subnet: all are control-only");
+            warnings.push("no node carries a workload subnet: all are control-only".to_owned());
         }
+        let (tolerance, summary) = if self.members.get().is_some() {
+            let voters: Vec<_> = members.iter().filter(|member| !member.learner).collect();
+            let quorum = voters.len() / 2 + 1;
+            let there = voters.iter().filter(|member| member.answers).count();
+            warnings.extend(about(&voters, there));
+            let tolerance = there.saturating_sub(quorum);
+            let plural = if voters.len() == 1 { "" } else { "s" };
+            let may = if tolerance == 0 { "none".to_owned() } else { tolerance.to_string() };
+            (tolerance, Some(format!("{} server{plural}, {may} may fail", voters.len())))
+        } else {
+            // One SQLite store is one server: it may not fail. Of servers over a shared store all but one may, as far as
+            // they are concerned. Forwarding goes on without any.
+            (self.others().servers.len().saturating_sub(1), None)
+        };
         json!({
             "cluster": self.cluster(),
             "datastore": if self.datastore.is_empty() { "sqlite" } else { self.datastore },
             "revision": *self.published.borrow(),
             "addresses": self.servers(),
             "servers": servers,
-            // One SQLite store is one server: it may not fail. Of servers over a shared store all but one may, as far as
-            // they are concerned. Forwarding goes on without any.
-            "tolerance": self.others().servers.len().saturating_sub(1),
+            "tolerance": tolerance,
+            "summary": summary,
             "nodes": {
                 "ready": count(Readiness::Ready),
                 "not-ready": count(Readiness::NotReady),
@@ -111,6 +132,10 @@ impl Registry {
             },
             "warnings": warnings,
         })
+    }
+
+    fn is_of(&self, member: &ServerMember, id: &str) -> bool {
+        self.known().state.nodes.get(id).is_some_and(|row| row.identity == member.name)
     }
 
     /// Counters and gauges in Prometheus' text format.
@@ -139,5 +164,35 @@ impl Registry {
         text.push_str("# HELP meshd_list_revision Revision of the node list.\n# TYPE meshd_list_revision gauge\n");
         text.push_str(&format!("meshd_list_revision {revision}\n"));
         text
+    }
+}
+
+/// What a person should know of the members.
+fn about(voters: &[&ServerMember], there: usize) -> Vec<String> {
+    let (all, quorum) = (voters.len(), voters.len() / 2 + 1);
+    let mut warnings = Vec::new();
+    if there < all && there >= quorum {
+        let left = there - quorum;
+        warnings
+            .push(format!("the datastore of {} of {all} servers does not answer; {left} more may fail", all - there));
+    }
+    if all > 0 && there < quorum {
+        warnings.push(format!(
+            "the datastore of {} of {all} servers does not answer, which is too many: nothing can be changed",
+            all - there
+        ));
+    }
+    if all > 0 && all % 2 == 0 {
+        warnings.push(format!("{all} servers tolerate no more failures than {}: add one, or remove one", all - 1));
+    }
+    warnings
+}
+
+fn word(member: &ServerMember) -> &'static str {
+    match member {
+        ServerMember { answers: false, .. } => "no answer",
+        ServerMember { learner: true, .. } => "joining",
+        ServerMember { leader: true, .. } => "leader",
+        _ => "follower",
     }
 }

@@ -28,6 +28,12 @@ pub(super) fn document() -> Value {
             "/v1/self": { "put": operation("Say what changed about this node.", myself()) },
             "/v1/renew": { "post": operation("A certificate for the time to come.", object(&[("request", text())], &[])) },
             "/v1/leave": { "post": { "responses": responses() } },
+            "/v1/servers": { "post": operation("Who the members of the servers' own etcd are; for servers' nodes alone.",
+                object(&[], &[])) },
+            "/v1/servers/join": { "post": operation("Add a further server's etcd to it; for servers' nodes alone.",
+                object(&[("address", text())], &[])) },
+            "/v1/servers/promote": { "post": operation("Make it a full member, once it has caught up.",
+                object(&[], &[])) },
             "/v1/request": { "post": operation("What meshctl asks; for servers' nodes alone.",
                 object(&[("op", text())], &[])) },
         }

@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use super::{Peer, Shared, openapi};
 use crate::membership::api::{
     CaAnswer, ErrorAnswer, JoinAnswer, JoinRequest, Myself, PakeFinish, PakeFinished, PakeStart, PakeStarted, Poll,
-    RenewAnswer, RenewRequest, TokenProof,
+    Promoted, RenewAnswer, RenewRequest, ServerJoin, ServersAnswer, TokenProof,
 };
 use crate::membership::clock::Now;
 use crate::membership::link;
@@ -61,6 +61,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/renew", post(renew))
         .route("/v1/leave", post(leave))
         .route("/v1/request", post(request))
+        .route("/v1/servers", post(servers))
+        .route("/v1/servers/join", post(server_join))
+        .route("/v1/servers/promote", post(server_promote))
         .fallback(async || fail(StatusCode::NOT_FOUND, "not-found", "there is nothing at this path"))
         .method_not_allowed_fallback(async || {
             fail(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "this path takes another method")
@@ -203,6 +206,34 @@ async fn leave(State(app): App, request: Request) -> Result<Response, Failure> {
     reply(whole(async move { registry.leave(Now::read(), &member.id).await }).await)
 }
 
+/// Who the members of the servers' own etcd are.
+async fn servers(State(app): App, request: Request) -> Result<Response, Failure> {
+    app.server(&request)?;
+    let members = app.registry.members()?.names().await.map_err(Refused::from)?;
+    Ok(json(StatusCode::OK, &ServersAnswer { members }))
+}
+
+/// A further server's etcd becomes a member.
+async fn server_join(State(app): App, request: Request) -> Result<Response, Failure> {
+    let (peer, member) = app.server(&request)?;
+    let join: ServerJoin = body(request).await?;
+    let (registry, name) = (app.registry.clone(), peer.identity.clone().unwrap_or_default());
+    tracing::info!(node = member.name, address = join.address.to_string(), "a server asks to join");
+    reply(
+        whole(async move {
+            let taken = |name: &str| registry.member(name).is_ok();
+            Ok(registry.members()?.admit(&name, join.address, taken).await?)
+        })
+        .await,
+    )
+}
+
+async fn server_promote(State(app): App, request: Request) -> Result<Response, Failure> {
+    let (peer, _) = app.server(&request)?;
+    let (registry, name) = (app.registry.clone(), peer.identity.clone().unwrap_or_default());
+    reply(whole(async move { Ok(Promoted { promoted: registry.members()?.promote(&name).await? }) }).await)
+}
+
 /// What `meshctl` asks on another server.
 async fn request(State(app): App, request: Request) -> Result<Response, Failure> {
     let (_, member) = app.member(&request)?;
@@ -221,6 +252,12 @@ impl Shared {
         let unknown = || fail(StatusCode::UNAUTHORIZED, "no-certificate", "this needs a node's certificate");
         let member = self.registry.member(peer.identity.as_ref().ok_or_else(unknown)?)?;
         Ok((peer, member))
+    }
+
+    /// The same, if it is a server's node.
+    fn server(&self, request: &Request) -> Result<(Arc<Peer>, Member), Failure> {
+        let (peer, member) = self.member(request)?;
+        if member.role == Role::Server { Ok((peer, member)) } else { Err(Refused::NotAllowed.into()) }
     }
 
     fn allows(&self, source: IpAddr) -> bool {

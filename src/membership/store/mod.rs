@@ -2,11 +2,12 @@
 //!
 //! Owns the trait and its words. Knows nothing of nodes and tokens: those are `registry`'s. A back end promises: what
 //! [`Store::txn`] has acknowledged survives any crash; a transaction happens whole or not at all; revisions grow by one
-//! with each transaction that changes something, and are never given twice.
+//! with each transaction that changes something (by more where others write to the same etcd), and are never given twice.
 
 pub mod check;
 pub mod conformance;
 pub mod endpoint;
+pub mod etcd;
 pub mod sql;
 pub mod sqlite;
 
@@ -14,7 +15,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::sqlite::Sqlite;
@@ -107,6 +111,43 @@ pub struct Snapshot {
     pub revision: Revision,
     /// The keys, sorted.
     pub items: Vec<KeyValue>,
+}
+
+/// A copy of everything that any store can be filled from. It holds the cluster's keys.
+#[derive(Serialize, Deserialize)]
+struct Backup {
+    /// The format.
+    meshd_backup: u32,
+    revision: Revision,
+    /// Keys, and values in base64. What a lease held is left out.
+    items: Vec<(String, String)>,
+}
+
+impl Snapshot {
+    /// As a backup, JSON.
+    pub fn to_backup(&self) -> Vec<u8> {
+        let items = self.items.iter().filter(|item| item.lease.is_none());
+        let items = items.map(|item| (item.key.clone(), STANDARD.encode(&item.value))).collect();
+        serde_json::to_vec(&Backup { meshd_backup: 1, revision: self.revision, items }).unwrap_or_default()
+    }
+
+    /// From a backup, or why it is none.
+    pub fn from_backup(bytes: &[u8]) -> Result<Self, String> {
+        let backup: Backup = serde_json::from_slice(bytes).map_err(|e| format!("not a backup: {e}"))?;
+        if backup.meshd_backup != 1 {
+            return Err(format!("a backup of format {}, but this version knows 1", backup.meshd_backup));
+        }
+        let read = |(key, value): (String, String)| {
+            let value = STANDARD.decode(value).map_err(|e| format!("`{key}`: {e}"))?;
+            Ok(KeyValue { key, value, created: backup.revision, modified: backup.revision, lease: None })
+        };
+        let items = backup.items.into_iter().map(read).collect::<Result<Vec<_>, String>>()?;
+        if items.is_empty() {
+            Err("the backup is empty".to_owned())
+        } else {
+            Ok(Snapshot { revision: backup.revision, items })
+        }
+    }
 }
 
 /// A change of one key.
@@ -213,6 +254,7 @@ pub async fn open(datastore: &Datastore, default: &Path) -> Result<Arc<dyn Store
             let path = if rest.is_empty() { default } else { Path::new(rest) };
             Ok(Arc::new(Sqlite::open(path).await?))
         }
+        "etcd" | "etcds" => Ok(Arc::new(etcd::open(datastore).await?)),
         "mysql" | "mariadb" | "postgres" | "postgresql" => Ok(Arc::new(sql::remote::open(datastore, endpoint).await?)),
         _ => {
             // It may hold a password: what stands before it is enough.
@@ -233,7 +275,7 @@ pub fn kind(datastore: &Datastore) -> &'static str {
     match endpoint.split_once("://").map_or("", |(scheme, _)| scheme) {
         "mysql" | "mariadb" => "mysql",
         "postgres" | "postgresql" => "postgres",
-        "etcd" => "etcd",
+        "etcd" | "etcds" => "etcd",
         _ => "sqlite",
     }
 }

@@ -1,0 +1,400 @@
+//! The life of this server's etcd member, from nothing to a store that can be opened; each step survives a crash.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+
+use super::CLIENT_PORT;
+use super::join::{self, Joiner};
+use super::kept::{Kept, KeptError, Member, Phase};
+use super::members::Members;
+use super::process::{self, Process};
+use crate::membership::agent::AgentError;
+use crate::membership::agent::keep::{Keep, KeepError};
+use crate::membership::authority::{Authority, AuthorityError};
+use crate::membership::client::ClientError;
+use crate::membership::clock::Now;
+use crate::membership::files::{self, FileError};
+use crate::membership::link::Hello;
+use crate::membership::random;
+use crate::membership::registry::{Refused, Registry};
+use crate::membership::settings::Settings;
+use crate::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
+use crate::membership::store::sqlite::Sqlite;
+use crate::membership::store::{Store, StoreError};
+use crate::membership::token::Credential;
+
+/// A member that does not become a full one within so long asks anew.
+const CATCH_UP: Duration = Duration::from_secs(120);
+/// The others are looked at this often.
+const LOOK: Duration = Duration::from_secs(2);
+/// Who leaves waits so long for the others to let it go.
+const PARTING: Duration = Duration::from_secs(20);
+
+/// Why there is no etcd.
+#[derive(Debug, thiserror::Error)]
+pub enum ManagedError {
+    /// Its files.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
+    /// The node's.
+    #[error(transparent)]
+    Keep(#[from] KeepError),
+    /// Others.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// What it was told to join.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// Certificates.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// The other servers.
+    #[error("{0}")]
+    Client(#[from] ClientError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// No program.
+    #[error(
+        "`cluster-init` and further servers need etcd 3.4 or later on this machine, and there is none: install it (Debian: \
+         apt-get install etcd-server), without starting its service"
+    )]
+    NoProgram,
+    /// It does not run.
+    #[error("{0}")]
+    Down(String),
+    /// It has something else already.
+    #[error(
+        "`server` (or a `mesh1…` token) joins this server to a cluster, but {} holds a cluster of its own: move that file away to \
+         join, or remove `server`",
+        .0.display()
+    )]
+    OwnCluster(PathBuf),
+    /// Where it is.
+    #[error("this node says no underlay address that its etcd could have; set `node-ip`")]
+    NoAddress,
+    /// It was a member.
+    #[error("{0}")]
+    Expelled(String),
+    /// The others removed this member, so it joins anew.
+    #[error("this server's etcd member was removed by the others; it joins them again")]
+    Removed,
+}
+
+impl ManagedError {
+    /// Whether it may pass by itself.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            ManagedError::File(_) | ManagedError::Down(_) | ManagedError::NoProgram | ManagedError::NoAddress => true,
+            ManagedError::Kept(KeptError::File(_)) | ManagedError::Client(_) => true,
+            ManagedError::Store(error) => !matches!(error, StoreError::Corrupt { .. } | StoreError::Newer { .. }),
+            _ => false,
+        }
+    }
+}
+
+/// This server's member.
+pub struct Managed {
+    kept: Kept,
+    database: PathBuf,
+    member: Option<Member>,
+    process: Option<Process>,
+    gateway: Option<Gateway>,
+    renew_at: OffsetDateTime,
+}
+
+impl Managed {
+    /// Where this server's state is in an etcd of its own, or is to be.
+    pub fn find(settings: &Settings, database: &str) -> Result<Option<Self>, ManagedError> {
+        let kept = Kept::new(&settings.data_dir);
+        let member = kept.member()?;
+        let token = settings.token.as_ref().and_then(|token| Credential::parse(token.reveal()).ok());
+        let joins = !settings.servers.is_empty() || matches!(token, Some(Credential::Token(_)));
+        let database = settings.data_dir.join(database);
+        let elsewhere = settings.datastore.endpoint.as_ref().is_some_and(|endpoint| !endpoint.reveal().is_empty());
+        if member.is_none() && (elsewhere || !(settings.cluster_init || joins)) {
+            return Ok(None);
+        }
+        if member.is_none() && joins && database.exists() {
+            return Err(ManagedError::OwnCluster(database));
+        }
+        let renew_at = OffsetDateTime::UNIX_EPOCH;
+        Ok(Some(Managed { kept, database, member, process: None, gateway: None, renew_at }))
+    }
+
+    /// Whether this server came to others, whose cluster it is.
+    pub fn joined(&self) -> bool {
+        self.member.as_ref().is_some_and(|member| member.joined)
+    }
+
+    /// The cluster that it joined.
+    pub fn cluster(&self, settings: &Settings) -> Result<Option<String>, ManagedError> {
+        Ok(Keep::open(&settings.data_dir)?.membership()?.map(|member| member.cluster))
+    }
+
+    /// The store, once there is one. To be called again where that fails.
+    pub async fn store(&mut self, settings: &Settings, hello: &Hello) -> Result<(Etcd, Arc<Members>), ManagedError> {
+        let address = hello.underlay.first().map(|address| address.ip()).ok_or(ManagedError::NoAddress)?;
+        let program = process::find().ok_or(ManagedError::NoProgram)?;
+        let member = match self.member.clone() {
+            Some(member) => member,
+            None => self.begin(settings, address)?,
+        };
+        let member = match member.phase {
+            Phase::Filling => self.fill(program, member).await?,
+            Phase::Joining => self.join(program, member, settings, hello).await?,
+            Phase::Resetting => self.reset(program, member).await?,
+            Phase::Member => self.resume(program, member, settings, hello).await?,
+        };
+        let store = self.open(&member).await?;
+        let authority = self.kept.authority()?.ok_or(ManagedError::Authority(AuthorityError::Damaged))?;
+        let members = Members::new(store.clone(), authority, member.token.clone());
+        self.gateway = Some(store.gateway().clone());
+        Ok((store, Arc::new(members)))
+    }
+
+    /// Looks after it: members whose server is gone, certificates. Ends with what ends this member.
+    pub async fn maintain(&mut self, registry: &Registry, members: &Members) -> ManagedError {
+        let mut last = String::new();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let Some((member, process)) = self.member.as_ref().zip(self.process.as_ref()) else {
+                return ManagedError::Removed;
+            };
+            if process.fare().removed {
+                return ManagedError::Removed;
+            }
+            if Now::read().date() >= self.renew_at {
+                match self.certify(&member.clone()) {
+                    Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
+                    Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),
+                }
+                continue;
+            }
+            let gone = |name: &str| matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
+            let looked = match self.kept.client() {
+                Ok(tls) => members.look(tls, &member.name, gone).await.map_err(ManagedError::from),
+                Err(error) => Err(error.into()),
+            };
+            let error = looked.err().map(|error| error.to_string()).unwrap_or_default();
+            if error != last && !error.is_empty() {
+                tracing::warn!("{error}");
+            }
+            last = error;
+        }
+    }
+
+    /// This server is no member of the cluster any more: its etcd stays until the others have let it go, or it is alone.
+    pub async fn part(&mut self, members: &Members) -> Result<bool, ManagedError> {
+        if members.view().iter().filter(|member| !member.learner).count() <= 1 {
+            return Ok(false);
+        }
+        let start = Instant::now();
+        while self.process.as_ref().is_some_and(|process| !process.fare().removed) && start.elapsed() < PARTING {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        self.forget().await?;
+        Ok(true)
+    }
+
+    /// Ends the process, and puts the data aside.
+    pub async fn forget(&mut self) -> Result<(), ManagedError> {
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+        self.kept.forget()?;
+        self.member = self.kept.member()?;
+        Ok(())
+    }
+
+    fn begin(&mut self, settings: &Settings, address: IpAddr) -> Result<Member, ManagedError> {
+        let token = settings.token.as_ref().and_then(|token| Credential::parse(token.reveal()).ok());
+        let keep = Keep::open(&settings.data_dir)?;
+        let was_member = keep.membership()?.is_some() && !self.database.exists();
+        let joins = !settings.servers.is_empty() || matches!(token, Some(Credential::Token(_)));
+        let mut member = Member {
+            phase: if joins || was_member { Phase::Joining } else { Phase::Filling },
+            name: keep.identity()?,
+            address,
+            token: random::id(),
+            cluster: vec![],
+            joined: joins || was_member,
+        };
+        if member.phase == Phase::Filling {
+            member.cluster = vec![(member.name.clone(), member.peer_url())];
+            if self.kept.authority()?.is_none() {
+                let (_, ca) = Authority::generate("datastore", Now::read().date())?;
+                self.kept.write_authority(&ca)?;
+            }
+        }
+        self.keep(&member)?;
+        Ok(member)
+    }
+
+    /// The first member: a backup or the SQLite database of a single server, if there is one, becomes its content.
+    async fn fill(&mut self, program: PathBuf, mut member: Member) -> Result<Member, ManagedError> {
+        if self.process.is_none() {
+            self.kept.put_aside()?;
+        }
+        self.run(program, &member)?;
+        let gateway = self.connect(&member).await?;
+        let from = match self.kept.backup()? {
+            Some(backup) => Some(backup),
+            None if self.database.exists() => {
+                let sqlite = Sqlite::open(&self.database).await?;
+                let all = sqlite.range("").await?;
+                sqlite.close().await;
+                Some(all)
+            }
+            None => None,
+        };
+        if let Some(from) = from {
+            tracing::info!(keys = from.items.len(), "the state of before goes into etcd");
+            if let Err(error) = Etcd::import(&gateway, PREFIX, &from).await {
+                // Half of it may be there: from the beginning.
+                if let Some(process) = self.process.take() {
+                    process.stop().await;
+                }
+                return Err(error.into());
+            }
+        }
+        member.phase = Phase::Member;
+        self.keep(&member)?;
+        self.kept.drop_backup()?;
+        if self.database.exists() {
+            let aside = self.database.with_extension("db.before-etcd");
+            files::rename(&self.database, &aside)?;
+            tracing::info!("{} was the state until now, and is not used any more", aside.display());
+        }
+        Ok(member)
+    }
+
+    async fn join(
+        &mut self,
+        program: PathBuf,
+        mut member: Member,
+        settings: &Settings,
+        hello: &Hello,
+    ) -> Result<Member, ManagedError> {
+        let joiner = Joiner::open(settings, hello).await?;
+        let answer = match joiner.ask(member.address).await {
+            Err(ManagedError::Client(ClientError::Refused { code, message })) if code == "removed" => {
+                self.forget().await?;
+                join::forget(&settings.data_dir)?;
+                return Err(ManagedError::Expelled(message));
+            }
+            other => other?,
+        };
+        // Each time it asks it is a new member, so what an earlier one had is of no use.
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+        self.kept.put_aside()?;
+        self.kept.write_authority(&answer.authority)?;
+        (member.token, member.cluster, member.joined) = (answer.token, answer.members, true);
+        self.keep(&member)?;
+        self.run(program, &member)?;
+        let start = Instant::now();
+        loop {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            match joiner.promoted().await {
+                Ok(true) => break,
+                Err(error) if !error.may_pass() => return Err(error),
+                _ => {}
+            }
+            if start.elapsed() > CATCH_UP {
+                let fare = self.process.as_ref().map(Process::fare).unwrap_or_default();
+                let why = fare.problem.unwrap_or_else(|| "it has not caught up".to_owned());
+                return Err(ManagedError::Down(format!("this server's etcd is no full member yet: {why}")));
+            }
+        }
+        member.phase = Phase::Member;
+        self.keep(&member)?;
+        tracing::info!("this server's etcd is a full member");
+        Ok(member)
+    }
+
+    /// After a loss of the quorum: the only member, with all that it has.
+    async fn reset(&mut self, program: PathBuf, mut member: Member) -> Result<Member, ManagedError> {
+        self.run(program.clone(), &member)?;
+        self.connect(&member).await?;
+        self.open(&member).await?;
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+        member.phase = Phase::Member;
+        member.cluster = vec![(member.name.clone(), member.peer_url())];
+        self.keep(&member)?;
+        tracing::warn!("this server's etcd is the only member now; the other servers join it again when they start");
+        self.run(program, &member)?;
+        Ok(member)
+    }
+
+    async fn resume(
+        &mut self,
+        program: PathBuf,
+        member: Member,
+        settings: &Settings,
+        hello: &Hello,
+    ) -> Result<Member, ManagedError> {
+        if self.process.as_ref().is_some_and(|process| process.fare().removed) {
+            self.forget().await?;
+            return Err(ManagedError::Removed);
+        }
+        // While this one was away the others may have gone on without it, or have been restored.
+        if self.process.is_none() && Keep::open(&settings.data_dir)?.membership()?.is_some() {
+            let joiner = Joiner::open(settings, hello).await?;
+            if joiner.is_member(&member.name, member.address).await == Some(false) {
+                self.forget().await?;
+                return Err(ManagedError::Removed);
+            }
+        }
+        self.run(program, &member)?;
+        Ok(member)
+    }
+
+    /// Starts it, if it does not run.
+    fn run(&mut self, program: PathBuf, member: &Member) -> Result<(), ManagedError> {
+        if self.process.is_none() {
+            self.certify(member)?;
+            self.process = Some(Process::start(program, self.kept.clone(), member.clone()));
+        }
+        Ok(())
+    }
+
+    fn certify(&mut self, member: &Member) -> Result<(), ManagedError> {
+        self.renew_at = self.kept.certify(member.address, Now::read().date())?;
+        if let Some(gateway) = &self.gateway {
+            gateway.set_tls(self.kept.client()?);
+        }
+        Ok(())
+    }
+
+    async fn connect(&self, member: &Member) -> Result<Gateway, ManagedError> {
+        let endpoints = vec![(member.address.to_string(), CLIENT_PORT)];
+        let gateway = Gateway::new(Access { endpoints, tls: Some(self.kept.client()?), user: None });
+        for _ in 0..50 {
+            if gateway.answers().await {
+                return Ok(gateway);
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        let fare = self.process.as_ref().map(Process::fare).unwrap_or_default();
+        Err(ManagedError::Down(fare.problem.unwrap_or_else(|| "this server's etcd does not answer".to_owned())))
+    }
+
+    async fn open(&self, member: &Member) -> Result<Etcd, ManagedError> {
+        let gateway = self.connect(member).await?;
+        Ok(Etcd::open(gateway, PREFIX).await?)
+    }
+
+    fn keep(&mut self, member: &Member) -> Result<(), ManagedError> {
+        self.kept.write(member)?;
+        self.member = Some(member.clone());
+        Ok(())
+    }
+}

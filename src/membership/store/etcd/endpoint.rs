@@ -1,0 +1,143 @@
+//! `etcd://` and `etcds://`: an etcd that somebody else runs.
+
+use std::sync::Arc;
+
+use super::{Access, Etcd, Gateway, PREFIX};
+use crate::membership::settings::{Datastore, Secret};
+use crate::membership::store::StoreError;
+use crate::membership::tls;
+
+/// etcd's client port.
+const PORT: u16 = 2379;
+/// Where Debian and its like keep the machine's certificate authorities.
+const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// Whether the endpoint can be read; the error says what is wrong.
+pub fn check(endpoint: &str) -> Result<(), String> {
+    Place::parse(endpoint).map(drop)
+}
+
+/// Opens the etcd of `datastore-endpoint`: `etcd://[USER[:PASSWORD]@]HOST[:2379][,HOST…][/PREFIX]`, `etcds` with TLS.
+pub async fn open(datastore: &Datastore) -> Result<Etcd, StoreError> {
+    let (access, prefix) = access(datastore).map_err(|problem| {
+        let place = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+        let place = place.split_once("://").map_or(place, |(scheme, _)| scheme);
+        StoreError::Unfit { place: format!("{place}://…"), problem }
+    })?;
+    Etcd::open(Gateway::new(access), &prefix).await
+}
+
+/// What an endpoint says.
+struct Place<'a> {
+    scheme: &'a str,
+    endpoints: Vec<(String, u16)>,
+    user: Option<(&'a str, Option<&'a str>)>,
+    prefix: &'a str,
+}
+
+impl<'a> Place<'a> {
+    fn parse(text: &'a str) -> Result<Self, String> {
+        let (scheme, rest) = text.split_once("://").ok_or("write `etcd://HOST:2379,HOST:2379`")?;
+        let (user, rest) = match rest.rsplit_once('@') {
+            Some((user, rest)) => (Some(user), rest),
+            None => (None, rest),
+        };
+        let (hosts, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        let endpoints = hosts.split(',').map(|host| self::host(host.trim())).collect::<Result<Vec<_>, _>>()?;
+        let user = user.map(|user| user.split_once(':').map_or((user, None), |(user, word)| (user, Some(word))));
+        Ok(Place { scheme, endpoints, user, prefix: prefix.trim_end_matches('/') })
+    }
+}
+
+fn access(datastore: &Datastore) -> Result<(Access, String), String> {
+    let text = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
+    let Place { scheme, endpoints, user, prefix } = Place::parse(text)?;
+    let user = match user {
+        None if datastore.password.is_some() => {
+            return Err("there is a password and no user: write `etcd://USER@HOST:2379`".to_owned());
+        }
+        None => None,
+        Some((name, word)) => {
+            let word = datastore.password.clone().or_else(|| word.map(|word| Secret::new(unescaped(word))));
+            let word = word.ok_or("the user has no password: set `datastore-password-file`")?;
+            Some((unescaped(name), word))
+        }
+    };
+    let identity = datastore.certificate.as_deref().zip(datastore.key.as_ref());
+    let wants_tls = datastore.ca.is_some() || datastore.certificate.is_some() || datastore.key.is_some();
+    let tls = match scheme {
+        "etcds" => {
+            let system = || std::fs::read_to_string(SYSTEM_ROOTS).map_err(|e| format!("{SYSTEM_ROOTS}: {e}"));
+            let roots = datastore.ca.clone().map_or_else(system, Ok)?;
+            let config = tls::datastore_config(&roots, identity.map(|(pem, key)| (pem, key.reveal())));
+            Some(Arc::new(config.map_err(|e| e.to_string())?))
+        }
+        _ if wants_tls => return Err("certificates are for TLS: write `etcds://HOST:2379`".to_owned()),
+        _ => None,
+    };
+    let prefix = match prefix {
+        "" => PREFIX.to_owned(),
+        given => format!("{given}/"),
+    };
+    Ok((Access { endpoints, tls, user }, prefix))
+}
+
+/// `HOST`, `HOST:PORT`, `[IPv6]`, `[IPv6]:PORT`
+fn host(text: &str) -> Result<(String, u16), String> {
+    let bad = || format!("`{}` is no host: write `HOST:2379`, `[IPv6]:2379`", text.escape_debug());
+    let (host, port) = match text.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((host, rest)) => {
+            (host, rest.strip_prefix(':').map_or(if rest.is_empty() { Some(PORT) } else { None }, number))
+        }
+        None => text.split_once(':').map_or((text, Some(PORT)), |(host, port)| (host, number(port))),
+    };
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
+    match port {
+        Some(port) if !host.is_empty() && host.chars().all(good) => Ok((host.to_owned(), port)),
+        _ => Err(bad()),
+    }
+}
+
+fn number(text: &str) -> Option<u16> {
+    text.parse().ok().filter(|port| *port != 0)
+}
+
+/// RFC 3986 §2.1: `%40` is an `@`.
+fn unescaped(text: &str) -> String {
+    percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(endpoint: &str) -> Result<(Access, String), String> {
+        access(&Datastore { endpoint: Some(Secret::new(endpoint)), ..Datastore::default() })
+    }
+
+    #[test]
+    fn endpoints_are_understood() {
+        let (one, prefix) = read("etcd://a,b:1,[2001:db8::1],[::1]:7").unwrap();
+        let hosts: Vec<_> = one.endpoints.iter().map(|(host, port)| (host.as_str(), *port)).collect();
+        assert_eq!(hosts, [("a", 2379), ("b", 1), ("2001:db8::1", 2379), ("::1", 7)]);
+        assert_eq!((prefix.as_str(), one.user.is_none(), one.tls.is_none()), ("meshd/", true, true));
+        let (two, prefix) = read("etcd://me:a%40b%25@h/some/where/").unwrap();
+        let (name, word) = two.user.unwrap();
+        assert_eq!((name.as_str(), word.reveal(), prefix.as_str()), ("me", "a@b%", "some/where/"));
+        for (bad, hint) in [
+            ("etcd://", "is no host"),
+            ("etcd://a,,b", "is no host"),
+            ("etcd://a:0", "is no host"),
+            ("etcd://a:x", "is no host"),
+            ("etcd://me@a", "datastore-password-file"),
+        ] {
+            let error = read(bad).err().unwrap_or_default();
+            assert!(error.contains(hint), "{bad}: {error}");
+        }
+        let mut datastore = Datastore { endpoint: Some(Secret::new("etcd://a")), ..Datastore::default() };
+        datastore.ca = Some(String::new());
+        assert!(access(&datastore).err().unwrap().contains("etcds://"));
+        datastore.endpoint = Some(Secret::new("etcds://a"));
+        assert!(access(&datastore).err().unwrap().contains("certificate"), "an empty CA file");
+    }
+}

@@ -1,0 +1,155 @@
+//! The etcd store, against a real etcd: what every store must do, and what the death of members does to it.
+
+#[path = "membership/etcds.rs"]
+mod etcds;
+
+use std::time::Duration;
+
+use etcds::Etcds;
+use meshd::membership::settings::Secret;
+use meshd::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
+use meshd::membership::store::{Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, conformance};
+
+fn put(key: &str, value: &[u8]) -> Txn {
+    Txn { compares: vec![], ops: vec![Op::put(key, value)] }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn does_what_every_store_must() {
+    let Some(etcds) = Etcds::start("does_what_every_store_must", 1).await else { return };
+    let store = etcds.store().await;
+    tokio::time::timeout(Duration::from_secs(60), conformance::check(&store)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_it_is_not_fit_for_is_said() {
+    let Some(etcds) = Etcds::start("what_it_is_not_fit_for_is_said", 1).await else { return };
+    let store = etcds.store().await;
+    let ops = (0..130).map(|n| Op::put(format!("{n}"), *b"x")).collect();
+    let refused = store.txn(Txn { compares: vec![], ops }).await;
+    assert!(matches!(&refused, Err(StoreError::Unfit { problem, .. }) if problem.contains("too many operations")));
+    let refused = store.txn(put("big", &vec![0; 2 << 20])).await;
+    assert!(matches!(&refused, Err(StoreError::Unfit { problem, .. }) if problem.contains("too large")), "{refused:?}");
+    assert!(store.range("").await.unwrap().items.is_empty(), "nothing was changed");
+    store.txn(put("small", b"x")).await.expect("positive control");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_and_a_password_are_needed_where_etcd_says_so() {
+    let story = "a_user_and_a_password_are_needed_where_etcd_says_so";
+    let Some(etcds) = Etcds::start(story, 1).await else { return };
+    for line in ["user add root:pw", "user grant-role root root", "user add other:pw", "auth enable"] {
+        etcds.ctl(line);
+    }
+    let open = async |user: Option<(&str, &str)>| {
+        let user = user.map(|(name, password)| (name.to_owned(), Secret::new(password)));
+        let access = Access { user, ..etcds.access() };
+        let store = Etcd::open(Gateway::new(access), PREFIX).await?;
+        store.txn(put("a", b"1")).await
+    };
+    for (user, hint) in [
+        (None, "etcd://USER@HOST"),
+        (Some(("root", "wrong")), "password is wrong"),
+        (Some(("other", "pw")), "may not read and write"),
+    ] {
+        let refused = open(user).await.expect_err(hint);
+        assert!(matches!(&refused, StoreError::Unfit { problem, .. } if problem.contains(hint)), "{refused:?}");
+    }
+    open(Some(("root", "pw"))).await.expect("positive control");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_there_or_no_etcd_is_said() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let nobody = Access { endpoints: vec![("127.0.0.1".to_owned(), 1)], ..Access::default() };
+    let opened = tokio::time::timeout(Duration::from_secs(2), Etcd::open(Gateway::new(nobody), PREFIX)).await;
+    assert!(opened.is_err(), "it is waited for");
+    let app = axum::Router::new();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let service = hyper_util::service::TowerToHyperService::new(app.clone());
+            let io = hyper_util::rt::TokioIo::new(stream);
+            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(io, service));
+        }
+    });
+    let other = Access { endpoints: vec![("127.0.0.1".to_owned(), port)], ..Access::default() };
+    let opened = Etcd::open(Gateway::new(other), PREFIX).await.err().expect("no etcd");
+    assert!(opened.to_string().contains("is it an etcd of 3.4 or later?"), "{opened}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_from_another_store_goes_on_with_later_revisions() {
+    let story = "what_came_from_another_store_goes_on_with_later_revisions";
+    let Some(etcds) = Etcds::start(story, 1).await else { return };
+    let first = etcds.store().await;
+    first.txn(put("a", b"1")).await.unwrap();
+    let mut before = first.range("").await.unwrap();
+    let gateway = Gateway::new(etcds.access());
+    assert!(Etcd::import(&gateway, PREFIX, &before).await.is_err(), "it is not empty");
+    before.revision = 5_000_000;
+    let one = before.items[0].clone();
+    before.items.extend((0..250).map(|n| KeyValue { key: format!("more/{n:03}"), ..one.clone() }));
+    Etcd::import(&gateway, "copy/", &before).await.unwrap();
+    let copy = Etcd::open(gateway, "copy/").await.unwrap();
+    let after = copy.range("").await.unwrap();
+    assert!(after.revision > before.revision, "{}", after.revision);
+    assert_eq!(after.items.len(), before.items.len());
+    let stale = Compare { key: "a".to_owned(), modified: before.items[0].modified };
+    let txn = Txn { compares: vec![stale], ops: vec![Op::put("a", *b"2")] };
+    assert_eq!(copy.txn(txn).await, Ok(Outcome::Conflict), "who saw the other store reads again");
+    assert!(matches!(copy.watch("", 17).await.err(), Some(StoreError::Compacted { .. })));
+    let Ok(Outcome::Done(revision)) = copy.txn(put("a", b"2")).await else { panic!("it can be written") };
+    let mut watch = copy.watch("a", revision - 1).await.unwrap();
+    let seen = watch.recv().await.unwrap().unwrap();
+    assert!(matches!(&seen[..], [Event::Put(kv)] if kv.key == "a" && kv.modified == revision), "{seen:?}");
+    assert_eq!(first.range("").await.unwrap().items.len(), 1, "and the others' keys are not ours");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_acknowledged_write_is_lost_and_none_is_done_twice_when_members_die() {
+    let story = "no_acknowledged_write_is_lost_and_none_is_done_twice_when_members_die";
+    let Some(mut etcds) = Etcds::start(story, 3).await else { return };
+    let store = etcds.store().await;
+    let mut watch = store.watch("n", 0).await.unwrap();
+    let Ok(Outcome::Done(mut at)) = store.txn(put("n", b"0")).await else { panic!("it starts") };
+    // Each is a compare-and-set on the one before: done twice or lost, the next would conflict.
+    let writer = tokio::spawn({
+        let store = store.clone();
+        async move {
+            for n in 1..600u32 {
+                let compares = vec![Compare { key: "n".to_owned(), modified: at }];
+                let ops = vec![Op::put("n", n.to_string())];
+                at = match store.txn(Txn { compares, ops }).await {
+                    Ok(Outcome::Done(revision)) => revision,
+                    other => panic!("{n}: {other:?}"),
+                };
+            }
+        }
+    });
+    let mut killed = 0;
+    while !writer.is_finished() && killed < 3 {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let leader = etcds.leader().await;
+        etcds.kill(leader);
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        etcds.restart(leader);
+        etcds.healthy().await;
+        killed += 1;
+    }
+    tokio::time::timeout(Duration::from_secs(120), writer).await.unwrap().unwrap();
+    assert!(killed > 0);
+    assert_eq!(store.range("n").await.unwrap().items[0].value, b"599");
+    let mut seen = Vec::new();
+    while let Ok(Some(Ok(events))) = tokio::time::timeout(Duration::from_millis(500), watch.recv()).await {
+        seen.extend(events.iter().map(|e| match e {
+            Event::Put(kv) => String::from_utf8(kv.value.clone()).unwrap().parse::<usize>().unwrap(),
+            Event::Delete { .. } => panic!("nothing is deleted"),
+        }));
+    }
+    assert!(
+        seen.iter().enumerate().all(|(n, value)| n == *value),
+        "in order, each once, until the watch ended: {seen:?}"
+    );
+}
