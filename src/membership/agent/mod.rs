@@ -299,8 +299,7 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.view.problem(self.waiting(error));
-                    let asked = self.proofs > 0 && !matches!(error, ClientError::Unreachable { .. });
-                    if matches!(error, ClientError::Refused { .. }) || asked {
+                    if matches!(error, ClientError::Refused { .. }) || self.proofs > 0 {
                         let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
                         let pause = REFUSED_PAUSE * (1 << doublings);
                         let pause = pause + pause.mul_f64(random::below(500) as f64 / 1000.0);
@@ -376,13 +375,7 @@ impl Agent {
         let join = self.join_request()?;
         let no_token = || ClientError::Setup(AgentError::NoToken.to_string());
         let credential = self.credential.clone().ok_or_else(no_token)?;
-        let answer = ask_to_join(server, &credential, join).await;
-        // a connection that was lost half-way counts as well: who is in between may have cut it
-        let asked = !matches!(answer, Err(ClientError::Unreachable { .. }));
-        if matches!(credential, Credential::Shared(_)) && asked {
-            self.proofs = self.proofs.saturating_add(1);
-        }
-        let answer = answer?;
+        let answer = ask_to_join(server, &credential, join, &mut self.proofs).await?;
         self.keep_answer(server, &answer)
     }
 
@@ -585,11 +578,13 @@ impl Agent {
     }
 }
 
-/// Joins once, through that server.
+/// Joins once, through that server. `proofs` counts how often a server could have tried a guess at a shared secret, also one
+/// that cut the connection then.
 pub(super) async fn ask_to_join(
     server: &ServerAddress,
     credential: &Credential,
     mut join: JoinRequest,
+    proofs: &mut u32,
 ) -> Result<JoinAnswer, ClientError> {
     match credential {
         Credential::Token(token) => {
@@ -601,6 +596,7 @@ pub(super) async fn ask_to_join(
         }
         Credential::Shared(secret) => {
             let mut connection = Connection::open(server, Trust::Unproven, None).await?;
+            *proofs = proofs.saturating_add(1);
             connection.join_by_secret(secret.reveal(), join).await
         }
     }
