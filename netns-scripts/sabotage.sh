@@ -54,7 +54,7 @@ SABOTAGES=(
     "src/engine/segment.rs|a UDP checksum of zero is sent|if check == [0, 0] { [0xff, 0xff] } else { check }|check"
     "src/engine/segment.rs|an unfinished checksum is sent as it is|covered.get_mut(offset..offset + 2)?.copy_from_slice(\&check);|let _ = check;"
     "src/engine/outbound.rs|no check of the own source|if !tables.is_ours(packet.source) {|if false {"
-    "src/engine/outbound.rs|no check of the MTU|if longest > usize::from(peer.spec.mtu) {|if false {"
+    "src/engine/outbound.rs|no check of the MTU|if longest > usize::from(route.peer.mtu()) {|if false {"
     "src/engine/outbound.rs|a failed send counts as sent|stats.drop(reason, segments - sent);|stats.drop(reason, 0);"
     "src/engine/outbound.rs|a fragment's offset is off|(offset + (index * room / 8) as u16)|(offset + (index * room / 16) as u16)"
     "src/engine/tx_batch.rs|datagrams overtake|.rposition(\|run\| run.key == key)|.position(\|run\| run.key == key)"
@@ -80,7 +80,7 @@ SABOTAGES=(
     "src/io/worker.rs|the wall clock drives the engine|let now_us = started.elapsed().as_micros() as u64;
             let now_ms|let now_us = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, \|t\| t.as_micros() as u64);
             let now_ms"
-    "src/control/reconcile.rs|an emptied list is not held back|if !accepted \&\& of >= GUARDED_FROM \&\& removed * 2 > of {|if false {"
+    "src/control/reconcile.rs|an emptied list is not held back|Some((what, from)) if !accepted \&\& of >= GUARDED_FROM =>|Some((what, from)) if false \&\& of >= GUARDED_FROM =>"
 )
 
 copy_cargo() {
