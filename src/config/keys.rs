@@ -115,7 +115,12 @@ pub const KEYS: &[Key] = &[
     changing(list("node-label", "KEY=VALUE", "Labels of this node", "none")),
     changing(list("node-taint", "KEY=VALUE:EFFECT", "Taints of this node", "none")),
     key("control-only", "true|false", "`meshd server`: no workload subnet, one overlay address", "false"),
-    live("purge-after", "off|TIME", "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)", "off"),
+    live(
+        "purge-after",
+        "off|TIME",
+        "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)",
+        "off with one server, 1h with several",
+    ),
     live(
         "lb-server-port",
         "off|PORT",

@@ -362,12 +362,15 @@ fn membership_keys_are_read() {
     assert_eq!(config.node_labels.get("example.org/x").map(String::as_str), Some(""));
     assert_eq!(config.node_taints, ["CriticalAddonsOnly=true:NoExecute"]);
     assert!(config.control_only);
-    assert_eq!((config.purge_after, config.lb_server_port), (Some(172_800), Some(6444)));
+    assert_eq!((config.purge_after, config.lb_server_port), (PurgeAfter::Seconds(172_800), Some(6444)));
 
     let config = parse("").unwrap();
     assert_eq!(config.cluster_cidr, ["10.42.0.0/16".parse().unwrap()]);
     assert_eq!(config.bind_address.to_string(), "[::]:9345");
-    assert_eq!((config.purge_after, config.control_only, config.datastore_endpoint.is_none()), (None, false, true));
+    assert_eq!(
+        (config.purge_after, config.control_only, config.datastore_endpoint.is_none()),
+        (PurgeAfter::Auto, false, true)
+    );
 }
 
 #[test]

@@ -440,7 +440,7 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.datastore = (*join.datastore).clone();
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
-        settings.lb_server_port = config.lb_server_port;
     }
+    settings.lb_server_port = config.lb_server_port;
     settings
 }

@@ -310,7 +310,7 @@ async fn serve(
         cidrs: if adopts { vec![] } else { settings.cluster_cidr.clone() },
         masks: settings.node_cidr_mask_size,
         secret: secret.clone(),
-        purge_after: settings.purge_after.map(Duration::from_secs),
+        purge_after: settings.purge_after,
         shared,
         candidate: Some(known.candidate(&settings.data_dir)?),
         ca: joins.as_ref().map(|token| token.ca_hash),
