@@ -200,10 +200,17 @@ pub(crate) fn tunnel(data: &[u8]) {
         rest = behind;
         let facts = testing::Facts { ports: (number, 7), ..testing::udp(false, 1, 2, vec![*x; usize::from(*y)]) };
         let packet = facts.bytes();
+        if op % 6 == 5 {
+            // another session, or one that comes to nothing since a byte was changed
+            let damage = (x & 1 == 1).then_some(usize::from(*y));
+            another_session([&a, &b], u64::from(number + 1) * 100_000, damage);
+            last.clear();
+            continue;
+        }
         let mut sealed = Vec::new();
         a.tunnel(to_b).unwrap().lane(to_b, 0).seal(&packet, &mut sealed).unwrap();
         let mut expected = 0;
-        let (bytes, port) = match op % 5 {
+        let (bytes, port) = match op % 6 {
             0 => {
                 expected = 1;
                 last.clone_from(&sealed);
@@ -254,6 +261,31 @@ pub(crate) fn tunnel(data: &[u8]) {
         inbound.clear();
         inbound.outbox().clear();
         testing::assert_conserved(&stats);
+    }
+}
+
+/// A handshake of a with b. Where a byte of the initiation is damaged, b does not answer.
+fn another_session([a, b]: [&Tables; 2], now_ms: u64, damage: Option<usize>) {
+    let to_b = a.source([10, 9, 0, 2].into()).unwrap();
+    let mut outbox = meshd::engine::tunnel::Outbox::default();
+    a.tunnel(to_b).unwrap().lane(to_b, 0).start(now_ms, 8, &mut outbox);
+    let mut message: Vec<u8> = outbox.letters().flat_map(|(_, bytes)| bytes.to_vec()).collect();
+    assert_eq!(message.len(), 148);
+    if let Some(at) = damage {
+        message[at % 148] ^= 1;
+    }
+    // the code that proves an address is looked at under load alone
+    let counts = damage.is_none_or(|at| at % 148 >= 132);
+    for (tables, from, len) in [(b, 1, 92), (a, 2, 32), (b, 1, 0)] {
+        let mut inbound = Inbound::new(Stats::new(1), 0, Accepts { tso: true, uso: true });
+        let source = ([10, 9, 0, from], 8472).into();
+        let received = Received { at: 0, len: message.len(), segment_len: None, source, tos: 0, truncated: false };
+        inbound.push(tables, now_ms, &mut message, received);
+        message = inbound.outbox().letters().flat_map(|(_, bytes)| bytes.to_vec()).collect();
+        assert_eq!(message.len(), if counts { len } else { 0 });
+        if message.is_empty() {
+            return;
+        }
     }
 }
 

@@ -29,7 +29,7 @@ pub use self::membership::TokenFile;
 pub(crate) use self::values::not_underlay;
 pub use self::values::{BadIfName, Bfd, IfName, Io, LogFormat, Mtu, NodeIp, NodeIpSpec, OverlayAddress, Workers};
 pub use self::yaml::At;
-use crate::membership::settings::{MaskSizes, Secret};
+use crate::membership::settings::{MaskSizes, PurgeAfter, Secret};
 pub use crate::node::Encryption;
 use crate::node::{DEFAULT_PORT, NodeName, Vni};
 
@@ -111,8 +111,10 @@ pub struct Settings {
     pub node_taints: Vec<String>,
     /// `control-only`
     pub control_only: bool,
-    /// `purge-after` in seconds; `None` is off.
-    pub purge_after: Option<u64>,
+    /// `purge-after`
+    pub purge_after: PurgeAfter,
+    /// `lb-server-port`; `None` is off.
+    pub lb_server_port: Option<u16>,
     /// `cni-conf-dir`
     pub cni_conf_dir: Option<PathBuf>,
     /// `subnet-file`
@@ -185,7 +187,8 @@ impl Config {
             node_labels: layers.many("node-label", membership::label, membership::same_label)?.into_iter().collect(),
             node_taints: layers.many("node-taint", membership::taint, same_text)?,
             control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
-            purge_after: layers.one("purge-after", membership::purge_after)?.flatten(),
+            purge_after: layers.one("purge-after", membership::purge_after)?.unwrap_or_default(),
+            lb_server_port: layers.one("lb-server-port", membership::lb_server_port)?.flatten(),
             cni_conf_dir: layers.one("cni-conf-dir", values::path)?,
             subnet_file: layers.one("subnet-file", values::path)?,
             nodes_file: layers.one("nodes-file", values::path)?,
@@ -254,6 +257,7 @@ impl Config {
             "node-taint" => a.node_taints != b.node_taints,
             "control-only" => a.control_only != b.control_only,
             "purge-after" => a.purge_after != b.purge_after,
+            "lb-server-port" => a.lb_server_port != b.lb_server_port,
             "cni-conf-dir" => a.cni_conf_dir != b.cni_conf_dir,
             "subnet-file" => a.subnet_file != b.subnet_file,
             "nodes-file" => a.nodes_file != b.nodes_file,

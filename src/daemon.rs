@@ -6,13 +6,17 @@
 
 pub mod ask;
 mod attach;
+mod capture;
 mod data_plane;
+mod hints;
 mod kept;
 mod lives;
 mod logging;
 mod member;
 mod membership;
+mod stamps;
 mod supervisor;
+mod survey;
 mod view;
 mod why;
 
@@ -34,6 +38,7 @@ use self::lives::Lives;
 use self::logging::Logging;
 use self::membership::{Inbox, Membership, ends};
 pub use self::membership::{Join, has_joined};
+use self::stamps::Stamps;
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
 use crate::admin::socket::{AdminSocket, SocketOptions};
@@ -73,6 +78,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
+    let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
 
     let mut host_changes = Watch::open()?;
     let mut poll = interval(POLL);
@@ -111,6 +117,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         }
         None => daemon.stop().await,
     }
+    hints.abort();
     admin.abort();
     admin.await.ok();
     Ok(())
@@ -193,6 +200,8 @@ struct Daemon {
     /// Tables that a worker may still hold: the last owner frees them, and that must not be a worker.
     retired: Vec<Arc<Tables>>,
     tun_drops_before: Option<u64>,
+    /// The time in handshakes, once this node has a key.
+    stamps: Option<Stamps>,
     _lock: Lock,
 }
 
@@ -243,6 +252,7 @@ impl Daemon {
             ended,
             retired: Vec::new(),
             tun_drops_before: None,
+            stamps: None,
             _lock: lock,
             config,
         };
@@ -268,7 +278,8 @@ impl Daemon {
     async fn start_member(&mut self, join: Join, ends: membership::Ends) -> anyhow::Result<()> {
         // the key comes before the list, since others learn it from us
         let nobody = Node::named(self.config.node_name.clone());
-        self.known.set_identity(identity(&self.config, &nobody, self.shared.stats.workers())?);
+        let identity = self.identity(&nobody)?;
+        self.known.set_identity(identity);
         match resolve(&self.host, &self.config, None).await {
             Ok(underlays) => self.underlays = underlays,
             Err(error) => self.shared.problem(Concern::Underlay, told(&error)),
@@ -305,7 +316,8 @@ impl Daemon {
     async fn begin(&mut self, list: &NodeList) -> anyhow::Result<()> {
         let own = nodes_file::own(list, &self.config.node_name)?.clone();
         self.underlays = resolve(&self.host, &self.config, Some(&own)).await?;
-        self.known.set_identity(identity(&self.config, &own, self.shared.stats.workers())?);
+        let identity = self.identity(&own)?;
+        self.known.set_identity(identity);
         let plan = plan(&self.config, list, &own, &carriers(&self.underlays), &mut self.known)?;
         plan.carries_its_ipv6()?;
         self.desired = desired(&self.shared.tun, &plan, self.cluster_prefixes(list));
@@ -325,6 +337,7 @@ impl Daemon {
             port: shared.port,
             tables: shared.tables.clone(),
             stats: shared.stats.clone(),
+            tap: shared.tap.clone(),
             started: shared.started,
             ended: self.ended.clone(),
         };
@@ -348,6 +361,28 @@ impl Daemon {
         Ok(())
     }
 
+    /// This node's keys, where it needs any: made when they are missing, unless the node list knows them already.
+    fn identity(&mut self, own: &Node) -> Result<Option<Arc<Identity>>, KeyFileError> {
+        let config = &self.config;
+        let wireguard = own.encryption.unwrap_or(config.encryption) == Encryption::Wireguard;
+        let path = config.private_key_path();
+        let key = match own.public_keys.is_empty() {
+            true if !wireguard => return Ok(None),
+            true => {
+                let (key, new) = key_file::load_or_make(&path)?;
+                if new {
+                    tracing::info!("made a private key in {}; its public key is {}", path.display(), key.public());
+                }
+                key
+            }
+            false => key_file::load(&path)?,
+        };
+        let (shared, workers) = (&self.shared, self.shared.stats.workers());
+        let stamps = self.stamps.get_or_insert_with(|| Stamps::start(&config.data_dir, shared.started));
+        let identity = Identity::new(&key, workers).started_at(stamps.epoch_ms());
+        Ok(Some(Arc::new(identity)))
+    }
+
     /// Hands a plan to the workers and to whoever asks.
     fn publish(&mut self, plan: Plan, list: &NodeList, own: &Node) {
         for warning in &plan.warnings {
@@ -368,7 +403,7 @@ impl Daemon {
             Ok(own) => own.clone(),
             Err(error) => return self.shared.problem(Concern::Nodes, error.to_string()),
         };
-        match identity(&self.config, &own, self.shared.stats.workers()) {
+        match self.identity(&own) {
             Ok(identity) => {
                 if self.known.set_identity(identity) {
                     self.say_hello();
@@ -431,7 +466,7 @@ impl Daemon {
         }
     }
 
-    /// A new list: applied, or held back when it would remove most peers.
+    /// A new list: applied, or held back when it would take too much from most peers.
     async fn offer(&mut self, list: NodeList, accepted: bool) {
         let old = self.shared.list.load_full();
         if let Err(error) = nodes_file::own(&list, &self.config.node_name) {
@@ -449,11 +484,9 @@ impl Daemon {
             _ => false,
         };
         match judge(&old, &list, &self.config.node_name, accepted || confirmed) {
-            Verdict::HoldBack { removed, of } => {
-                let message = format!(
-                    "the new node list would remove {removed} of {of} peers, so it is held back: \
-                     `meshctl nodes accept` applies it"
-                );
+            verdict @ Verdict::HoldBack { .. } => {
+                let message =
+                    format!("the new node list {verdict}, so it is held back: `meshctl nodes accept` applies it");
                 self.shared.problem(Concern::HeldBack, message);
                 self.shared.hold(Some(list));
                 if let Source::Members(members) = &mut self.source {
@@ -540,6 +573,10 @@ impl Daemon {
 
     async fn tick(&mut self) {
         self.tick_membership().await;
+        if let Some(stamps) = &mut self.stamps {
+            stamps.tick(&self.shared).await;
+        }
+        self.tell_of_preshared();
         if self.begun && self.plane.is_none() {
             self.restart_plane().await;
         }
@@ -601,8 +638,26 @@ impl Daemon {
         self.poll_nodes().await;
     }
 
+    /// Names the peers whose answers only another preshared key explains.
+    fn tell_of_preshared(&self) {
+        for peer in self.shared.tables.load().peers() {
+            let Some(tunnel) = peer.spec.tunnel.as_ref().filter(|tunnel| tunnel.another_preshared_is_news()) else {
+                continue;
+            };
+            let ours = if tunnel.is_preshared() { "with a `preshared-key`" } else { "without one" };
+            tracing::warn!(
+                "node {} answers handshakes as a peer with another preshared key does, or with none where there should \
+                 be one: its entry here is {ours}, and no session comes up until both sides agree",
+                peer.spec.name
+            );
+        }
+    }
+
     async fn stop(mut self) {
         self.plane = None;
+        if let Some(stamps) = &mut self.stamps {
+            stamps.stop().await;
+        }
         self.stop_membership().await;
         if !self.begun {
             return tracing::info!("stopped; nothing was set up");
@@ -643,24 +698,6 @@ async fn resolve(host: &Host, config: &Config, own: Option<&Node>) -> anyhow::Re
         }
     };
     host.underlay(&given).await.context("this node's underlay address (`node-ip`)")
-}
-
-/// This node's keys, where it needs any: made when they are missing, unless the node list knows them already.
-fn identity(config: &Config, own: &Node, workers: usize) -> Result<Option<Arc<Identity>>, KeyFileError> {
-    let wireguard = own.encryption.unwrap_or(config.encryption) == Encryption::Wireguard;
-    let path = config.private_key_path();
-    let key = match own.public_keys.is_empty() {
-        true if !wireguard => return Ok(None),
-        true => {
-            let (key, new) = key_file::load_or_make(&path)?;
-            if new {
-                tracing::info!("made a private key in {}; its public key is {}", path.display(), key.public());
-            }
-            key
-        }
-        false => key_file::load(&path)?,
-    };
-    Ok(Some(Arc::new(Identity::new(&key, workers))))
 }
 
 fn watching(config: &Config) -> Settings {

@@ -15,7 +15,9 @@
 //! | [`admin`] | the unix socket and what it shows |
 //! | [`why`] | the whole way of a packet, worked out for whoever asks |
 //! | [`probe`] | ICMP echoes through the mesh (`meshctl ping`) |
+//! | [`pcap`] | captured packets as a file (`meshctl capture`) |
 //! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
+//! | [`selftest`] | what kernel, offloads and permissions allow here, tried out |
 //! | [`daemon`] | builds, connects and stops everything |
 //!
 //! Invariants, each held by a test or a lint:
@@ -41,7 +43,9 @@ pub mod io;
 pub mod key;
 pub mod membership;
 pub mod node;
+pub mod pcap;
 pub mod probe;
+pub mod selftest;
 pub mod sys;
 pub mod why;
 pub mod wire;

@@ -5,13 +5,14 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::key::PublicKey;
+use crate::key::{PresharedKey, PublicKey};
 
 /// Default UDP data port: the one that flannel and the Linux kernel's VXLAN device use, not IANA's 4789.
 pub const DEFAULT_PORT: u16 = 8472;
@@ -147,6 +148,15 @@ pub enum Encryption {
     Wireguard,
 }
 
+/// A key that two nodes know besides their own, or where it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Preshared {
+    /// The key.
+    Key(PresharedKey),
+    /// A file that holds it, not read yet.
+    File(PathBuf),
+}
+
 /// One member of the mesh, as a node list describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
@@ -164,6 +174,8 @@ pub struct Node {
     pub public_keys: Vec<PublicKey>,
     /// Seconds between packets that keep the mapping of a NAT before it.
     pub keepalive: Option<u16>,
+    /// A key that this node and it know besides their own.
+    pub preshared: Option<Preshared>,
 }
 
 impl Node {
@@ -177,6 +189,15 @@ impl Node {
             encryption: None,
             public_keys: Vec::new(),
             keepalive: None,
+            preshared: None,
+        }
+    }
+
+    /// The key that this node and it know besides their own.
+    pub fn preshared_key(&self) -> Option<&PresharedKey> {
+        match &self.preshared {
+            Some(Preshared::Key(key)) => Some(key),
+            Some(Preshared::File(_)) | None => None,
         }
     }
 

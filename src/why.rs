@@ -16,9 +16,10 @@ use crate::admin::protocol::why::{
 use crate::admin::protocol::{Encryption, PeerState, PeerView};
 use crate::admin::reasons;
 use crate::engine::classify;
-use crate::engine::tables::{ENCAPSULATION, Peer, Tables};
+use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel;
-use crate::wire::ip::{self, Packet};
+use crate::health::peer::Liveness;
+use crate::wire::ip::Packet;
 
 /// What the answer is made of.
 #[derive(Debug)]
@@ -88,8 +89,11 @@ pub fn explain(facts: &Facts<'_>) -> WhyView {
             view.findings.push(note(
                 "path_mtu",
                 format!(
-                    "the path takes {} bytes, {} has {}: longer packets are refused",
-                    mtu.inner, facts.tun, mtu.device
+                    "the path takes {} bytes{}, {} has {}: TCP is cut to fit, other packets that are longer are refused",
+                    mtu.inner,
+                    if mtu.measured { " (measured)" } else { "" },
+                    facts.tun,
+                    mtu.device
                 ),
             ));
         }
@@ -209,6 +213,16 @@ fn session(peer: &PeerView) -> Option<Finding> {
     if session.unanswered == 0 {
         return Some(note("idle", format!("{} has no session at present: the next packet starts one", peer.name)));
     }
+    if session.another_preshared {
+        return Some(bad(
+            "another_preshared_key",
+            format!("{} answers handshakes as a peer with another preshared key does, or with none", peer.name),
+            format!(
+                "give the entry of {} and its entry of this node the same `preshared-key-file`, or none",
+                peer.name
+            ),
+        ));
+    }
     let tried = match session.unanswered {
         1 => "the handshake was not answered".to_owned(),
         n => format!("{n} handshakes were not answered"),
@@ -244,23 +258,15 @@ fn prefix(peer: &Peer, destination: IpAddr) -> Option<IpNet> {
     peer.spec.subnets.iter().filter(|net| net.contains(&destination)).max_by_key(|net| net.prefix_len()).copied()
 }
 
-/// Bytes before and behind an inner packet on the underlay, outer IP header included.
-fn overhead(peer: &Peer) -> usize {
-    let sealed = peer.spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.seals());
-    let ip = if peer.spec.endpoint.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
-    ip + UDP_LEN + if sealed { tunnel::OVERHEAD } else { ENCAPSULATION }
-}
-
-const UDP_LEN: usize = 8;
-
 fn mtu(tables: &Tables, peer: &Peer, destination: IpAddr) -> MtuView {
-    let (inner, header) = (u32::from(peer.spec.mtu), if destination.is_ipv4() { 20 } else { 40 });
+    let (inner, header) = (u32::from(peer.mtu()), if destination.is_ipv4() { 20 } else { 40 });
     let device = u32::from(tables.local().mtu);
     let longest = inner.min(device);
     MtuView {
         device,
         inner,
-        outer: inner + overhead(peer) as u32,
+        outer: inner + peer.overhead() as u32,
+        measured: peer.spec.liveness.as_deref().and_then(Liveness::path_mtu).is_some(),
         tcp_payload: longest.saturating_sub(header + 20),
         udp_payload: longest.saturating_sub(header + 8),
         ping_payload: longest.saturating_sub(header + 8),

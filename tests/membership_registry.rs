@@ -14,7 +14,7 @@ use meshd::membership::link::Request;
 use meshd::membership::random;
 use meshd::membership::record::{Mode, Role, State};
 use meshd::membership::registry::{OpenError, Proof, REST, Refused, Registry, Setup};
-use meshd::membership::settings::MaskSizes;
+use meshd::membership::settings::{MaskSizes, PurgeAfter};
 use meshd::membership::store::sqlite::Sqlite;
 use meshd::membership::token::Token;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
@@ -121,7 +121,7 @@ impl Sim {
 
 fn setup(cidr: &str, masks: MaskSizes) -> Setup {
     let cidrs = cidr.split(',').map(|c| c.parse().unwrap()).collect();
-    Setup { cidrs, masks, secret: None, purge_after: Some(Duration::from_secs(HOUR)), ..Setup::default() }
+    Setup { cidrs, masks, secret: None, purge_after: PurgeAfter::Seconds(HOUR), ..Setup::default() }
 }
 
 const MASKS: MaskSizes = MaskSizes { v4: 24, v6: 64 };

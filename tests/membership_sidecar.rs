@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use meshd::membership::link::{FromMeshd, FromSidecar, Request};
 use meshd::membership::record::Role;
 use meshd::membership::registry::{GRACE, INTERVAL};
-use meshd::membership::settings::{Secret, Settings};
+use meshd::membership::settings::{PurgeAfter, Secret, Settings};
 use meshd::membership::token::Token;
 use tempfile::TempDir;
 
@@ -126,7 +126,7 @@ fn a_server_and_an_agent_become_a_cluster_and_a_kill_loses_nothing() {
 fn who_is_heard_by_a_ready_node_is_not_purged() {
     let (s, a, b) = (TempDir::new().unwrap(), TempDir::new().unwrap(), TempDir::new().unwrap());
     let mut settings = server_settings(s.path(), free_port());
-    settings.purge_after = Some(2);
+    settings.purge_after = PurgeAfter::Seconds(2);
     let mut server = Sidecar::start(&settings, "s", "10.9.0.1:8472");
     server.until("starts", |s| s.status.connected);
     let (for_a, for_b) = (mint(&mut server), mint(&mut server));

@@ -16,7 +16,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, ready};
 use meshd::admin::protocol::{
     Encryption, ForeignView, KeysView, NodeRole, NodeState, NodeView, PeerState, PeerView, Request, StatsView,
-    StatusView, why,
+    StatusView, SurveyView, capture, why,
 };
 use meshd::admin::server::{Limits, Mesh, serve_with};
 use meshd::admin::socket::{AdminSocket, SocketOptions};
@@ -41,12 +41,16 @@ impl Mesh for Fake {
             subnets: vec!["10.42.2.0/24".parse().unwrap(), "fd42:2::/64".parse().unwrap()],
             mac: "02:00:00:00:00:02".to_owned(),
             public_key: None,
+            preshared: false,
             encryption: Encryption::None,
             session: None,
             state: PeerState::Unknown,
             last_seen_ms: None,
             rtt_us: None,
             path_mtu: 1500,
+            path: None,
+            loss_permille: None,
+            ways: Vec::new(),
             tx_packets: 100_000 * asked,
             tx_bytes: 0,
             rx_packets: 0,
@@ -104,6 +108,14 @@ impl Mesh for Fake {
         };
         let findings = if good { vec![] } else { vec![finding] };
         ready(Ok(why::WhyView { asked: ask.destination, good, verdict, findings, ..Default::default() })).boxed()
+    }
+
+    fn survey(&self) -> BoxFuture<'_, SurveyView> {
+        ready(SurveyView { node: "a".to_owned(), ..SurveyView::default() }).boxed()
+    }
+
+    fn capture(&self, _: capture::Ask) -> Result<capture::CaptureView, String> {
+        Err("nothing passes here".to_owned())
     }
 
     fn accept_nodes(&self) -> Result<String, String> {
@@ -366,7 +378,7 @@ fn scripts_get_the_documented_fields() {
     served.fake.ready.store(true, Ordering::Relaxed);
 
     let peers = json(&served.ctl(&["peers", "--json"]));
-    let expected = "name endpoint subnets mac public_key encryption session state last_seen_ms rtt_us path_mtu \
+    let expected = "name endpoint subnets mac public_key encryption preshared session state last_seen_ms rtt_us loss_permille ways path_mtu path \
         tx_packets tx_bytes rx_packets rx_bytes";
     assert_eq!(keys(&peers[0]), words(expected));
     assert_eq!(peers[0]["state"], "unknown");

@@ -16,7 +16,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::protocol::{
     Answer, ErrorCode, ErrorView, ForeignView, KeysView, NodeView, Outcome, PeerView, Request, StatsView, StatusView,
-    VERSION, why,
+    SurveyView, VERSION, capture, why,
 };
 use super::socket::group_name;
 use crate::membership::link;
@@ -153,6 +153,16 @@ impl Client {
     /// The whole way of a packet.
     pub fn why(&self, ask: why::Ask) -> Result<why::WhyView, ClientError> {
         self.patient().ask(&Request::Why { ask })
+    }
+
+    /// Who reaches whom in the mesh.
+    pub fn survey(&self) -> Result<SurveyView, ClientError> {
+        self.patient().ask(&Request::Survey)
+    }
+
+    /// Packets as they pass.
+    pub fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, ClientError> {
+        self.ask(&Request::Capture { ask })
     }
 
     /// Lets a held-back node list through; the sentence says what happened.

@@ -11,6 +11,7 @@
 //! <- {"version":1,"error":{"code":"denied","message":"…"}}
 //! ```
 
+pub mod capture;
 pub mod why;
 
 use std::collections::BTreeMap;
@@ -48,6 +49,13 @@ pub enum Request {
         /// Which packet.
         ask: why::Ask,
     },
+    /// Who reaches whom in the mesh, and where to send echoes: `SurveyView`. Takes some seconds.
+    Survey,
+    /// Packets as they pass: `CaptureView`. What it shows is others' traffic, so it is not for everybody who may look.
+    Capture {
+        /// What of it.
+        ask: capture::Ask,
+    },
     /// Let a held-back node list through: a sentence that says what happened.
     NodesAccept,
     /// Something for the servers to answer, as JSON.
@@ -73,18 +81,30 @@ pub enum Request {
 
 impl Request {
     /// The names of all requests, as they stand on the wire.
-    pub const NAMES: [&'static str; 10] =
-        ["peers", "stats", "status", "nodes", "keys", "why", "nodes-accept", "cluster", "node-commands", "leave"];
+    pub const NAMES: [&'static str; 12] = [
+        "peers",
+        "stats",
+        "status",
+        "nodes",
+        "keys",
+        "why",
+        "survey",
+        "capture",
+        "nodes-accept",
+        "cluster",
+        "node-commands",
+        "leave",
+    ];
 
     /// Whether the request changes anything, and therefore needs more than the permission to connect.
     pub fn changes(&self) -> bool {
         match self {
             Request::Peers | Request::Stats | Request::Status | Request::Nodes | Request::Keys => false,
-            Request::Why { .. } | Request::NodeCommands { .. } => false,
+            Request::Why { .. } | Request::NodeCommands { .. } | Request::Survey => false,
             Request::Cluster {
                 ask: link::Request::Nodes | link::Request::TokenList | link::Request::ClusterStatus,
             } => false,
-            Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
+            Request::Capture { .. } | Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }
     }
 
@@ -221,6 +241,9 @@ pub struct PeerView {
     pub public_key: Option<String>,
     /// How datagrams to it are protected.
     pub encryption: Encryption,
+    /// Both sides also have to know a preshared key.
+    #[serde(default)]
+    pub preshared: bool,
     /// Its WireGuard session, where it is encrypted.
     #[serde(default)]
     pub session: Option<SessionView>,
@@ -228,10 +251,19 @@ pub struct PeerView {
     pub state: PeerState,
     /// Age of the last datagram from it.
     pub last_seen_ms: Option<u64>,
-    /// Round-trip time of the last probe.
+    /// Smoothed round trip.
     pub rtt_us: Option<u64>,
-    /// The largest underlay packet that reaches it.
+    /// Of a thousand probes so many were lost, of the last 64.
+    #[serde(default)]
+    pub loss_permille: Option<u32>,
+    /// The same for each way that packets to it take.
+    #[serde(default)]
+    pub ways: Vec<WayView>,
+    /// The longest inner IP packet that the path to it takes.
     pub path_mtu: u32,
+    /// How that is known; `None`: it follows from this node's own link.
+    #[serde(default)]
+    pub path: Option<PathView>,
     /// Inner packets sent to it.
     pub tx_packets: u64,
     /// Inner bytes sent to it.
@@ -240,6 +272,89 @@ pub struct PeerView {
     pub rx_packets: u64,
     /// Inner bytes received from it.
     pub rx_bytes: u64,
+}
+
+/// One of the ways that packets to a peer take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayView {
+    /// The outer source port.
+    pub source_port: u16,
+    /// The lane, where it is encrypted.
+    pub lane: Option<u32>,
+    /// Smoothed round trip.
+    pub rtt_us: Option<u64>,
+    /// Of a thousand probes so many were lost, of the last 64.
+    pub loss_permille: Option<u32>,
+}
+
+/// What is known of the path to a peer (RFC 8899).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathView {
+    /// How far the search is.
+    pub search: Search,
+    /// How long ago a probe of the size in use was answered.
+    pub confirmed_ms: Option<u64>,
+    /// How often the size in use stopped arriving.
+    pub black_holes: u32,
+}
+
+/// The states of RFC 8899 §5.2.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Search {
+    /// The peer does not answer probes at present; what was found before is kept for ten minutes.
+    Disabled,
+    /// What was in use does not arrive any more.
+    Base,
+    /// Something larger is being looked for.
+    Searching,
+    /// The largest size is known.
+    SearchComplete,
+    /// Not even the base size arrives.
+    Error,
+}
+
+/// Who reaches whom.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SurveyView {
+    /// This node.
+    pub node: String,
+    /// What each node that answered thinks of each other.
+    pub pairs: Vec<PairView>,
+    /// Nodes that did not say what they think of others: they are down, do not speak BFD, or are not meshd.
+    pub silent: Vec<String>,
+    /// Where echoes of this node can be sent.
+    pub targets: Vec<TargetView>,
+}
+
+/// One direction between two nodes, as its sender sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PairView {
+    /// Who sends.
+    pub from: String,
+    /// To whom.
+    pub to: String,
+    /// What its liveness says.
+    pub state: PeerState,
+    /// How datagrams are protected.
+    pub encryption: Encryption,
+    /// The longest inner IP packet.
+    pub path_mtu: u32,
+    /// The round trip.
+    pub rtt_us: Option<u64>,
+}
+
+/// A node's address in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetView {
+    /// Its name.
+    pub node: String,
+    /// The address.
+    pub address: IpAddr,
+    /// This node's address of that family.
+    pub source: IpAddr,
+    /// The largest `ping -s`.
+    pub ping_payload: u32,
 }
 
 /// A WireGuard session with a peer.
@@ -256,6 +371,9 @@ pub struct SessionView {
     /// Handshakes that were started since the last session, and not answered.
     #[serde(default)]
     pub unanswered: u32,
+    /// The peer answers as one with another preshared key would, or with none.
+    #[serde(default)]
+    pub another_preshared: bool,
 }
 
 /// What crossed one side: `rx` is what meshd read from it, `tx` what it wrote. A super-packet counts as its segments.
@@ -552,6 +670,8 @@ mod tests {
             Request::Nodes,
             Request::Keys,
             Request::Why { ask: why::Ask { destination: "b".to_owned(), flow: None } },
+            Request::Survey,
+            Request::Capture { ask: capture::Ask::Fetch { id: 7 } },
             Request::NodesAccept,
             Request::Cluster { ask: link::Request::TokenRevoke { id: "x".to_owned() } },
             Request::NodeCommands {

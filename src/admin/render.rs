@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod doctor;
+pub mod test;
 pub mod why;
 
 use std::fmt::Write;
@@ -52,7 +53,7 @@ pub fn peers(peers: &[PeerView], before: Option<Before<'_, [PeerView]>>, look: L
         return "No peers: join other nodes to the cluster, or add the other nodes to `nodes-file`; meshd notices by itself.\n"
             .to_owned();
     }
-    let mut grid = Grid::new(&["NAME", "STATE", "ENDPOINT", "SUBNETS", "ENCRYPTION", "SEEN", ">RTT", ">MTU"]);
+    let mut grid = Grid::new(&["NAME", "STATE", "ENDPOINT", "SUBNETS", "ENCRYPTION", "SEEN", ">RTT", ">LOSS", ">MTU"]);
     grid.headers(&[">TX PACKETS", ">TX", ">RX PACKETS", ">RX"]);
     if before.is_some() {
         grid.headers(&[">TX PPS", ">TX RATE", ">RX PPS", ">RX RATE"]);
@@ -71,6 +72,7 @@ pub fn peers(peers: &[PeerView], before: Option<Before<'_, [PeerView]>>, look: L
             session(peer),
             peer.last_seen_ms.map_or(dash(), |ms| units::span(ms) + " ago"),
             peer.rtt_us.map_or(dash(), units::round_trip),
+            peer.loss_permille.map_or(dash(), |lost| format!("{}.{} %", lost / 10, lost % 10)),
             peer.path_mtu.to_string(),
             units::count(peer.tx_packets),
             units::bytes(peer.tx_bytes),

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::protocol::{
     Answer, ErrorCode, ErrorView, ForeignView, KeysView, MAX_REQUEST, NodeView, Outcome, PeerView, Request, StatsView,
-    StatusView, VERSION, why,
+    StatusView, SurveyView, VERSION, capture, why,
 };
 use super::socket::AdminSocket;
 use crate::membership::link;
@@ -38,6 +38,10 @@ pub trait Mesh: Send + Sync + 'static {
     fn keys(&self) -> KeysView;
     /// The whole way of a packet, or why the question makes no sense.
     fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>>;
+    /// Who reaches whom in the mesh.
+    fn survey(&self) -> BoxFuture<'_, SurveyView>;
+    /// Packets as they pass, or why there are none to see.
+    fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, String>;
     /// Lets a held-back node list through: a sentence that says what was done, or why nothing was.
     fn accept_nodes(&self) -> Result<String, String>;
     /// What the servers answer, or why there is no answer.
@@ -181,6 +185,16 @@ async fn answer(request: Request, mesh: &dyn Mesh, caller_uid: u32, own_uid: u32
         Request::Keys => return line(Outcome::Ok(mesh.keys())),
         Request::Why { ask } => {
             return match mesh.why(ask).await {
+                Ok(view) => line(Outcome::Ok(view)),
+                Err(message) => refusal(ErrorCode::Refused, message),
+            };
+        }
+        Request::Survey => return line(Outcome::Ok(mesh.survey().await)),
+        Request::Capture { ask } => {
+            if matches!(ask, capture::Ask::Begin { .. } | capture::Ask::Record { .. }) {
+                tracing::info!(uid = caller_uid, "packets are captured through the admin socket");
+            }
+            return match mesh.capture(ask) {
                 Ok(view) => line(Outcome::Ok(view)),
                 Err(message) => refusal(ErrorCode::Refused, message),
             };

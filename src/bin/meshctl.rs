@@ -6,21 +6,25 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 use meshd::admin::client::{Client, ClientError};
-use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TokenMade, TokenView, why};
+use meshd::admin::protocol::capture::{self, FilterView, SideView};
+use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TargetView, TokenMade, TokenView, why};
 use meshd::admin::render::{self, Before, Look};
 use meshd::admin::{DEFAULT_SOCKET, units};
 use meshd::doctor;
 use meshd::membership::link;
 use meshd::membership::record::Role;
 use meshd::node::DEFAULT_PORT;
+use meshd::pcap;
 use meshd::probe;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -34,6 +38,7 @@ Examples:
   meshctl peers --json | jq '.[] | select(.state == \"down\") | .name'
   meshctl why 10.42.2.1             would a packet to there arrive, which way, and if not, why
   meshctl ping b                    echoes through the mesh, of sizes up to the longest that fits
+  meshctl test                      who reaches whom, and echoes of all sizes to each node
   meshctl doctor                    what is wrong with this machine, and the command that mends it
   meshctl --socket /run/meshd/b.sock nodes
   meshctl token create --print-join the line to paste on a new node (on a server)
@@ -46,6 +51,18 @@ Exit codes:
   3  cannot reach meshd
 
 Reading is for root and the socket's group, changing is for root.";
+
+const CAPTURE_HELP: &str = "\
+Examples:
+  meshctl capture -w mesh.pcapng peer b tcp port 443     until Ctrl-C
+  meshctl capture --time 10s drop                        what is dropped, each with the reason as its comment
+  meshctl capture --inner -w - host 10.42.2.1 | tshark -r -
+  meshctl capture --recorder 10000                       from now on keep the headers of the last 10,000 packets
+  meshctl capture --recorded -w before.pcapng            and write them, after something went wrong
+
+Inner packets are on the interface of the TUN device's name, outer datagrams on `underlay`. Datagrams in the clear are also \
+found by what they carry, encrypted ones by their outer addresses alone. One capture at a time; it slows meshd down while it \
+runs, the flight recorder too.";
 
 /// Shows and steers the meshd on this machine.
 #[derive(Debug, Parser)]
@@ -108,6 +125,46 @@ enum Command {
         /// How long an answer may take
         #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::parse_span)]
         timeout: Duration,
+    },
+    /// Who reaches whom in the mesh, and echoes of all sizes to each node over IPv4 and IPv6; exit code 1 when one is lost
+    Test {
+        /// Echoes of each size
+        #[arg(short, long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        count: u32,
+        /// How long an answer may take
+        #[arg(long, value_name = "TIME", default_value = "1s", value_parser = units::parse_span)]
+        timeout: Duration,
+    },
+    /// Packets as they pass, inside and outside, dropped ones with the reason, as pcapng; and the flight recorder
+    #[command(after_help = CAPTURE_HELP)]
+    Capture {
+        /// Where to; `-`: standard output, for `| wireshark -k -i -` [default: meshd.pcapng]
+        #[arg(short, long, value_name = "FILE")]
+        write: Option<PathBuf>,
+        /// Packets at the TUN device alone
+        #[arg(long, conflicts_with = "outer")]
+        inner: bool,
+        /// Datagrams on the underlay alone
+        #[arg(long)]
+        outer: bool,
+        /// End after so many packets
+        #[arg(short, long, value_name = "N")]
+        count: Option<u64>,
+        /// End after this time [default: Ctrl-C ends it]
+        #[arg(long, value_name = "TIME", value_parser = units::parse_span)]
+        time: Option<Duration>,
+        /// Bytes of each packet that are kept
+        #[arg(short, long, value_name = "BYTES", default_value_t = 65_535, value_parser = clap::value_parser!(u32).range(20..=65_535))]
+        snaplen: u32,
+        /// Have the flight recorder keep the headers of the last N packets from now on; 0 switches it off
+        #[arg(long, value_name = "N", conflicts_with_all = ["recorded", "write", "filter"])]
+        recorder: Option<usize>,
+        /// Write what the flight recorder holds, and end
+        #[arg(long, conflicts_with = "filter")]
+        recorded: bool,
+        /// host ADDR, net PREFIX, peer NAME, port N, tcp, udp, icmp, drop: all have to hold
+        #[arg(value_name = "FILTER")]
+        filter: Vec<String>,
     },
     /// What is wrong with this machine as a node, and the command that mends it; also without a running meshd
     Doctor {
@@ -360,6 +417,29 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Ping { destination, count, timeout } => {
             return ping(&client, &screen, destination, *count, *timeout);
         }
+        Command::Capture { write, inner, outer, count, time, snaplen, recorder, recorded, filter } => {
+            let side = match (inner, outer) {
+                (true, _) => Some(SideView::Inner),
+                (_, true) => Some(SideView::Outer),
+                _ => None,
+            };
+            if let Some(packets) = recorder {
+                let view = client.capture(capture::Ask::Record { packets: *packets })?;
+                let text = match view.keeps {
+                    0 => "the flight recorder is off\n".to_owned(),
+                    n => format!(
+                        "the headers of the last {n} packets are kept: `meshctl capture --recorded` writes them\n"
+                    ),
+                };
+                screen.print(&json!({"keeps": view.keeps}), || text.clone())?;
+                return Ok(true);
+            }
+            let filter = FilterView { side, snaplen: *snaplen as usize, ..wanted(&client, filter)? };
+            let file = write.clone().unwrap_or_else(|| "meshd.pcapng".into());
+            let wanted = if *recorded { None } else { Some((filter, *count, *time)) };
+            capture(&client, &screen, &file, wanted)?;
+        }
+        Command::Test { count, timeout } => return test(&client, &screen, *count, *timeout),
         Command::Doctor { config } => {
             let facts = doctor::facts::collect(&client, &doctor::facts::Places { config: config.clone() });
             let report = doctor::report(&facts);
@@ -430,6 +510,106 @@ fn ping(client: &Client, screen: &Screen, node: &str, count: u32, patience: Dura
     let document = json!({"node": node, "destination": to, "good": good, "sizes": rows});
     screen.print(&document, || format!("{node} at {to}\n{}", render::why::ping(node, &rows, screen.look)))?;
     Ok(good)
+}
+
+/// Between two looks for packets.
+const FETCH_EVERY: Duration = Duration::from_millis(100);
+
+fn wanted(client: &Client, words: &[String]) -> anyhow::Result<FilterView> {
+    let peers = if words.is_empty() { Vec::new() } else { client.peers()? };
+    pcap::filter(words, &peers).map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// Writes packets to a file: what the flight recorder holds, or what passes from now on.
+fn capture(
+    client: &Client,
+    screen: &Screen,
+    path: &Path,
+    wanted: Option<(FilterView, Option<u64>, Option<Duration>)>,
+) -> anyhow::Result<()> {
+    let standard = path.as_os_str() == "-";
+    let out: Box<dyn Write> = if standard {
+        Box::new(io::stdout().lock())
+    } else {
+        Box::new(std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?)
+    };
+    let (packets, lost) = match wanted {
+        None => {
+            let view = client.capture(capture::Ask::Recorded)?;
+            if view.keeps == 0 {
+                anyhow::bail!("the flight recorder is off: `meshctl capture --recorder 10000` switches it on");
+            }
+            let mut file = pcap::File::start(out, &view)?;
+            file.add(&view.packets)?;
+            (file.packets(), 0)
+        }
+        Some((filter, count, time)) => follow(client, out, filter, count, time)?,
+    };
+    let text = format!(
+        "{packets} packets in {}{}",
+        path.display(),
+        if lost > 0 { format!(", {lost} more did not fit: narrow the filter") } else { String::new() }
+    );
+    if standard {
+        let _ = writeln!(io::stderr(), "meshctl: {text}");
+        return Ok(());
+    }
+    screen.print(&json!({"file": path, "packets": packets, "lost": lost}), || format!("{text}\n"))
+}
+
+/// Writes packets as they pass. Returns how many, and how many did not fit.
+fn follow(
+    client: &Client,
+    out: Box<dyn Write>,
+    filter: FilterView,
+    count: Option<u64>,
+    time: Option<Duration>,
+) -> anyhow::Result<(u64, u64)> {
+    let begun = client.capture(capture::Ask::Begin { filter })?;
+    let mut file = pcap::File::start(out, &begun)?;
+    file.add(&[])?;
+    let (stop, start) = (interrupted()?, Instant::now());
+    let _ = writeln!(io::stderr(), "meshctl: capturing; Ctrl-C ends");
+    loop {
+        let ends = stop.load(Ordering::Relaxed) || time.is_some_and(|time| start.elapsed() >= time);
+        let view = client.capture(capture::Ask::Fetch { id: begun.id })?;
+        let left = count.map_or(u64::MAX, |count| count - file.packets());
+        let take = view.packets.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+        file.add(view.packets.get(..take).unwrap_or_default())?;
+        if count.is_some_and(|count| file.packets() >= count) || (ends && view.packets.is_empty()) {
+            client.capture(capture::Ask::End { id: begun.id })?;
+            return Ok((file.packets(), view.lost));
+        }
+        if view.packets.is_empty() {
+            std::thread::sleep(FETCH_EVERY);
+        }
+    }
+}
+
+/// Echoes to so many addresses at once.
+const AT_ONCE: usize = 16;
+
+fn test(client: &Client, screen: &Screen, count: u32, patience: Duration) -> anyhow::Result<bool> {
+    let survey = client.survey()?;
+    let echoes = |target: &TargetView| {
+        let TargetView { address: to, source, ping_payload, .. } = target;
+        let asked = probe::Probe { to: *to, from: Some(*source), sizes: probe::sizes(*ping_payload), count, patience };
+        let rows = probe::run(&asked).with_context(|| format!("cannot send echoes to {to} (run it as root)"));
+        rows.map(|sizes| render::test::Echoes::new(target, sizes))
+    };
+    let mut echoed = Vec::new();
+    for targets in survey.targets.chunks(AT_ONCE) {
+        let of_chunk: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = targets.iter().map(|target| scope.spawn(|| echoes(target))).collect();
+            threads.into_iter().map(|thread| thread.join()).collect()
+        });
+        for rows in of_chunk {
+            echoed.push(rows.map_err(|_| anyhow::anyhow!("a thread that sends echoes panicked"))??);
+        }
+    }
+    let report = render::test::Report::new(survey, echoed);
+    screen.print(&report, || render::test::test(&report, screen.look))?;
+    Ok(report.good)
 }
 
 fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result<()> {
@@ -566,15 +746,33 @@ fn show<T: Serialize>(
 
 /// Ctrl-C is how a watch ends, so it is no failure. A thread of its own, since the watch may be waiting for meshd.
 fn end_on_interrupt() -> anyhow::Result<()> {
+    on_interrupt(|| std::process::exit(0))
+}
+
+/// Becomes true with Ctrl-C, or SIGTERM.
+fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = stop.clone();
+    on_interrupt(move || told.store(true, Ordering::Relaxed))?;
+    Ok(stop)
+}
+
+fn on_interrupt(then: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let interrupt = {
+    let signals = {
+        use tokio::signal::unix::{SignalKind, signal};
         let _guard = runtime.enter();
-        tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())
+        signal(SignalKind::interrupt()).and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)))
     };
-    let mut interrupt = interrupt.context("cannot catch Ctrl-C")?;
+    let (mut interrupt, mut terminate) = signals.context("cannot catch Ctrl-C")?;
     std::thread::spawn(move || {
-        runtime.block_on(interrupt.recv());
-        std::process::exit(0);
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        then();
     });
     Ok(())
 }

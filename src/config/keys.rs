@@ -115,7 +115,18 @@ pub const KEYS: &[Key] = &[
     changing(list("node-label", "KEY=VALUE", "Labels of this node", "none")),
     changing(list("node-taint", "KEY=VALUE:EFFECT", "Taints of this node", "none")),
     key("control-only", "true|false", "`meshd server`: no workload subnet, one overlay address", "false"),
-    live("purge-after", "off|TIME", "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)", "off"),
+    live(
+        "purge-after",
+        "off|TIME",
+        "`meshd server`: forget a node that is away for so long (30m, 1h, 2d)",
+        "off with one server, 1h with several",
+    ),
+    live(
+        "lb-server-port",
+        "off|PORT",
+        "Local TCP port that leads to port 6443 of the servers, as RKE2's 6444 does",
+        "off",
+    ),
     live(
         "cni-conf-dir",
         "DIR",

@@ -12,7 +12,7 @@ use super::error::{ConfigError, Place, Problem};
 use super::layers::Layers;
 use super::values::{self, Read, Refusal};
 use crate::membership::address::ServerAddress;
-use crate::membership::settings::{MaskSizes, SERVER_PORT, Secret};
+use crate::membership::settings::{MaskSizes, PurgeAfter, SERVER_PORT, Secret};
 use crate::membership::store::endpoint::Endpoint;
 use crate::membership::store::etcd;
 use crate::membership::token::Credential;
@@ -130,11 +130,10 @@ pub(super) fn yes_or_no(text: &str) -> Read<bool> {
     }
 }
 
-/// Seconds; `None` for `off`.
-pub(super) fn purge_after(text: &str) -> Read<Option<u64>> {
+pub(super) fn purge_after(text: &str) -> Read<PurgeAfter> {
     const WANTED: &str = "use `off`, or a time from 1m on, such as `30m`, `1h` or `2d`";
     if text == "off" {
-        return Ok(None);
+        return Ok(PurgeAfter::Off);
     }
     let (digits, unit) = text.split_at(text.trim_end_matches(|c: char| !c.is_ascii_digit()).len());
     let unit = match unit {
@@ -145,7 +144,16 @@ pub(super) fn purge_after(text: &str) -> Read<Option<u64>> {
         _ => return Err(WANTED.into()),
     };
     let seconds = values::number(digits, 1, 1_000_000).map(|n| u64::from(n) * unit);
-    seconds.filter(|s| *s >= 60).map(Some).ok_or_else(|| WANTED.into())
+    seconds.filter(|s| *s >= 60).map(PurgeAfter::Seconds).ok_or_else(|| WANTED.into())
+}
+
+/// A TCP port; `None` for `off`.
+pub(super) fn lb_server_port(text: &str) -> Read<Option<u16>> {
+    match (text, text.parse::<u16>()) {
+        ("off", _) => Ok(None),
+        (_, Ok(port)) if port != 0 => Ok(Some(port)),
+        _ => Err("use `off`, or a TCP port, such as 6444".into()),
+    }
 }
 
 fn cidr(text: &str) -> Read<IpNet> {

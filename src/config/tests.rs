@@ -319,7 +319,7 @@ proptest! {
 }
 
 /// The keys of `meshd server` and `meshd agent`, each with a value that is not the default.
-const OTHERS: [(&str, &str); 20] = [
+const OTHERS: [(&str, &str); 21] = [
     ("bfd", "off"),
     ("server", "a"),
     ("token", "t"),
@@ -338,6 +338,7 @@ const OTHERS: [(&str, &str); 20] = [
     ("node-taint", "a:NoExecute"),
     ("control-only", "true"),
     ("purge-after", "1h"),
+    ("lb-server-port", "6444"),
     ("cni-conf-dir", "/c"),
     ("subnet-file", "/e"),
 ];
@@ -348,7 +349,8 @@ fn membership_keys_are_read() {
         "server: [10.9.0.1, 'https://b.example:9345', '[fd00::1]:9345']\ntoken: hush-hush\ntoken-file: '-'\n\
          cluster-cidr: 10.42.0.0/16, fd42::/48\nnode-cidr-mask-size: [25, 72]\ntls-san: [mesh.example, 192.0.2.1]\n\
          bind-address: 10.9.0.1\ndatastore-endpoint: sqlite:///x/y.db\nnode-label: zone=a, example.org/x=\n\
-         node-taint: CriticalAddonsOnly=true:NoExecute\ncontrol-only: true\npurge-after: 2d\ncluster-init: false\n",
+         node-taint: CriticalAddonsOnly=true:NoExecute\ncontrol-only: true\npurge-after: 2d\ncluster-init: false\n\
+         lb-server-port: 6444\n",
     )
     .unwrap();
     assert_eq!(config.servers, ["10.9.0.1", "https://b.example:9345", "[fd00::1]:9345"]);
@@ -360,12 +362,15 @@ fn membership_keys_are_read() {
     assert_eq!(config.node_labels.get("example.org/x").map(String::as_str), Some(""));
     assert_eq!(config.node_taints, ["CriticalAddonsOnly=true:NoExecute"]);
     assert!(config.control_only);
-    assert_eq!(config.purge_after, Some(172_800));
+    assert_eq!((config.purge_after, config.lb_server_port), (PurgeAfter::Seconds(172_800), Some(6444)));
 
     let config = parse("").unwrap();
     assert_eq!(config.cluster_cidr, ["10.42.0.0/16".parse().unwrap()]);
     assert_eq!(config.bind_address.to_string(), "[::]:9345");
-    assert_eq!((config.purge_after, config.control_only, config.datastore_endpoint.is_none()), (None, false, true));
+    assert_eq!(
+        (config.purge_after, config.control_only, config.datastore_endpoint.is_none()),
+        (PurgeAfter::Auto, false, true)
+    );
 }
 
 #[test]
@@ -393,6 +398,7 @@ fn wrong_membership_values_are_named() {
         ("control-only: yes", "use `true` or `false`"),
         ("purge-after: 10s", "from 1m on"),
         ("purge-after: 1w", "from 1m on"),
+        ("lb-server-port: 0", "use `off`, or a TCP port"),
         ("tls-san: https://a", "host name or an IP address"),
         ("token: mesh1AAAA", "the token is damaged"),
         ("token: mesh1 AAAA", "has a blank or line break in it"),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::engine::stats::PeerStats;
 use crate::engine::tunnel::{Identity, MAX_SLOTS, Policy, Tunnel};
 use crate::health::peer::{Liveness, Settings};
-use crate::key::PublicKey;
+use crate::key::{PresharedKey, PublicKey};
 use crate::node::NodeName;
 
 /// The peers that there were in the last list.
@@ -72,6 +72,8 @@ pub struct Wish<'l> {
     pub encrypted: bool,
     /// Seconds between packets that keep a NAT's mapping.
     pub keepalive: Option<u16>,
+    /// A key that both ends know besides.
+    pub preshared: Option<&'l PresharedKey>,
 }
 
 impl Known {
@@ -196,7 +198,9 @@ impl Known {
     fn changed(&mut self, peer: Peer, endpoint: SocketAddr, wish: Wish<'_>) -> Peer {
         let Peer { stats, tunnel, mut former, liveness, endpoint: listed, encrypted: was_encrypted } = peer;
         let moved = listed != endpoint;
-        let same = |tunnel: &Tunnel, identity: &Arc<Identity>| tunnel.is_between(identity, wish.keys, wish.keepalive);
+        let same = |tunnel: &Tunnel, identity: &Arc<Identity>| {
+            tunnel.is_between(identity, wish.keys, wish.keepalive, wish.preshared)
+        };
         let tunnel = match tunnel {
             Some(tunnel)
                 if self.identity.as_ref().is_some_and(|identity| same(&tunnel, identity))
@@ -241,7 +245,8 @@ impl Known {
             Some(slot)
         })?;
         let policy = if wish.encrypted { encrypted } else { Policy::Willing };
-        Some(Arc::new(Tunnel::new(slot, identity, wish.keys, endpoint, wish.keepalive, policy)))
+        let tunnel = Tunnel::new(slot, identity, wish.keys, endpoint, wish.keepalive, policy);
+        Some(Arc::new(tunnel.with_preshared(wish.preshared.cloned())))
     }
 }
 
@@ -260,7 +265,7 @@ mod tests {
     }
 
     fn reach(known: &mut Known, keys: &[PublicKey], encrypted: bool) -> Reach {
-        let wish = Wish { keys, encrypted, keepalive: None };
+        let wish = Wish { keys, encrypted, keepalive: None, preshared: None };
         known.peer(&"b".parse().unwrap(), "10.9.0.2:8472".parse().unwrap(), wish)
     }
 
@@ -342,7 +347,7 @@ mod tests {
     fn a_roamed_peer_stays_where_it_is_until_the_list_says_another_place() {
         let (mut known, key, name) = (known(), key(), "b".parse().unwrap());
         let at = |known: &mut Known, endpoint: &str| {
-            let wish = Wish { keys: &[key], encrypted: true, keepalive: None };
+            let wish = Wish { keys: &[key], encrypted: true, keepalive: None, preshared: None };
             known.peer(&name, endpoint.parse().unwrap(), wish).tunnel.unwrap()
         };
         let tunnel = at(&mut known, "10.9.0.2:8472");

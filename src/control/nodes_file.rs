@@ -16,7 +16,7 @@ use crate::config::At;
 use crate::config::yaml::{self, Entry, Kind, Malformed, MaxNodes, Tree};
 use crate::config::{not_underlay, shorten};
 use crate::key::{MAX_LANES, PublicKey};
-use crate::node::{Encryption, Mac, Node, NodeList, NodeName};
+use crate::node::{Encryption, Mac, Node, NodeList, NodeName, Preshared};
 
 /// Reads a node list. An underlay address without a port gets `default_port`.
 pub fn parse(text: &[u8], default_port: NonZeroU16) -> Result<NodeList, NodesError> {
@@ -61,7 +61,18 @@ pub(super) struct Placed {
     pub(super) keys_at: Vec<At>,
 }
 
-const KEYS: [&str; 8] = ["name", "underlay", "subnets", "mac", "public-key", "lane-keys", "encryption", "keepalive"];
+const KEYS: [&str; 10] = [
+    "name",
+    "underlay",
+    "subnets",
+    "mac",
+    "public-key",
+    "lane-keys",
+    "encryption",
+    "keepalive",
+    "preshared-key",
+    "preshared-key-file",
+];
 
 fn entries(tree: Tree<'_>) -> Result<Vec<Tree<'_>>, NodesError> {
     let shape = |at, what: &str, wanted, found: &Kind<'_>| {
@@ -110,7 +121,7 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
         mac_at: at,
         keys_at: Vec::new(),
     };
-    let (mut has_key, mut lane_keys_at) = (false, None);
+    let (mut has_key, mut lane_keys_at, mut preshared_at) = (false, None, None);
     for Entry { key, at, value } in entries {
         let name = placed.node.name.clone();
         has_key |= key == "public-key";
@@ -166,6 +177,18 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
                     placed.node.keepalive = Some(seconds.ok_or_else(|| fail(at, bad()))?);
                 }
             }
+            "preshared-key" | "preshared-key-file" => {
+                if preshared_at.replace(at).is_some() {
+                    return Err(fail(at, NodesProblem::TwoPresharedKeys { node: name }));
+                }
+                for (at, text) in texts(value, &name, &key, false)? {
+                    let bad = |source| fail(at, NodesProblem::BadPresharedKey { node: name.clone(), source });
+                    placed.node.preshared = Some(match &*key {
+                        "preshared-key" => Preshared::Key(text.parse().map_err(bad)?),
+                        _ => Preshared::File(text.into_owned().into()),
+                    });
+                }
+            }
             "encryption" => {
                 for (at, text) in texts(value, &name, "encryption", false)? {
                     match &*text {
@@ -183,6 +206,9 @@ fn node(tree: Tree<'_>, number: usize, default_port: NonZeroU16) -> Result<Place
     }
     if let Some(at) = lane_keys_at.filter(|_| !has_key || placed.node.public_keys.len() > MAX_LANES) {
         return Err(fail(at, NodesProblem::StrayLaneKeys { node: placed.node.name, most: MAX_LANES - 1 }));
+    }
+    if let Some(at) = preshared_at.filter(|_| !has_key) {
+        return Err(fail(at, NodesProblem::StrayPresharedKey { node: placed.node.name }));
     }
     if placed.node.encryption == Some(Encryption::Wireguard) && !has_key {
         return Err(fail(at, NodesProblem::NoPublicKey { node: placed.node.name }));

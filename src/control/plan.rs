@@ -169,7 +169,8 @@ pub fn plan(
         .into_iter()
         .map(|(node, (endpoint, carrier))| {
             let keys = node.public_keys.get(..own_lanes.min(node.public_keys.len())).unwrap_or_default();
-            let wish = Wish { keys, encrypted: encrypted(node), keepalive: node.keepalive };
+            let preshared = node.preshared_key();
+            let wish = Wish { keys, encrypted: encrypted(node), keepalive: node.keepalive, preshared };
             let Reach { stats, tunnel, former } = known.peer(&node.name, endpoint, wish);
             let liveness = known.liveness(&node.name, ring.contains(&&node.name));
             PeerSpec {

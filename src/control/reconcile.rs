@@ -5,7 +5,7 @@
 use std::cmp::Ordering;
 use std::fmt;
 
-use crate::node::{NodeList, NodeName};
+use crate::node::{Encryption, NodeList, NodeName};
 
 /// What differs between two lists, for the log. A peer is every node but this one.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -16,6 +16,8 @@ pub struct Change {
     pub removed: Vec<NodeName>,
     /// Peers whose addresses, subnets or MAC are others now.
     pub changed: Vec<NodeName>,
+    /// How many of the changed ones were encrypted by the old list and are in clear by the new one.
+    pub exposed_count: usize,
     /// How many peers are as before.
     pub unchanged_count: usize,
     /// Whether this node's own entry is another now.
@@ -27,13 +29,36 @@ pub struct Change {
 pub enum Verdict {
     /// Apply it.
     Apply(Change),
-    /// It removes more than half of at least four peers: ask a person first, the old list stays.
+    /// It takes too much from at least four peers at once: ask a person first, the old list stays.
     HoldBack {
-        /// Peers that it would remove.
-        removed: usize,
+        /// What it takes.
+        what: Loss,
+        /// From how many peers, which is more than half.
+        from: usize,
         /// Peers that there are.
         of: usize,
     },
+}
+
+/// What a list may take from a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loss {
+    /// Its place in the mesh.
+    Membership,
+    /// The encryption of what is sent to it.
+    Encryption,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Apply(change) => change.fmt(f),
+            Verdict::HoldBack { what: Loss::Membership, from, of } => write!(f, "would remove {from} of {of} peers"),
+            Verdict::HoldBack { what: Loss::Encryption, from, of } => {
+                write!(f, "would end the encryption of {from} of {of} peers")
+            }
+        }
+    }
 }
 
 /// Below this number of peers a list that removes most of them is everyday work.
@@ -44,10 +69,10 @@ pub fn judge(old: &NodeList, new: &NodeList, own: &NodeName, accepted: bool) -> 
     let change = diff(old, new, own);
     let removed = change.removed.len();
     let of = removed + change.changed.len() + change.unchanged_count;
-    if !accepted && of >= GUARDED_FROM && removed * 2 > of {
-        Verdict::HoldBack { removed, of }
-    } else {
-        Verdict::Apply(change)
+    let losses = [(Loss::Membership, removed), (Loss::Encryption, change.exposed_count)];
+    match losses.into_iter().find(|(_, from)| from * 2 > of) {
+        Some((what, from)) if !accepted && of >= GUARDED_FROM => Verdict::HoldBack { what, from, of },
+        _ => Verdict::Apply(change),
     }
 }
 
@@ -68,7 +93,11 @@ pub fn diff(old: &NodeList, new: &NodeList, own: &NodeName) -> Change {
         match (o, n) {
             (Some(node), _) | (_, Some(node)) if node.name == *own => change.own_changed = o != n,
             (Some(o), Some(n)) if o == n => change.unchanged_count += 1,
-            (Some(_), Some(n)) => change.changed.push(n.name.clone()),
+            (Some(o), Some(n)) => {
+                let sealed = Some(Encryption::Wireguard);
+                change.exposed_count += usize::from(o.encryption == sealed && n.encryption != sealed);
+                change.changed.push(n.name.clone());
+            }
             (Some(o), None) => change.removed.push(o.name.clone()),
             (None, Some(n)) => change.added.push(n.name.clone()),
             (None, None) => {}
@@ -164,17 +193,35 @@ mod tests {
     fn a_list_that_removes_more_than_half_of_four_is_held_back() {
         let four = list(&["a", "b", "c", "d", "own"]);
         let held = judge(&four, &list(&["a", "own"]), &own(), false);
-        assert_eq!(held, Verdict::HoldBack { removed: 3, of: 4 });
+        assert_eq!(held, Verdict::HoldBack { what: Loss::Membership, from: 3, of: 4 });
         let emptied = judge(&four, &list(&["own"]), &own(), false);
-        assert_eq!(emptied, Verdict::HoldBack { removed: 4, of: 4 });
+        assert_eq!(emptied, Verdict::HoldBack { what: Loss::Membership, from: 4, of: 4 });
         // New ones do not make up for those that go.
         let swapped = judge(&four, &list(&["a", "x", "y", "z", "own"]), &own(), false);
-        assert_eq!(swapped, Verdict::HoldBack { removed: 3, of: 4 });
+        assert_eq!(swapped, Verdict::HoldBack { what: Loss::Membership, from: 3, of: 4 });
 
         assert!(matches!(judge(&four, &list(&["a", "own"]), &own(), true), Verdict::Apply(_)), "accepted");
         assert!(matches!(judge(&four, &list(&["a", "b", "own"]), &own(), false), Verdict::Apply(_)), "exactly half");
         let three = list(&["a", "b", "c", "own"]);
         assert!(matches!(judge(&three, &list(&["own"]), &own(), false), Verdict::Apply(_)), "only three");
         assert!(matches!(judge(&list(&[]), &four, &own(), false), Verdict::Apply(_)), "the first list");
+    }
+
+    #[test]
+    fn a_list_that_ends_the_encryption_of_more_than_half_of_four_is_held_back() {
+        let with = |names: &[&str], sealed: usize| {
+            let mut list = list(names);
+            for (at, node) in list.nodes.iter_mut().enumerate() {
+                node.encryption = Some(if at < sealed { Encryption::Wireguard } else { Encryption::None });
+            }
+            list
+        };
+        let names = ["a", "b", "c", "d", "own"];
+        let held = judge(&with(&names, 5), &with(&names, 1), &own(), false);
+        assert_eq!(held, Verdict::HoldBack { what: Loss::Encryption, from: 3, of: 4 });
+        assert_eq!(held.to_string(), "would end the encryption of 3 of 4 peers");
+        assert!(matches!(judge(&with(&names, 5), &with(&names, 2), &own(), false), Verdict::Apply(_)), "exactly half");
+        assert!(matches!(judge(&with(&names, 5), &with(&names, 1), &own(), true), Verdict::Apply(_)), "accepted");
+        assert!(matches!(judge(&with(&names, 1), &with(&names, 5), &own(), false), Verdict::Apply(_)), "begun");
     }
 }

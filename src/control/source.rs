@@ -14,7 +14,8 @@ use sha2::{Digest, Sha256};
 
 use super::nodes_file::{self, NodesError};
 use crate::config::load::{ReadError, read_regular};
-use crate::node::NodeList;
+use crate::key::file::{PresharedFileError, load_preshared};
+use crate::node::{NodeList, NodeName, Preshared};
 
 /// A node list file, and what was last seen of it.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub struct NodesFile {
     seen: Option<Sight>,
     /// What was read, right or wrong.
     content: Option<[u8; 32]>,
+    /// It names files with preshared keys.
+    names_files: bool,
 }
 
 /// A node list that cannot be had.
@@ -41,12 +44,33 @@ pub enum NodesFileError {
         /// What is wrong, and where.
         error: Box<NodesError>,
     },
+    /// It has preshared keys, and others may read it.
+    #[error(
+        "{}: it has a `preshared-key`, and others may read it (mode {mode:o}); `chmod 600` it, or keep the key in a file \
+         of its own (`preshared-key-file`)", path.display()
+    )]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// A file that it names cannot be used.
+    #[error("{}: node `{node}`", path.display())]
+    Preshared {
+        /// The list.
+        path: PathBuf,
+        /// The entry.
+        node: NodeName,
+        /// What is wrong.
+        source: PresharedFileError,
+    },
 }
 
 impl NodesFile {
     /// A file that nobody has looked at yet. An entry whose underlay has no port gets `default_port`.
     pub fn new(path: impl Into<PathBuf>, default_port: NonZeroU16) -> Self {
-        NodesFile { path: path.into(), default_port, seen: None, content: None }
+        NodesFile { path: path.into(), default_port, seen: None, content: None, names_files: false }
     }
 
     /// The file's path.
@@ -88,13 +112,38 @@ impl NodesFile {
         let stamp = Stamp::of(&metadata);
         self.seen = stamp.is_final(clock).then_some(Sight::File(stamp));
         let digest: [u8; 32] = Sha256::digest(&content).into();
-        if self.content.replace(digest) == Some(digest) {
+        // what the files say that it names may be something else all the same
+        if self.content.replace(digest) == Some(digest) && !self.names_files {
             return Ok(None);
         }
-        match nodes_file::parse(&content, self.default_port) {
-            Ok(list) => Ok(Some(list)),
-            Err(error) => Err(NodesFileError::Content { path: self.path.clone(), error: Box::new(error) }),
+        let mut list = nodes_file::parse(&content, self.default_port)
+            .map_err(|error| NodesFileError::Content { path: self.path.clone(), error: Box::new(error) })?;
+        self.names_files = false;
+        self.read_preshared(&mut list, metadata.mode() & 0o777)?;
+        Ok(Some(list))
+    }
+
+    fn read_preshared(&mut self, list: &mut NodeList, mode: u32) -> Result<(), NodesFileError> {
+        let folder = self.path.parent().unwrap_or(Path::new("."));
+        for node in &mut list.nodes {
+            match &node.preshared {
+                None => {}
+                Some(Preshared::Key(_)) if mode & 0o077 != 0 => {
+                    return Err(NodesFileError::Exposed { path: self.path.clone(), mode });
+                }
+                Some(Preshared::Key(_)) => {}
+                Some(Preshared::File(file)) => {
+                    self.names_files = true;
+                    let key = load_preshared(&folder.join(file)).map_err(|source| NodesFileError::Preshared {
+                        path: self.path.clone(),
+                        node: node.name.clone(),
+                        source,
+                    })?;
+                    node.preshared = Some(Preshared::Key(key));
+                }
+            }
         }
+        Ok(())
     }
 }
 

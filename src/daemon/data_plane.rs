@@ -17,6 +17,7 @@ use crate::engine::coalesce::Accepts;
 use crate::engine::stats::Stats;
 use crate::engine::tables::Tables;
 use crate::io::plain::Plain;
+use crate::io::tap::Tap;
 use crate::io::tun::{TunDevice, TunError};
 use crate::io::udp::{self, UdpError, UdpOffloads, UdpPort};
 use crate::io::worker::{Worker, WorkerError};
@@ -35,6 +36,7 @@ pub(super) struct Parts {
     pub port: u16,
     pub tables: Arc<ArcSwap<Tables>>,
     pub stats: Stats,
+    pub tap: Arc<Tap>,
     pub started: Instant,
     pub ended: UnboundedSender<String>,
 }
@@ -132,6 +134,7 @@ impl DataPlane {
                 senders: SENDERS,
                 tables: parts.tables.clone(),
                 stats: parts.stats.clone(),
+                tap: parts.tap.clone(),
                 started: parts.started,
                 stop: stopped,
             });
@@ -160,6 +163,7 @@ impl DataPlane {
             senders: SENDERS,
             tables: parts.tables.clone(),
             stats: parts.stats.clone(),
+            tap: parts.tap.clone(),
             started: parts.started,
             stop: stopped,
         };

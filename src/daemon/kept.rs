@@ -108,13 +108,18 @@ async fn keep(path: PathBuf, mut changes: watch::Receiver<Option<Arc<Records>>>,
     }
 }
 
-/// The new file is whole and on disk before it takes the old one's name.
 fn write(path: &Path, records: &Records) -> io::Result<()> {
+    write_whole(path, &saved::encode(records)?)
+}
+
+/// The new file is whole and on disk before it takes the old one's name.
+pub(super) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o755).create(folder)?;
-    let new = path.with_extension("json.new");
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(&saved::encode(records)?)?;
+    file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&new, path)?;
     File::open(folder)?.sync_all()

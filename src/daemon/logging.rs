@@ -8,20 +8,13 @@ use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 use crate::config::{Config, LogFormat};
 
-/// The filter, without what boringtun says on its own: its warnings name no peer, and each lost handshake is one. Who
-/// names it in the filter gets all of it.
-fn filter(text: &str) -> EnvFilter {
-    let silence = if text.contains("boringtun") { "" } else { ",boringtun=off" };
-    EnvFilter::new(format!("{text}{silence}"))
-}
-
 /// A handle on the filter.
 pub(super) struct Logging(reload::Handle<EnvFilter, Registry>);
 
 impl Logging {
     /// Starts logging as the configuration says. A second start in one process changes nothing.
     pub(super) fn start(config: &Config) -> Self {
-        let (filter, handle) = reload::Layer::new(filter(&config.log));
+        let (filter, handle) = reload::Layer::new(EnvFilter::new(&config.log));
         let registry = tracing_subscriber::registry().with(filter);
         let layer = fmt::layer().with_writer(stderr).with_target(false);
         let started = match config.log_format {
@@ -36,7 +29,7 @@ impl Logging {
 
     /// Sets another filter; the configuration has checked it.
     pub(super) fn filter(&self, filter: &str) {
-        if let Err(error) = self.0.reload(self::filter(filter)) {
+        if let Err(error) = self.0.reload(EnvFilter::new(filter)) {
             tracing::warn!("the log filter cannot change: {error}");
         }
     }

@@ -181,7 +181,7 @@ impl Daemon {
             Err(error) => return self.shared.problem(Concern::Kept, told(&anyhow!(error))),
         };
         let list = match records.list() {
-            Ok(list) => list,
+            Ok(list) => self.as_configured(list),
             Err(error) => return self.shared.problem(Concern::Kept, format!("{}: {error}", path.display())),
         };
         tracing::info!("starting by the kept node list, revision {}: {} nodes", records.revision, list.nodes.len());
@@ -276,10 +276,19 @@ impl Daemon {
                 members.offered = Arc::new(received.clone());
                 self.shared.settled(Concern::Nodes);
                 self.shared.settled(Concern::Expelled);
+                let list = self.as_configured(list);
                 self.offer(list, false).await;
             }
             Err(error) => self.shared.problem(Concern::Nodes, format!("{error}; the former node list stays in use")),
         }
+    }
+
+    /// Whether this node encrypts is its own configuration's to say: no server turns that off.
+    fn as_configured(&self, mut list: NodeList) -> NodeList {
+        if let Some(own) = list.nodes.iter_mut().find(|node| node.name == self.config.node_name) {
+            own.encryption = Some(self.config.encryption);
+        }
+        list
     }
 
     /// How membership fares, for `status` and the log.
@@ -432,5 +441,6 @@ fn settings(config: &Config, join: &Join) -> Settings {
         settings.control_only = config.control_only;
         settings.purge_after = config.purge_after;
     }
+    settings.lb_server_port = config.lb_server_port;
     settings
 }

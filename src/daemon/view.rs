@@ -15,8 +15,9 @@ use tokio::sync::Notify;
 use super::data_plane::Facts;
 use super::member::Member;
 use crate::admin::protocol::{
-    BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView,
-    PeerState, PeerView, Role, SessionView, StatsView, StatusView, TrafficView, why,
+    BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, WayView, capture,
+    why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -24,7 +25,10 @@ use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
 use crate::engine::tunnel::Tunnel;
+use crate::health::meter::Way;
+use crate::health::path::State;
 use crate::health::peer::{Liveness, Verdict};
+use crate::io::tap::Tap;
 use crate::membership::link;
 use crate::node::{NodeList, NodeName};
 use crate::sys::udp;
@@ -37,6 +41,7 @@ pub(super) struct Shared {
     pub started: Instant,
     pub tables: Arc<ArcSwap<Tables>>,
     pub stats: Stats,
+    pub tap: Arc<Tap>,
     pub list: ArcSwap<NodeList>,
     pub facts: Mutex<Option<Facts>>,
     pub overlay: Mutex<Vec<std::net::IpAddr>>,
@@ -65,12 +70,13 @@ pub(super) enum Concern {
     Sidecar,
     Kept,
     Attach,
+    HandshakeTime,
 }
 
 impl Concern {
     /// Whether packets cross all the same.
     fn is_a_note(self) -> bool {
-        matches!(self, Concern::Servers | Concern::Sidecar | Concern::Kept | Concern::Attach)
+        matches!(self, Concern::Servers | Concern::Sidecar | Concern::Kept | Concern::Attach | Concern::HandshakeTime)
     }
 }
 
@@ -83,6 +89,7 @@ impl Shared {
             started: Instant::now(),
             tables: Arc::new(ArcSwap::from_pointee(tables)),
             stats,
+            tap: Arc::default(),
             list: ArcSwap::default(),
             facts: Mutex::default(),
             overlay: Mutex::default(),
@@ -157,6 +164,8 @@ impl Shared {
         let (spec, stats) = (&peer.spec, &peer.spec.stats);
         let sealed = spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.seals());
         let heard = spec.tunnel.as_ref().filter(|_| sealed).map(|tunnel| tunnel.endpoint());
+        let measured = spec.liveness.as_deref().filter(|liveness| liveness.verdict() == Verdict::Up);
+        let measured = measured.map(Liveness::measured);
         PeerView {
             name: spec.name.to_string(),
             endpoint: heard.unwrap_or(spec.endpoint),
@@ -164,6 +173,7 @@ impl Shared {
             mac: spec.mac.to_string(),
             public_key: spec.tunnel.as_ref().and_then(|tunnel| tunnel.keys().first()).map(|key| key.to_string()),
             encryption: if sealed { Encryption::Wireguard } else { Encryption::None },
+            preshared: spec.tunnel.as_ref().is_some_and(|tunnel| tunnel.is_preshared()),
             session: spec.tunnel.as_deref().filter(|_| sealed).map(session),
             state: match spec.liveness.as_deref().map(Liveness::verdict) {
                 Some(Verdict::Up) => PeerState::Up,
@@ -172,13 +182,51 @@ impl Shared {
             },
             last_seen_ms: stats.last_seen().map(|seen| now_ms.saturating_sub(seen)),
             rtt_us: spec.liveness.as_deref().and_then(Liveness::round_trip_us).map(u64::from),
-            path_mtu: u32::from(spec.mtu),
+            loss_permille: measured.as_ref().and_then(|(all, _)| all.lost_permille()),
+            ways: measured.map(|(_, ways)| self.ways(peer, sealed, &ways)).unwrap_or_default(),
+            path_mtu: u32::from(peer.mtu()),
+            path: spec.liveness.as_deref().and_then(|liveness| path(liveness, now_ms)),
             tx_packets: stats.sum(|flow| flow.tx_packets.get()),
             tx_bytes: stats.sum(|flow| flow.tx_bytes.get()),
             rx_packets: stats.sum(|flow| flow.rx_packets.get()),
             rx_bytes: stats.sum(|flow| flow.rx_bytes.get()),
         }
     }
+}
+
+impl Shared {
+    /// What was measured on each way, by the outer source port.
+    fn ways(&self, peer: &Peer, sealed: bool, ways: &[Way]) -> Vec<WayView> {
+        let facts = lock(&self.facts);
+        let same_family = |(ip, _): &&(std::net::IpAddr, Vec<u16>)| ip.is_ipv4() == peer.spec.endpoint.is_ipv4();
+        let ports = facts.as_ref().and_then(|facts| facts.source_ports.iter().find(same_family));
+        let ports = ports.map(|(_, ports)| ports.as_slice()).unwrap_or_default();
+        let view = |(number, way): (usize, &Way)| {
+            // lane 0 has the data port, the others those behind it
+            let at = if sealed { number.checked_sub(1) } else { Some(number) };
+            WayView {
+                source_port: at.and_then(|at| ports.get(at)).copied().unwrap_or(self.port),
+                lane: sealed.then_some(number as u32),
+                rtt_us: Some(u64::from(way.round_trip_us)).filter(|us| *us > 0),
+                loss_permille: way.lost_permille(),
+            }
+        };
+        ways.iter().enumerate().map(view).collect()
+    }
+}
+
+fn path(liveness: &Liveness, now_ms: u64) -> Option<PathView> {
+    liveness.path_mtu()?;
+    let facts = liveness.path();
+    let search = match facts.state {
+        State::Disabled => Search::Disabled,
+        State::Base => Search::Base,
+        State::Searching => Search::Searching,
+        State::SearchComplete => Search::SearchComplete,
+        State::Error => Search::Error,
+    };
+    let confirmed_ms = facts.confirmed_us.map(|us| now_ms.saturating_sub(us / 1000));
+    Some(PathView { search, confirmed_ms, black_holes: facts.black_holes })
 }
 
 fn session(tunnel: &Tunnel) -> SessionView {
@@ -189,6 +237,7 @@ fn session(tunnel: &Tunnel) -> SessionView {
         lanes_up: facts.lanes_up,
         waiting: facts.held,
         unanswered: facts.unanswered,
+        another_preshared: tunnel.has_another_preshared(),
     }
 }
 
@@ -330,6 +379,14 @@ impl Mesh for Shared {
 
     fn why(&self, ask: why::Ask) -> BoxFuture<'_, Result<why::WhyView, String>> {
         self.explain(ask).boxed()
+    }
+
+    fn survey(&self) -> BoxFuture<'_, SurveyView> {
+        self.ask_around().boxed()
+    }
+
+    fn capture(&self, ask: capture::Ask) -> Result<capture::CaptureView, String> {
+        self.captured(ask)
     }
 
     fn accept_nodes(&self) -> Result<String, String> {

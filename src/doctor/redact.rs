@@ -9,7 +9,7 @@ pub const REMOVED: &str = "[removed]";
 /// Keys of the configuration whose values are secret.
 const SECRET_KEYS: &[&str] = &["token", "secret", "password", "preshared-key", "private-key"];
 /// Those that only sound so.
-const NOT_SECRET: &[&str] = &["token-file", "private-key-file", "public-key"];
+const NOT_SECRET: &[&str] = &["token-file", "private-key-file", "preshared-key-file", "public-key"];
 /// What a join token starts with.
 const TOKEN: &str = "mesh1";
 /// Characters of a 32-byte key in base64.

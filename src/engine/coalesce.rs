@@ -145,7 +145,7 @@ impl Coalescer {
         self.units.get(..self.used).unwrap_or_default()
     }
 
-    /// The headers that [`Piece::Header`] points into.
+    /// The memory that [`Piece::Slab`] points into.
     pub fn slab(&self) -> &[u8] {
         &self.slab
     }
@@ -224,12 +224,12 @@ impl Coalescer {
             let at = self.slab.len();
             self.slab.extend_from_slice(VnetHdr::default().as_bytes());
             segmenter.write(index, bytes.get(from..from + len)?, &mut self.slab)?;
-            let header = Piece::Header { at: at as u32, len: (self.slab.len() - at) as u32 };
+            let whole = Piece::Slab { at: at as u32, len: (self.slab.len() - at) as u32 };
             self.start(offer, bytes, None);
             let unit = self.units.get_mut(self.used - 1)?;
             unit.bytes = (gso.header_len + len) as u32;
             unit.pieces.clear();
-            unit.pieces.extend([header, Piece::Payload { at: (offer.at + from) as u32, len: len as u32 }]);
+            unit.pieces.push(whole);
         }
         u16::try_from(gso.segments()).ok()
     }
@@ -290,7 +290,7 @@ impl Unit {
     fn head(&self) -> Option<std::ops::Range<usize>> {
         match self.pieces.first()? {
             Piece::Payload { at, len } => Some(*at as usize..(*at + *len) as usize),
-            Piece::Header { .. } => None,
+            Piece::Slab { .. } => None,
         }
     }
 
@@ -431,9 +431,9 @@ fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
 #[inline]
 fn same_ip(packet: &Packet, a: &[u8], b: &[u8]) -> bool {
     if packet.is_v6() {
-        same(a, b, 0..4) && same(a, b, 6..ip::V6_LEN)
+        same::<4>(a, b, 0) && same::<34>(a, b, 6)
     } else {
-        same(a, b, 0..2) && same(a, b, 6..10) && same(a, b, 12..ip::V4_MIN_LEN)
+        same::<2>(a, b, 0) && same::<4>(a, b, 6) && same::<8>(a, b, 12)
     }
 }
 
@@ -443,24 +443,27 @@ fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
     let start = usize::from(packet.header_len);
     let (Some(a), Some(b)) = (head.get(start..), bytes.get(start..)) else { return false };
     let (Ok((a_tcp, _)), Ok((b_tcp, _))) = (Tcp::ref_from_prefix(a), Tcp::ref_from_prefix(b)) else { return false };
+    let options = transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN);
     (a_tcp.flags ^ b_tcp.flags) & !(flags::FIN | flags::PSH) == 0
         && a_tcp.window == b_tcp.window
-        && same(a, b, 0..4)
-        && same(a, b, 8..13)
+        && same::<4>(a, b, 0)
+        && same::<5>(a, b, 8)
         && a_tcp.urgent == b_tcp.urgent
-        && same(a, b, transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN))
+        && a.get(options.clone()).is_some_and(|a| Some(a) == b.get(options))
 }
 
 /// Ports are equal, and the datagram may join at all.
 #[inline]
 fn same_udp(packet: &Packet, head: &[u8], bytes: &[u8], segment: &Segment) -> bool {
     let start = usize::from(packet.header_len);
-    segment.may_lead && same(head, bytes, start..start + 4)
+    segment.may_lead && same::<4>(head, bytes, start)
 }
 
+/// `N` bytes from `at` on are there and equal. Of a fixed length, or each would be a call.
 #[inline]
-fn same(a: &[u8], b: &[u8], range: std::ops::Range<usize>) -> bool {
-    matches!((a.get(range.clone()), b.get(range)), (Some(a), Some(b)) if a == b)
+fn same<const N: usize>(a: &[u8], b: &[u8], at: usize) -> bool {
+    let (a, b) = (a.get(at..).and_then(<[u8]>::first_chunk::<N>), b.get(at..).and_then(<[u8]>::first_chunk::<N>));
+    a.is_some_and(|a| Some(a) == b)
 }
 
 fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {

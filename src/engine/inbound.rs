@@ -21,7 +21,7 @@ use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
 use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, SourceLimit};
-use crate::wire::bfd::{self, Control};
+use crate::wire::bfd::{self, Message};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
 
@@ -55,8 +55,6 @@ pub struct Inbound {
     /// What tunnels want sent because of what came.
     outbox: Outbox,
     limit: SourceLimit,
-    /// Decrypted packets come here first.
-    room: Vec<u8>,
     received_us: u64,
     heard: Vec<PeerIndex>,
 }
@@ -81,7 +79,6 @@ impl Inbound {
             data_socket: 1,
             outbox: Outbox::default(),
             limit: SourceLimit::default(),
-            room: Vec::new(),
             received_us: 0,
             heard: Vec::new(),
         }
@@ -172,7 +169,7 @@ impl Inbound {
         self.coalescer.units()
     }
 
-    /// The headers that the units' pieces point into.
+    /// The slab that the units' pieces point into.
     pub fn slab(&self) -> &[u8] {
         self.coalescer.slab()
     }
@@ -212,25 +209,55 @@ impl Inbound {
     ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
         // 2. open
         let datagram = arena.get_mut(at..at + len).ok_or(Drop::BadVxlanHeader)?;
-        let inner = if tunnel::is_wireguard(datagram) {
-            match self.decrypt(tables, now_ms, datagram, member, received, session)? {
-                Some((peer, bytes)) => {
-                    let packet = Packet::parse(bytes).map_err(|_| Drop::BadInnerPacket)?;
-                    Inner { peer, start: at + tunnel::INNER_AT, packet, authentic: true }
-                }
-                None => return Ok(None),
-            }
-        } else {
-            let peer = member.ok_or(Drop::UnknownSource)?;
-            if tables.tunnel(peer).is_some_and(|tunnel| tunnel.policy() == Policy::Required) {
-                return Err(Drop::ClearFromEncryptedPeer);
-            }
-            let packet = match open_vxlan(tables, datagram) {
-                Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
-                opened => opened?,
-            };
-            Inner { peer, start: at + ENCAPSULATION, packet, authentic: false }
+        if tunnel::is_wireguard(datagram) {
+            return self.sealed_journey(tables, now_ms, arena, at, len, member, received, session);
+        }
+        let peer = member.ok_or(Drop::UnknownSource)?;
+        if tables.tunnel(peer).is_some_and(|tunnel| tunnel.policy() == Policy::Required) {
+            return Err(Drop::ClearFromEncryptedPeer);
+        }
+        let packet = match open_vxlan(tables, datagram) {
+            Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
+            opened => opened?,
         };
+        let inner = Inner { peer, start: at + ENCAPSULATION, packet, authentic: false };
+        self.deliver(tables, now_ms, arena, inner, len, received)
+    }
+
+    /// The same for a WireGuard message. Not part of its caller: the clear path must not pay for it.
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments)]
+    fn sealed_journey<'t>(
+        &mut self,
+        tables: &'t Tables,
+        now_ms: u64,
+        arena: &mut [u8],
+        at: usize,
+        len: usize,
+        member: Option<PeerIndex>,
+        received: Received,
+        session: &mut Option<Session<'t>>,
+    ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
+        let datagram = arena.get_mut(at..at + len).ok_or(Drop::WireguardMalformed)?;
+        let Some((peer, bytes)) = self.decrypt(tables, now_ms, datagram, member, received, session)? else {
+            return Ok(None);
+        };
+        let packet = Packet::parse(bytes).map_err(|_| Drop::BadInnerPacket)?;
+        let inner = Inner { peer, start: at + tunnel::INNER_AT, packet, authentic: true };
+        self.deliver(tables, now_ms, arena, inner, len, received)
+    }
+
+    /// What came out of a datagram of `len` bytes. Inlined always: it is compiled for clear and for decrypted packets.
+    #[inline(always)]
+    fn deliver(
+        &mut self,
+        tables: &Tables,
+        now_ms: u64,
+        arena: &mut [u8],
+        inner: Inner,
+        len: usize,
+        received: Received,
+    ) -> Result<Option<(PeerIndex, u64, u64)>, Drop> {
         let Inner { peer, start, mut packet, authentic } = inner;
         let local = tables.local();
 
@@ -309,14 +336,11 @@ impl Inbound {
             *session = Some(tunnel.lane(peer, lane));
         }
         let open = session.as_mut().ok_or(Drop::WireguardUnknownSession)?;
-        self.room.resize(self.room.len().max(datagram.len()), 0);
-        let opened = open.open(datagram, received.source, now_ms, self.data_socket, &mut self.room, &mut self.outbox);
+        let opened = open.open(index, datagram, received.source, now_ms, self.data_socket, &mut self.outbox);
         match opened {
             Ok(Opened::Packet(len)) => {
-                let place = datagram.get_mut(tunnel::INNER_AT..).and_then(|rest| rest.get_mut(..len));
-                let place = place.ok_or(Drop::WireguardMalformed)?;
-                place.copy_from_slice(self.room.get(..len).ok_or(Drop::WireguardMalformed)?);
-                Ok(Some((open.peer(), place)))
+                let place = datagram.get(tunnel::INNER_AT..).and_then(|rest| rest.get(..len));
+                Ok(Some((open.peer(), place.ok_or(Drop::WireguardMalformed)?)))
             }
             Ok(Opened::Consumed) => {
                 self.seen(tables, now_ms, &Tally { peer: open.peer(), packets: 0, bytes: 0 });
@@ -340,24 +364,19 @@ impl Inbound {
         if identity.is_none() {
             return Err(Drop::HandshakeRefused);
         }
-        if limit.is_spent(source.ip(), now_ms) {
-            return Err(Drop::HandshakeLimited);
-        }
         let mut found = Err(Drop::HandshakeRefused);
         for ours in identity.iter().chain(former_identity) {
-            let allows = |source| limit.allows(source, now_ms);
-            let initiator = ours.initiator(datagram, source, allows, self.data_socket, &mut self.outbox);
+            let initiator = ours.initiator(datagram, source, limit, now_ms, self.data_socket, &mut self.outbox);
             found = initiator.map(|initiator| (ours, initiator));
             // for which of our keys it is the first bytes tell; all else is said by the one that it is for
             if !matches!(found, Err(Drop::HandshakeRefused)) {
                 break;
             }
         }
-        let (ours, Initiator::Key(key, lane)) = found? else { return Ok(()) };
-        let (peer, tunnel) = tables.answerer(&key, ours, lane).ok_or(Drop::HandshakeRefused)?;
-        self.room.resize(self.room.len().max(datagram.len()), 0);
+        let (ours, Initiator::Heard(heard, lane)) = found? else { return Ok(()) };
+        let (peer, tunnel) = tables.answerer(&heard.key(), ours, lane).ok_or(Drop::HandshakeRefused)?;
         let mut session = tunnel.lane(peer, lane);
-        session.open(datagram, source, now_ms, self.data_socket, &mut self.room, &mut self.outbox)?;
+        session.answer(heard, source, now_ms, self.data_socket, &mut self.outbox)?;
         self.seen(tables, now_ms, &Tally { peer, packets: 0, bytes: 0 });
         Ok(())
     }
@@ -385,21 +404,26 @@ impl Inbound {
         if vxlan.vni() != liveness.settings().vni || !for_us {
             return false;
         }
-        let Some((destination, control)) = bfd::read_frame(datagram) else { return false };
+        let Some((destination, message)) = bfd::read_frame(datagram) else { return false };
         let ours = bfd::is_loopback(destination) || tables.local().addresses.contains(&destination);
-        ours && self.take(tables, now_ms, peer, &control)
+        ours && self.take(tables, now_ms, peer, &message)
     }
 
     /// Takes a packet that came through the tunnel to one of this node's own addresses. Where it comes from is admitted.
     #[cold]
     fn is_bfd_packet(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, bytes: &[u8]) -> bool {
-        let Some((destination, control)) = bfd::read_packet(bytes) else { return false };
-        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &control)
+        let Some((destination, message)) = bfd::read_packet(bytes) else { return false };
+        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &message)
     }
 
-    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, control: &Control) -> bool {
+    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, message: &Message) -> bool {
         let Some(liveness) = tables.liveness(peer) else { return false };
-        liveness.heard(self.worker, self.received_us.max(now_ms * 1000), control);
+        let now_us = self.received_us.max(now_ms * 1000);
+        match message {
+            Message::Control(control) => liveness.heard(self.worker, now_us, control),
+            Message::Echo(echo, size) => liveness.heard_echo(now_us, echo, *size),
+            Message::Ask(_) | Message::Report(_) => liveness.heard_survey(self.worker, message),
+        }
         if self.heard.last() != Some(&peer) {
             self.heard.push(peer);
         }

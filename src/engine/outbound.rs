@@ -4,12 +4,12 @@
 //! 2. **Admit**: does its source belong to this node? A receiver would refuse it otherwise; here the cause can be named.
 //! 3. **Route**: the longest prefix in the table names the peer. For one that is dead the sender is told so.
 //! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed.
-//! 5. **Segment**: a super-packet becomes segments; only headers are written, payload stays where it was read.
+//! 5. **Segment**: a super-packet becomes segments, one behind the other in the batch's slab.
 //! 6. **Seal**: the VXLAN header goes before it; for an encrypted peer WireGuard writes the whole datagram, or the packet
 //!    waits for a session.
 //! 7. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
 //!
-//! In the clear small packets are not copied either: the encapsulation goes into the room before them, over the offload
+//! In the clear single packets are not copied: the encapsulation goes into the room before them, over the offload
 //! header.
 
 use std::net::SocketAddr;
@@ -34,6 +34,9 @@ pub const HEADROOM: usize = ENCAPSULATION - vnet_hdr::HEADER_LEN;
 
 /// ICMP errors that one worker sends at most in a hundred milliseconds (RFC 1812 §4.3.2.8 asks for a limit).
 const ERRORS_PER_WINDOW: u32 = 100;
+
+/// The shortest MTU that an IPv6 sender takes notice of (RFC 8200 §5).
+const V6_MIN_MTU: usize = 1280;
 
 /// The outbound half of one worker's engine.
 #[derive(Debug)]
@@ -116,7 +119,7 @@ impl Outbound {
                     (0, self.batch.open_alone(key, letter.to, letter.tos, len))
                 }
             };
-            run.push(len, inner, &[Piece::Header { at, len: len as u32 }]);
+            run.push(len, inner, &[Piece::Slab { at, len: len as u32 }]);
         }
         let (packets, bytes) = outbox.expired();
         count_read(&stats.flow, packets, bytes);
@@ -217,78 +220,103 @@ impl Outbound {
             self.answer(now_ms, |room| icmp::unreachable(&packet, bytes, room));
             return Err(drop(Drop::PeerDown));
         }
-        let mut route = self.route(peer, index, hash);
-        if let Some(session) = route.session.as_mut().filter(|session| !session.is_up())
-            && !session.can_hold(packets as usize, all_bytes as usize)
-        {
-            return Err(drop(Drop::NoSession));
+        let parcel = Parcel { packet, offload, start, now_ms };
+        match peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
+            None => {
+                let key = Key { socket: (hash % u32::from(self.sockets)) as u16, peer: index };
+                let mut route = Route { peer, key, endpoint: peer.spec.endpoint, way: Clear };
+                self.carry(&mut route, &parcel, arena).map_err(drop)?;
+                self.count(packets, all_bytes);
+                Ok(())
+            }
+            Some(tunnel) => {
+                // after a change of keys, until the new ones have a session
+                let former = peer.spec.former.as_deref().filter(|former| former.is_up(0) && !tunnel.is_up(0));
+                let session = former.unwrap_or(tunnel).session(index, hash);
+                let key = Key { socket: session.socket(self.sockets), peer: index };
+                let route = Route { peer, key, endpoint: session.endpoint(), way: session };
+                self.carry_sealed(route, &parcel, packets, all_bytes, arena).map_err(drop)
+            }
         }
+    }
+
+    /// To a peer that is encrypted, whose lane is locked. Not part of its caller: the clear path must not pay for it.
+    #[inline(never)]
+    fn carry_sealed<'t>(
+        &mut self,
+        mut route: Route<'t, Session<'t>>,
+        parcel: &Parcel,
+        packets: u64,
+        bytes: u64,
+        arena: &mut [u8],
+    ) -> Result<(), Drop> {
+        if !route.way.is_up() && !route.way.can_hold(packets as usize, bytes as usize) {
+            return Err(Drop::NoSession);
+        }
+        self.carry(&mut route, parcel, arena)?;
+        let mut session = route.way;
+        if session.is_up() {
+            self.count(packets, bytes);
+            return Ok(());
+        }
+        // what waits is counted when it leaves, or is discarded
+        session.start(parcel.now_ms, self.sockets, &mut self.outbox);
+        std::mem::drop(session);
+        let mut outbox = std::mem::take(&mut self.outbox);
+        self.post(&mut outbox);
+        self.outbox = outbox;
+        Ok(())
+    }
+
+    #[inline]
+    fn carry<'t, W: Way<'t>>(
+        &mut self,
+        route: &mut Route<'t, W>,
+        parcel: &Parcel,
+        arena: &mut [u8],
+    ) -> Result<(), Drop> {
+        let Parcel { packet, offload, start, .. } = parcel;
+        let total = usize::from(packet.total_len);
 
         // 4. fit
         let longest = match offload {
             Offload::Segment(gso) => gso.packet_len(),
-            _ => total_len,
+            _ => total,
         };
-        if longest > usize::from(peer.spec.mtu) {
-            let done = self.does_not_fit(&mut route, now_ms, &packet, offload, arena, start);
-            done.ok_or(drop(Drop::PacketTooBig))?;
-        } else {
-            // 5. segment, 6. seal, 7. batch
-            let queued = match offload {
-                Offload::Segment(gso) => self.segment(&mut route, now_ms, &packet, gso, bytes, start),
-                Offload::Checksum { start: from, offset } => {
-                    self.single(&mut route, now_ms, &packet, Some((from, offset)), arena, start)
-                }
-                Offload::None => self.single(&mut route, now_ms, &packet, None, arena, start),
-            };
-            queued.ok_or(drop(Drop::MalformedOffload))?;
+        if longest > usize::from(route.peer.mtu()) {
+            return self.does_not_fit(route, parcel, arena).ok_or(Drop::PacketTooBig);
         }
-        match route.session.filter(|session| !session.is_up()) {
-            // what waits is counted when it leaves, or is discarded
-            Some(mut session) => {
-                session.start(now_ms, self.sockets, &mut self.outbox);
-                std::mem::drop(session);
-                let mut outbox = std::mem::take(&mut self.outbox);
-                self.post(&mut outbox);
-                self.outbox = outbox;
-            }
-            None => self.count(packets, all_bytes),
-        }
-        Ok(())
-    }
 
-    /// How packets of this flow get to the peer. For an encrypted one this locks its lane.
-    #[inline]
-    fn route<'t>(&self, peer: &'t Peer, index: PeerIndex, hash: u32) -> Route<'t> {
-        let Some(tunnel) = peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) else {
-            let key = Key { socket: (hash % u32::from(self.sockets)) as u16, peer: index };
-            return Route { peer, key, endpoint: peer.spec.endpoint, session: None };
+        // 5. segment, 6. seal, 7. batch
+        let queued = match *offload {
+            Offload::Segment(gso) => {
+                let bytes = arena.get(*start..start + total).ok_or(Drop::MalformedOffload)?;
+                self.segment(route, parcel, gso, bytes)
+            }
+            Offload::Checksum { start: from, offset } => self.single(route, parcel, Some((from, offset)), arena),
+            Offload::None => self.single(route, parcel, None, arena),
         };
-        // after a change of keys, until the new ones have a session
-        let former = peer.spec.former.as_deref().filter(|former| former.is_up(0) && !tunnel.is_up(0));
-        let session = former.unwrap_or(tunnel).session(index, hash);
-        let key = Key { socket: session.socket(self.sockets), peer: index };
-        Route { peer, key, endpoint: session.endpoint(), session: Some(session) }
+        queued.ok_or(Drop::MalformedOffload)
     }
 
     /// One packet: in the clear the encapsulation goes before it, where the offload header was.
     #[inline]
-    fn single(
+    fn single<'t, W: Way<'t>>(
         &mut self,
-        route: &mut Route<'_>,
-        now_ms: u64,
-        packet: &Packet,
+        route: &mut Route<'t, W>,
+        parcel: &Parcel,
         checksum: Option<(usize, usize)>,
         arena: &mut [u8],
-        start: usize,
     ) -> Option<()> {
+        let Parcel { packet, start, now_ms, .. } = parcel;
+        let start = *start;
         let inner = usize::from(packet.total_len);
         if let Some((from, offset)) = checksum {
             segment::complete_checksum(packet, arena.get_mut(start..start + inner)?, from, offset)?;
         }
-        if let Some(session) = &mut route.session {
+        if let Some(session) = route.way.session() {
             let whole = arena.get(start..start + inner)?;
-            return seal(&mut self.batch, route.key, route.endpoint, session, now_ms, packet.tos, whole);
+            return seal(&mut self.batch, route.key, route.endpoint, session, *now_ms, packet.tos, whole);
         }
         let at = start.checked_sub(ENCAPSULATION)?;
         *arena.get_mut(at..start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
@@ -298,101 +326,104 @@ impl Outbound {
         Some(())
     }
 
-    /// A super-packet: for each segment headers into the slab, payload where it is. Segments fill up runs, also across
-    /// super-packets: a 64 KiB one does not fit one send, and its rest goes with the next.
+    /// A super-packet: its segments go into the slab. They fill up runs, also across super-packets: a 64 KiB one does
+    /// not fit one send, and its rest goes with the next.
     #[inline]
-    fn segment(
+    fn segment<'t, W: Way<'t>>(
         &mut self,
-        route: &mut Route<'_>,
-        now_ms: u64,
-        packet: &Packet,
+        route: &mut Route<'t, W>,
+        parcel: &Parcel,
         gso: Gso,
         bytes: &[u8],
-        start: usize,
     ) -> Option<()> {
-        let Route { peer, key, endpoint, session } = route;
+        let Parcel { packet, now_ms, .. } = parcel;
+        let Route { peer, key, endpoint, way } = route;
         let segmenter = Segmenter::new(packet, gso, bytes)?;
         let encapsulation = peer.header(packet.is_v6());
-        let header_len = ENCAPSULATION + gso.header_len;
         let payload = bytes.get(gso.header_len..)?;
         for index in 0..gso.segments() {
             let (from, len) = (index * gso.size, segmenter.payload_len(index));
-            if let Some(session) = session {
+            let payload = payload.get(from..from + len)?;
+            if let Some(session) = way.session() {
+                let write = |to: &mut Vec<u8>| segmenter.write(index, payload, to);
+                if session.is_up() {
+                    let inner = gso.header_len + len;
+                    seal_with(&mut self.batch, *key, *endpoint, session, packet.tos, inner, write)?;
+                    continue;
+                }
                 self.whole.clear();
-                segmenter.write(index, payload.get(from..from + len)?, &mut self.whole)?;
-                self.whole.extend_from_slice(payload.get(from..from + len)?);
-                seal(&mut self.batch, *key, *endpoint, session, now_ms, packet.tos, &self.whole)?;
+                write(&mut self.whole)?;
+                session.hold(&self.whole, packet.tos, *now_ms);
                 continue;
             }
             let slab = self.batch.slab_mut();
             let at = slab.len();
             slab.extend_from_slice(&encapsulation);
-            segmenter.write(index, payload.get(from..from + len)?, slab)?;
-            let pieces = [
-                Piece::Header { at: at as u32, len: header_len as u32 },
-                Piece::Payload { at: (start + gso.header_len + from) as u32, len: len as u32 },
-            ];
-            let whole = header_len + len;
-            let run = self.batch.open(*key, *endpoint, packet.tos, whole);
-            run.push(whole, gso.header_len + len, &pieces);
+            segmenter.write(index, payload, slab)?;
+            let inner = gso.header_len + len;
+            let whole = ENCAPSULATION + inner;
+            let piece = Piece::Slab { at: at as u32, len: whole as u32 };
+            self.batch.open(*key, *endpoint, packet.tos, whole).push(whole, inner, &[piece]);
         }
         Some(())
     }
 
-    /// A packet that is longer than the path takes: cut smaller or fragmented where its sender allows that
-    /// (`Some`), else refused, with an ICMP error to the sender (`None`).
+    /// A packet that is longer than the path takes: cut smaller or fragmented where that is allowed (`Some`), else refused,
+    /// with an ICMP error to the sender (`None`).
+    ///
+    /// A TCP super-packet is cut in any case, its segments being this side's choice. Its sender is not told: it would
+    /// remember a small MTU for minutes, and cutting costs nothing.
     #[cold]
-    fn does_not_fit(
+    fn does_not_fit<'t, W: Way<'t>>(
         &mut self,
-        route: &mut Route<'_>,
-        now_ms: u64,
-        packet: &Packet,
-        offload: Offload,
+        route: &mut Route<'t, W>,
+        parcel: &Parcel,
         arena: &mut [u8],
-        start: usize,
     ) -> Option<()> {
+        let Parcel { packet, offload, start, now_ms } = parcel;
+        let start = *start;
         let total = usize::from(packet.total_len);
-        let mtu = usize::from(route.peer.spec.mtu);
+        let mtu = usize::from(route.peer.mtu());
+        let bytes = arena.get(start..start + total)?;
+        let super_packet = match *offload {
+            Offload::Segment(gso) if packet.protocol == ip::protocol::TCP => Some(gso),
+            // no IPv6 sender goes below (RFC 8201 §4), whatever it is told
+            _ if packet.is_v6() && mtu < V6_MIN_MTU && total <= V6_MIN_MTU => Gso::of_segment(packet, bytes),
+            _ => None,
+        };
+        if let Some(gso) = super_packet.filter(|gso| gso.header_len + 8 <= mtu) {
+            let smaller = Gso { size: mtu - gso.header_len, ..gso };
+            let extra = smaller.segments() - gso.segments();
+            self.segment(route, parcel, smaller, bytes)?;
+            self.originated(route, extra);
+            return Some(());
+        }
         let may_fragment = !packet.is_v6() && {
-            let (header, _) = ip::V4::ref_from_prefix(arena.get(start..start + total)?).ok()?;
+            let (header, _) = ip::V4::ref_from_prefix(bytes).ok()?;
             header.flags_offset.get() & ip::V4_DF == 0
         };
-        if may_fragment {
-            match offload {
-                Offload::None => return self.fragment(route, now_ms, packet, arena, start),
-                Offload::Checksum { start: from, offset } => {
-                    segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
-                    return self.fragment(route, now_ms, packet, arena, start);
-                }
-                Offload::Segment(gso) if packet.protocol == ip::protocol::TCP && gso.header_len + 8 <= mtu => {
-                    let smaller = Gso { size: mtu - gso.header_len, ..gso };
-                    let extra = smaller.segments() - gso.segments();
-                    self.segment(route, now_ms, packet, smaller, arena.get(start..start + total)?, start)?;
-                    self.originated(route, extra);
-                    return Some(());
-                }
-                Offload::Segment(_) => {}
+        match *offload {
+            Offload::None if may_fragment => return self.fragment(route, parcel, arena),
+            Offload::Checksum { start: from, offset } if may_fragment => {
+                segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
+                return self.fragment(route, parcel, arena);
             }
+            _ => {}
         }
+        let told = if packet.is_v6() { mtu.max(V6_MIN_MTU) } else { mtu };
         let bytes = arena.get(start..start + total)?;
-        self.answer(now_ms, |room| icmp::too_big(packet, bytes, route.peer.spec.mtu, room));
+        self.answer(*now_ms, |room| icmp::too_big(packet, bytes, told as u16, room));
         None
     }
 
     /// Fragments an IPv4 packet (RFC 791 §3.2).
-    fn fragment(
-        &mut self,
-        route: &mut Route<'_>,
-        now_ms: u64,
-        packet: &Packet,
-        arena: &[u8],
-        start: usize,
-    ) -> Option<()> {
-        let Route { peer, key, endpoint, session } = &mut *route;
-        let bytes = arena.get(start..start + usize::from(packet.total_len))?;
+    fn fragment<'t, W: Way<'t>>(&mut self, route: &mut Route<'t, W>, parcel: &Parcel, arena: &[u8]) -> Option<()> {
+        let Parcel { packet, start, now_ms, .. } = parcel;
+        let Route { peer, key, endpoint, way } = &mut *route;
+        let bytes = arena.get(*start..start + usize::from(packet.total_len))?;
         let (header, payload) = bytes.split_at_checked(usize::from(packet.header_len))?;
         let (fixed, options) = ip::V4::ref_from_prefix(header).ok()?;
-        let room = usize::from(peer.spec.mtu).checked_sub(header.len())? & !7;
+        let room = usize::from(peer.mtu()).checked_sub(header.len())? & !7;
         if room == 0 {
             return None;
         }
@@ -421,17 +452,17 @@ impl Outbound {
             let place = slab.get_mut(at + ENCAPSULATION..)?.get_mut(..ip::V4_MIN_LEN)?;
             place.copy_from_slice(head.as_bytes());
             made += 1;
-            if let Some(session) = session {
+            if let Some(session) = way.session() {
                 self.whole.clear();
                 self.whole.extend_from_slice(slab.get(at + ENCAPSULATION..)?);
                 self.whole.extend_from_slice(part);
                 slab.truncate(at);
-                seal(&mut self.batch, *key, *endpoint, session, now_ms, packet.tos, &self.whole)?;
+                seal(&mut self.batch, *key, *endpoint, session, *now_ms, packet.tos, &self.whole)?;
                 continue;
             }
             let header_len = ENCAPSULATION + header.len();
             let pieces = [
-                Piece::Header { at: at as u32, len: header_len as u32 },
+                Piece::Slab { at: at as u32, len: header_len as u32 },
                 Piece::Payload { at: (start + header.len() + index * room) as u32, len: part.len() as u32 },
             ];
             let whole = header_len + part.len();
@@ -473,20 +504,51 @@ impl Outbound {
     }
 
     /// Counts packets that came out of one that had to be cut; those that wait are counted when they leave.
-    fn originated(&self, route: &Route<'_>, packets: usize) {
-        let waits = route.session.as_ref().is_some_and(|session| !session.is_up());
+    fn originated<'t, W: Way<'t>>(&self, route: &mut Route<'t, W>, packets: usize) {
+        let waits = route.way.session().is_some_and(|session| !session.is_up());
         if let Some(stats) = self.stats.worker(self.worker).filter(|_| !waits) {
             stats.flow.originated_outbound.add(packets as u64);
         }
     }
 }
 
-/// To whom a packet goes, through which socket, and under which lock.
-struct Route<'t> {
+/// A packet under way, once it was read: what it is, where it starts in the arena, and the time.
+struct Parcel {
+    packet: Packet,
+    offload: Offload,
+    start: usize,
+    now_ms: u64,
+}
+
+/// To whom a packet goes, through which socket, and in which way.
+struct Route<'t, W> {
     peer: &'t Peer,
     key: Key,
     endpoint: SocketAddr,
-    session: Option<Session<'t>>,
+    way: W,
+}
+
+/// In the clear, or sealed by a session, under its lock: the journey is compiled for each, so that what concerns sessions
+/// costs a clear packet nothing.
+trait Way<'t> {
+    /// What seals packets.
+    fn session(&mut self) -> Option<&mut Session<'t>>;
+}
+
+struct Clear;
+
+impl<'t> Way<'t> for Clear {
+    #[inline(always)]
+    fn session(&mut self) -> Option<&mut Session<'t>> {
+        None
+    }
+}
+
+impl<'t> Way<'t> for Session<'t> {
+    #[inline(always)]
+    fn session(&mut self) -> Option<&mut Session<'t>> {
+        Some(self)
+    }
 }
 
 /// Seals a whole inner packet into the batch, or has it wait for a session.
@@ -504,11 +566,28 @@ fn seal(
         session.hold(packet, tos, now_ms);
         return Some(());
     }
+    seal_with(batch, key, endpoint, session, tos, packet.len(), |to| {
+        to.extend_from_slice(packet);
+        Some(())
+    })
+}
+
+/// Seals an inner packet of `inner` bytes, which `write` appends, into the batch.
+#[inline]
+fn seal_with(
+    batch: &mut TxBatch,
+    key: Key,
+    endpoint: SocketAddr,
+    session: &mut Session<'_>,
+    tos: u8,
+    inner: usize,
+    write: impl FnOnce(&mut Vec<u8>) -> Option<()>,
+) -> Option<()> {
     let slab = batch.slab_mut();
     let at = slab.len();
-    let len = session.seal(packet, slab)?;
-    let piece = Piece::Header { at: at as u32, len: len as u32 };
-    batch.open(key, endpoint, tos & tunnel::ECN, len).push(len, packet.len(), &[piece]);
+    let len = session.seal_with(inner, slab, write)?;
+    let piece = Piece::Slab { at: at as u32, len: len as u32 };
+    batch.open(key, endpoint, tos & tunnel::ECN, len).push(len, inner, &[piece]);
     Some(())
 }
 

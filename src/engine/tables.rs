@@ -14,10 +14,12 @@ use ipnet::IpNet;
 
 use super::stats::PeerStats;
 use super::tunnel::{self, Identity, Tunnel};
+use crate::health::path::Bounds;
 use crate::health::peer::Liveness;
 use crate::key::PublicKey;
 use crate::node::{Mac, NodeName, Vni};
-use crate::wire::{ethernet, vxlan};
+use crate::wire::transport::UDP_LEN;
+use crate::wire::{ethernet, ip, vxlan};
 
 /// Bytes that VXLAN puts before an inner IP packet: its own header and the inner Ethernet header.
 pub const ENCAPSULATION: usize = vxlan::HEADER_LEN + ethernet::HEADER_LEN;
@@ -45,7 +47,7 @@ pub struct PeerSpec {
     pub mac: Mac,
     /// What lives behind it.
     pub subnets: Vec<IpNet>,
-    /// The longest inner packet that the path takes.
+    /// The longest inner packet that this node's own link takes.
     pub mtu: u16,
     /// Its counters.
     pub stats: Arc<PeerStats>,
@@ -85,6 +87,24 @@ pub struct Peer {
 }
 
 impl Peer {
+    /// The longest inner packet that the path takes: as it was measured, or what follows from this node's own link.
+    #[inline]
+    pub fn mtu(&self) -> u16 {
+        self.spec.liveness.as_deref().and_then(Liveness::path_mtu).unwrap_or(self.spec.mtu)
+    }
+
+    /// Bytes around an inner packet on the underlay, outer IP header included, as packets to it travel now.
+    pub fn overhead(&self) -> usize {
+        let sealed = self.spec.tunnel.as_deref().is_some_and(Tunnel::seals);
+        let ip = if self.spec.endpoint.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
+        ip + UDP_LEN + if sealed { tunnel::OVERHEAD } else { ENCAPSULATION }
+    }
+
+    /// How long packets to it could be, for the search of the path MTU.
+    pub fn bounds(&self) -> Bounds {
+        Bounds::new(self.overhead() as u16, self.spec.mtu, self.spec.endpoint.is_ipv6())
+    }
+
     /// VXLAN and Ethernet header of a packet to this peer.
     #[inline]
     pub fn header(&self, v6: bool) -> [u8; ENCAPSULATION] {
@@ -99,6 +119,8 @@ impl Peer {
 #[derive(Debug)]
 pub struct Tables {
     local: Local,
+    /// The same as `local.subnets`.
+    ours: Prefixes,
     peers: Vec<Peer>,
     routes: Lpm,
     sources: HashMap<IpAddr, PeerIndex, FixedState>,
@@ -129,7 +151,8 @@ impl Tables {
             peers.push(Peer { spec, header });
         }
         routes.sort();
-        Tables { local, peers, routes, sources, slots, keys }
+        let ours = Prefixes::new(&local.subnets);
+        Tables { local, ours, peers, routes, sources, slots, keys }
     }
 
     /// A table without a peer.
@@ -205,13 +228,13 @@ impl Tables {
     /// Whether a packet from `source` may come from this node.
     #[inline]
     pub fn is_ours(&self, source: IpAddr) -> bool {
-        contains(&self.local.subnets, source) || self.local.addresses.contains(&source)
+        self.ours.contains(source) || self.local.addresses.contains(&source)
     }
 
     /// Whether a packet to `destination` may end at or behind this node.
     #[inline]
     pub fn is_behind_us(&self, destination: IpAddr) -> bool {
-        contains(&self.local.subnets, destination)
+        self.ours.contains(destination)
     }
 
     /// Whether a packet from `source` may come from that peer.
@@ -221,8 +244,33 @@ impl Tables {
     }
 }
 
-fn contains(subnets: &[IpNet], ip: IpAddr) -> bool {
-    subnets.iter().any(|net| net.contains(&ip))
+/// A few prefixes as masks and networks: each packet is looked for here, and making the mask out of the prefix length
+/// each time was a quarter of a small packet's way out.
+#[derive(Debug)]
+struct Prefixes {
+    v4: Vec<(u32, u32)>,
+    v6: Vec<(u128, u128)>,
+}
+
+impl Prefixes {
+    fn new(nets: &[IpNet]) -> Self {
+        let mut prefixes = Prefixes { v4: Vec::new(), v6: Vec::new() };
+        for net in nets {
+            match net {
+                IpNet::V4(net) => prefixes.v4.push((net.netmask().to_bits(), net.network().to_bits())),
+                IpNet::V6(net) => prefixes.v6.push((net.netmask().to_bits(), net.network().to_bits())),
+            }
+        }
+        prefixes
+    }
+
+    #[inline]
+    fn contains(&self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => self.v4.iter().any(|(mask, net)| ip.to_bits() & mask == *net),
+            IpAddr::V6(ip) => self.v6.iter().any(|(mask, net)| ip.to_bits() & mask == *net),
+        }
+    }
 }
 
 fn encapsulation(local: &Local, spec: &PeerSpec) -> [u8; ENCAPSULATION] {

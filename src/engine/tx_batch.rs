@@ -1,8 +1,8 @@
 //! What one batch will send: runs of datagrams that one send call each can carry.
 //!
 //! A run is a sequence of datagrams of equal length (the last may be shorter) for the same socket and peer with the same
-//! outer TOS: what `UDP_SEGMENT` takes in one message. The batch holds places, not bytes: headers in its own slab, payload
-//! where the caller's buffer has it. It does not know sockets.
+//! outer TOS: what `UDP_SEGMENT` takes in one message. The batch holds places, not bytes: what was written anew in its own
+//! slab, all else where the caller's buffer has it. It does not know sockets.
 
 use std::net::SocketAddr;
 
@@ -16,8 +16,8 @@ pub const MAX_BYTES: usize = 65_507;
 /// Some bytes of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Piece {
-    /// In the batch's own slab of headers.
-    Header {
+    /// In the batch's own slab.
+    Slab {
         /// From here.
         at: u32,
         /// So many bytes.
@@ -37,7 +37,7 @@ impl Piece {
     #[inline]
     pub fn of<'a>(&self, payload: &'a [u8], slab: &'a [u8]) -> &'a [u8] {
         let (from, at, len) = match *self {
-            Piece::Header { at, len } => (slab, at as usize, len as usize),
+            Piece::Slab { at, len } => (slab, at as usize, len as usize),
             Piece::Payload { at, len } => (payload, at as usize, len as usize),
         };
         from.get(at..at + len).unwrap_or_default()
@@ -45,7 +45,7 @@ impl Piece {
 
     fn len(&self) -> usize {
         match *self {
-            Piece::Header { len, .. } | Piece::Payload { len, .. } => len as usize,
+            Piece::Slab { len, .. } | Piece::Payload { len, .. } => len as usize,
         }
     }
 }
@@ -127,12 +127,12 @@ impl TxBatch {
         self.runs.get(..self.used).unwrap_or_default()
     }
 
-    /// The headers that [`Piece::Header`] points into.
+    /// The memory that [`Piece::Slab`] points into.
     pub fn slab(&self) -> &[u8] {
         &self.slab
     }
 
-    /// The slab, to append headers to.
+    /// The slab, to append to.
     #[inline]
     pub fn slab_mut(&mut self) -> &mut Vec<u8> {
         &mut self.slab

@@ -1,5 +1,5 @@
-//! The watch over peers' lives: begins BFD sessions that are wanted, gives running ones the time, and originates their
-//! packets.
+//! The watch over peers' lives and paths: begins BFD sessions that are wanted, gives running ones the time, and originates
+//! their packets and the probes of the path MTU.
 //!
 //! Each worker keeps one. A session is looked after by the worker that receives its packets, since a peer may be held for
 //! dead only by who has received everything that came. Wanted are sessions with peers that packets go to or come from, and
@@ -7,10 +7,11 @@
 
 use std::net::IpAddr;
 
-use super::tables::{PeerIndex, Tables};
-use super::tunnel::Outbox;
-use crate::health::peer::Liveness;
-use crate::wire::bfd::{self, Control};
+use super::tables::{Peer, PeerIndex, Tables};
+use super::tunnel::{Outbox, Tunnel};
+use crate::health::peer::{Liveness, Moment, SURVEYED};
+use crate::wire::bfd::{self, Ends, Message};
+use crate::wire::survey::{self, Entry, Report};
 
 /// How often some peers are looked at, whether their sessions are wanted, in microseconds.
 const LOOK_US: u64 = 50_000;
@@ -91,6 +92,7 @@ impl Vigil {
             self.take_over(&turn, resumes);
         }
         for peer in heard.drain(..) {
+            self.answer(&mut turn, peer);
             let deadline = self.give(&mut turn, peer);
             self.run(peer, deadline);
         }
@@ -166,17 +168,31 @@ impl Vigil {
         }
     }
 
+    /// Answers the probes that came here.
+    fn answer(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) {
+        let tables = turn.tables;
+        if let Some(liveness) = tables.liveness(index) {
+            liveness.answers(|message| self.post(turn, index, message, None));
+        }
+    }
+
     /// Gives a session the time. Returns when it wants it again; `None` where it sleeps, or is another worker's.
     fn give(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) -> Option<u64> {
         let peer = turn.tables.peer(index)?;
         let liveness = peer.spec.liveness.as_deref().filter(|liveness| self.owns(index, liveness))?;
-        let last_seen_us = peer.spec.stats.last_seen().map(|ms| ms * 1000);
-        let (now_us, settled_us) = (turn.now_us, turn.settled_us);
-        liveness.turn(now_us, settled_us, last_seen_us, |control| self.post(turn, index, control))
+        let stats = &peer.spec.stats;
+        let last_seen_us = stats.last_seen().map(|ms| ms * 1000);
+        let moment = Moment { now_us: turn.now_us, settled_us: turn.settled_us, last_seen_us };
+        let sent_bytes = || stats.sum(|flow| flow.tx_bytes.get());
+        let ways = match peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
+            Some(tunnel) => tunnel.keys().len(),
+            None => usize::from(turn.data_socket),
+        };
+        liveness.turn(moment, peer.bounds(), ways, sent_bytes, |message, way| self.post(turn, index, message, way))
     }
 
-    /// Sends a packet the way that packets to the peer go.
-    fn post(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex, control: &Control) {
+    /// Sends a packet the way that packets to the peer go: on this one of several, or on the one that BFD has.
+    fn post(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex, message: &Message, way: Option<u16>) {
         let Some(peer) = turn.tables.peer(index) else { return };
         let (spec, local) = (&peer.spec, turn.tables.local());
         let Some(liveness) = spec.liveness.as_deref() else { return };
@@ -184,20 +200,51 @@ impl Vigil {
         // underlay addresses come first
         let Some(own) = local.addresses.iter().find(same_family).copied() else { return };
         // one and the same source port: the peer's kernel hands all of them to one worker
-        let spread = control.mine as u16;
+        let spread = liveness.discriminator() as u16;
         let source_port = bfd::FIRST_SOURCE_PORT + spread % (u16::MAX - bfd::FIRST_SOURCE_PORT);
+        let filled;
+        let message = match message {
+            Message::Report(report) => {
+                let wake = liveness.wakes_others().then_some(turn.now_us);
+                filled = Message::Report(reported(turn.tables, report, wake));
+                &filled
+            }
+            message => message,
+        };
         self.room.clear();
         if let Some(tunnel) = spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
             let Some(theirs) = spec.underlay.iter().find(same_family).copied() else { return };
-            bfd::write_packet(control, own, theirs, source_port, &mut self.room);
-            tunnel.originate(index, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
+            bfd::write_packet(message, Ends { source: own, destination: theirs, source_port }, &mut self.room);
+            let lane = usize::from(way.unwrap_or(0));
+            tunnel.originate(index, lane, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
         } else {
             let vni = liveness.settings().vni;
-            bfd::write_frame(control, vni, local.mac.0, own, source_port, &mut self.room);
-            let socket = spread % turn.data_socket.max(1);
+            bfd::write_frame(message, vni, local.mac.0, own, source_port, &mut self.room);
+            let socket = way.unwrap_or(spread) % turn.data_socket.max(1);
             turn.outbox.originate(&self.room, spec.endpoint, socket, bfd::TOS);
         }
     }
+}
+
+/// The answer with what this node thinks of its peers. `wake`: all of them are to be watched, from now on for a while.
+#[cold]
+fn reported(tables: &Tables, empty: &Report, wake: Option<u64>) -> Report {
+    let peers = tables.peers();
+    let entry = |peer: &Peer| {
+        let liveness = peer.spec.liveness.as_deref();
+        Entry {
+            mac: peer.spec.mac.0,
+            state: liveness.map_or(0, |liveness| liveness.verdict() as u8),
+            sealed: peer.spec.tunnel.as_deref().is_some_and(Tunnel::seals),
+            mtu: peer.mtu(),
+            round_trip_us: liveness.and_then(Liveness::round_trip_us).unwrap_or(0),
+        }
+    };
+    if let Some(now_us) = wake.filter(|_| peers.len() <= SURVEYED) {
+        peers.iter().filter_map(|peer| peer.spec.liveness.as_deref()).for_each(|liveness| liveness.wake(now_us));
+    }
+    let entries = peers.iter().skip(usize::from(empty.first)).take(survey::ENTRIES).map(entry).collect();
+    Report { total: peers.len().min(SURVEYED) as u16, entries, ..empty.clone() }
 }
 
 #[cfg(test)]

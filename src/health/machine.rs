@@ -1,4 +1,5 @@
-//! One BFD session (RFC 5880 §6): asynchronous mode, without echo and authentication.
+//! One BFD session (RFC 5880 §6): asynchronous mode, without authentication. That echo packets are answered it says; they
+//! are not its own matter.
 //!
 //! Owns the state machine and its timers; every call takes `now` in microseconds, and [`Session::next_deadline`] says when
 //! the next one is due. Does not know what carries packets, whom the session is with, and what a death means.
@@ -9,6 +10,8 @@ use crate::wire::bfd::{Control, Diagnostic, State};
 pub const SLOW_US: u32 = 1_000_000;
 /// How often the round trip is measured by a poll sequence.
 const POLL_US: u64 = 1_000_000;
+/// The shortest interval between echo packets that are answered.
+pub const ECHO_US: u32 = 4_000;
 /// Who dies and comes back as the one that it was, has not died: so many times within [`FLAP_WINDOW_US`], and the local
 /// detection time is doubled for the rest of it.
 const FLAPS: u8 = 3;
@@ -74,6 +77,7 @@ struct Remote {
     discriminator: u32,
     desired_tx_us: u32,
     required_rx_us: u32,
+    required_echo_rx_us: u32,
     multiplier: u8,
     demand: bool,
 }
@@ -83,6 +87,7 @@ const NOT_HEARD: Remote = Remote {
     discriminator: 0,
     desired_tx_us: SLOW_US,
     required_rx_us: 1,
+    required_echo_rx_us: 0,
     multiplier: 3,
     demand: false,
 };
@@ -163,6 +168,19 @@ impl Session {
         self.state
     }
 
+    /// This side's discriminator.
+    pub fn discriminator(&self) -> u32 {
+        self.mine
+    }
+
+    /// The other side's discriminator and the shortest interval between echo packets, in microseconds, while it answers
+    /// any (RFC 5880 §6.8.9).
+    pub fn echoes(&self) -> Option<(u32, u32)> {
+        let Remote { discriminator, required_echo_rx_us, state, .. } = self.remote;
+        let up = self.state == State::Up && state == State::Up;
+        (up && required_echo_rx_us != 0).then_some((discriminator, required_echo_rx_us))
+    }
+
     /// Leaves AdminDown.
     pub fn start(&mut self, now_us: u64) {
         if self.state == State::AdminDown {
@@ -198,6 +216,7 @@ impl Session {
             discriminator: packet.mine,
             desired_tx_us: packet.desired_tx_us,
             required_rx_us: packet.required_rx_us,
+            required_echo_rx_us: packet.required_echo_rx_us,
             multiplier: packet.multiplier,
             demand: packet.demand,
         };
@@ -363,6 +382,7 @@ impl Session {
             yours: self.remote.discriminator,
             desired_tx_us: self.desired_tx_us(),
             required_rx_us: self.timers.interval_us,
+            required_echo_rx_us: ECHO_US,
         }
     }
 }

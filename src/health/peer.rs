@@ -3,11 +3,15 @@
 //! Decides when a session is wanted and what its end means for traffic. The verdict is read without a lock; the session
 //! is locked for as long as one packet or one timer takes. Knows no table and sends nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::machine::{Event, Session, Timers};
-use crate::wire::bfd::{Control, Diagnostic, State};
+use super::meter::{Meter, Way};
+use super::path::{self, Bounds, Circumstances, PathMtu};
+use crate::wire::bfd::{Control, Diagnostic, Message, State};
+use crate::wire::echo::Echo;
+use crate::wire::survey::{self, Entry, Report};
 
 /// How long after the last packet to or from a peer its session is still wanted.
 const WANTED_US: u64 = 60_000_000;
@@ -16,6 +20,13 @@ const WANTED_US: u64 = 60_000_000;
 const UNSETTLED_US: u64 = 500_000;
 /// A dead peer from which packets come for so long, and not a BFD packet among them, does not speak BFD any more.
 const SILENT_US: u64 = 2_000_000;
+/// Probes that wait for an answer between two turns, at most; a turn comes with each batch that is received.
+const ANSWERS: usize = 8;
+
+/// Between two times that a peer may have us find out about all others.
+const WOKEN_US: u64 = 10_000_000;
+/// A report has no more entries, and in a larger mesh nobody is asked to find out about everybody.
+pub const SURVEYED: usize = 256;
 
 /// How liveness is watched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +55,17 @@ pub enum Verdict {
 #[derive(Debug)]
 pub struct Liveness {
     settings: Settings,
+    discriminator: u32,
     verdict: AtomicU8,
+    /// The longest inner packet that the path takes; 0: not measured.
+    path_mtu: AtomicU16,
     /// 0: not measured.
     round_trip_us: AtomicU32,
     neighbour: AtomicBool,
+    /// Somebody wants to know about the peer until then.
+    awake_until_us: AtomicU64,
+    /// The peer wants to know about all others.
+    wakes_others: AtomicBool,
     /// The worker that receives the peer's packets, plus one; 0: none came yet.
     owner: AtomicU32,
     inner: Mutex<Inner>,
@@ -61,6 +79,48 @@ struct Inner {
     traffic: Option<u64>,
     died_us: u64,
     heard_us: u64,
+    path: PathMtu,
+    meter: Meter,
+    next_echo_us: u64,
+    /// Number and size of probes that arrived.
+    answers: Vec<(u64, u16)>,
+    /// What the peer asks about others.
+    asked: Option<survey::Ask>,
+    woken_us: Option<u64>,
+    survey: Option<Survey>,
+}
+
+/// What the peer says of others, as far as it has said it.
+#[derive(Debug)]
+struct Survey {
+    number: u64,
+    wake: bool,
+    /// It is to be asked for the next entries.
+    ask: bool,
+    total: Option<usize>,
+    entries: Vec<Entry>,
+}
+
+/// When a turn is, and what is known by then.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    /// Now.
+    pub now_us: u64,
+    /// Whatever came before that time was received.
+    pub settled_us: Option<u64>,
+    /// When anything valid came from the peer.
+    pub last_seen_us: Option<u64>,
+}
+
+/// What is known of the path to a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathFacts {
+    /// How far the search is.
+    pub state: path::State,
+    /// When the size in use was confirmed last.
+    pub confirmed_us: Option<u64>,
+    /// How often the size in use stopped arriving.
+    pub black_holes: u32,
 }
 
 impl Liveness {
@@ -72,15 +132,31 @@ impl Liveness {
             traffic: None,
             died_us: 0,
             heard_us: 0,
+            path: PathMtu::new(u64::from(discriminator)),
+            meter: Meter::new(u64::from(discriminator)),
+            next_echo_us: 0,
+            answers: Vec::new(),
+            asked: None,
+            woken_us: None,
+            survey: None,
         };
         Liveness {
             settings,
+            discriminator: discriminator.max(1),
             verdict: AtomicU8::new(Verdict::Unknown as u8),
+            path_mtu: AtomicU16::new(0),
             round_trip_us: AtomicU32::new(0),
             neighbour: AtomicBool::new(false),
+            awake_until_us: AtomicU64::new(0),
+            wakes_others: AtomicBool::new(false),
             owner: AtomicU32::new(0),
             inner: Mutex::new(inner),
         }
+    }
+
+    /// This side's number for the session.
+    pub fn discriminator(&self) -> u32 {
+        self.discriminator
     }
 
     /// How it is watched.
@@ -101,6 +177,35 @@ impl Liveness {
     #[inline]
     pub fn is_down(&self) -> bool {
         self.verdict.load(Ordering::Relaxed) == Verdict::Down as u8
+    }
+
+    /// The longest inner packet that the path is known to take; `None` where that was not measured.
+    #[inline]
+    pub fn path_mtu(&self) -> Option<u16> {
+        Some(self.path_mtu.load(Ordering::Relaxed)).filter(|mtu| *mtu != 0)
+    }
+
+    /// As if the path had been measured.
+    #[cfg(test)]
+    pub fn found(&self, mtu: u16) {
+        self.path_mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// What is known of the path.
+    pub fn path(&self) -> PathFacts {
+        let path = &self.lock().path;
+        PathFacts { state: path.state(), confirmed_us: path.confirmed_us(), black_holes: path.black_holes() }
+    }
+
+    /// Round trip and loss: of all ways together, and of each.
+    pub fn measured(&self) -> (Way, Vec<Way>) {
+        let meter = &self.lock().meter;
+        (meter.all(), meter.ways().to_vec())
+    }
+
+    /// Somebody on the path says that inner packets over `size` bytes do not fit.
+    pub fn hint(&self, now_us: u64, size: u16) {
+        self.lock().path.hint(now_us, size);
     }
 
     /// The smoothed round trip, in microseconds; of an answering peer alone.
@@ -153,6 +258,78 @@ impl Liveness {
         }
     }
 
+    /// Takes an echo packet of the peer's, whichever worker received it: they take all the ways there are. Its IP packet had
+    /// `size` bytes.
+    pub fn heard_echo(&self, now_us: u64, echo: &Echo, size: u16) {
+        let mut inner = self.lock();
+        // RFC 5880 §6.8.9: only while the session is up; and this one, not another run's
+        if inner.session.state() != State::Up || echo.yours != inner.session.discriminator() {
+            return;
+        }
+        if echo.answer {
+            if !inner.meter.answered(now_us, echo.number) {
+                inner.path.answered(now_us, echo.number, echo.size);
+                self.publish(&inner);
+            }
+        } else if inner.answers.len() < ANSWERS {
+            inner.answers.push((echo.number, size));
+        }
+    }
+
+    /// Has the peer watched for a while, whether or not there is traffic.
+    pub fn wake(&self, now_us: u64) {
+        self.awake_until_us.fetch_max(now_us + WANTED_US, Ordering::Relaxed);
+    }
+
+    /// Whether the peer has just asked for all others to be watched.
+    pub fn wakes_others(&self) -> bool {
+        self.wakes_others.swap(false, Ordering::Relaxed)
+    }
+
+    /// Asks the peer what it thinks of others; again, where that is under way and no answer came. With `wake` it finds out
+    /// about all of them.
+    pub fn survey(&self, number: u64, wake: bool) {
+        let mut inner = self.lock();
+        match &mut inner.survey {
+            Some(survey) if survey.number == number => survey.ask = true,
+            other => *other = Some(Survey { number, wake, ask: true, total: None, entries: Vec::new() }),
+        }
+    }
+
+    /// The answer, once it is whole.
+    pub fn surveyed(&self, number: u64) -> Option<Vec<Entry>> {
+        let inner = self.lock();
+        let survey = inner.survey.as_ref().filter(|survey| survey.number == number)?;
+        (survey.total == Some(survey.entries.len())).then(|| survey.entries.clone())
+    }
+
+    /// Takes a question about others, or a part of an answer.
+    pub fn heard_survey(&self, worker: usize, message: &Message) {
+        self.own(worker);
+        let mut inner = self.lock();
+        let (state, mine) = (inner.session.state(), inner.session.discriminator());
+        match message {
+            Message::Ask(ask) if state == State::Up && ask.yours == mine => inner.asked = Some(*ask),
+            Message::Report(report) if state == State::Up && report.yours == mine => {
+                let Some(survey) = inner.survey.as_mut().filter(|survey| survey.number == report.number) else {
+                    return;
+                };
+                let total = usize::from(report.total).min(SURVEYED);
+                if usize::from(report.first) == survey.entries.len() {
+                    let room = total.saturating_sub(survey.entries.len());
+                    survey.entries.extend(report.entries.iter().take(room));
+                    survey.total = Some(total);
+                    survey.ask = survey.entries.len() < total && !report.entries.is_empty();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn publish(&self, inner: &Inner) {
+        self.path_mtu.store(inner.path.limit().unwrap_or(0), Ordering::Relaxed);
+    }
+
     /// Whether a packet makes an idle session begin: the other side wants one, or has one with a former run of ours.
     fn wakes(&self, inner: &mut Inner, now_us: u64, packet: &Control) -> bool {
         // in AdminDown it only learns whom to answer
@@ -193,22 +370,39 @@ impl Liveness {
         if begins {
             inner.session.start(now_us);
         }
+        if inner.session.state() == State::AdminDown {
+            inner.path.rest(now_us);
+            self.publish(&inner);
+        }
         begins
     }
 
     fn is_wanted(&self, inner: &Inner, now_us: u64) -> bool {
-        self.neighbour.load(Ordering::Relaxed) || now_us < inner.wanted_until_us
+        let awake = || now_us < self.awake_until_us.load(Ordering::Relaxed);
+        self.neighbour.load(Ordering::Relaxed) || now_us < inner.wanted_until_us || awake()
     }
 
-    /// Lets time pass, and gives what is to be sent to `send`. `settled_us`: whatever came before that time
-    /// was received. `last_seen_us`: when anything valid came from the peer. Returns when to come again; `None` while the session is idle.
+    /// The answers to probes that arrived, on whichever way: they wait for no turn.
+    pub fn answers(&self, mut send: impl FnMut(&Message)) {
+        let mut inner = self.lock();
+        let Some((yours, _)) = inner.session.echoes() else { return inner.answers.clear() };
+        for (number, size) in inner.answers.drain(..) {
+            send(&Message::Echo(Echo { answer: true, yours, number, size }, 0));
+        }
+    }
+
+    /// Lets time pass, and gives what is to be sent to `send`, with the way where that matters. `bounds`: how long packets to
+    /// the peer could be, `ways` how many ways they take, and `sent_bytes` counts those that were sent. Returns when to come
+    /// again; `None` while the session is idle.
     pub fn turn(
         &self,
-        now_us: u64,
-        settled_us: Option<u64>,
-        last_seen_us: Option<u64>,
-        mut send: impl FnMut(&Control),
+        moment: Moment,
+        bounds: Bounds,
+        ways: usize,
+        sent_bytes: impl FnOnce() -> u64,
+        mut send: impl FnMut(&Message, Option<u16>),
     ) -> Option<u64> {
+        let Moment { now_us, settled_us, last_seen_us } = moment;
         let mut inner = self.lock();
         if let Some(seen) = last_seen_us {
             inner.session.sign_of_life(seen);
@@ -227,9 +421,56 @@ impl Liveness {
             self.set(Verdict::Unknown);
         }
         while let Some(packet) = inner.session.send(now_us) {
-            send(&packet);
+            send(&Message::Control(packet), None);
         }
-        (inner.session.state() != State::AdminDown).then(|| inner.session.next_deadline())
+        let probes_us = self.probe(&mut inner, now_us, bounds, ways, sent_bytes, send);
+        let running = inner.session.state() != State::AdminDown;
+        running.then(|| inner.session.next_deadline().min(probes_us))
+    }
+
+    /// Sends the probe that is due, and what there is to be said of others. Returns when the next one is due.
+    fn probe(
+        &self,
+        inner: &mut Inner,
+        now_us: u64,
+        bounds: Bounds,
+        ways: usize,
+        sent_bytes: impl FnOnce() -> u64,
+        mut send: impl FnMut(&Message, Option<u16>),
+    ) -> u64 {
+        let echoes = inner.session.echoes();
+        let (yours, interval_us) = echoes.unwrap_or((0, 0));
+        if let Some(ask) = inner.asked.take().filter(|_| yours != 0) {
+            if ask.wake && inner.woken_us.is_none_or(|us| now_us >= us + WOKEN_US) {
+                inner.woken_us = Some(now_us);
+                self.wakes_others.store(true, Ordering::Relaxed);
+            }
+            // who sends it knows the others, and fills it in
+            let survey::Ask { number, first, .. } = ask;
+            send(&Message::Report(Report { yours, number, first, total: 0, entries: Vec::new() }), None);
+        }
+        if let Some(survey) = inner.survey.as_mut().filter(|survey| survey.ask && yours != 0) {
+            survey.ask = false;
+            let (number, first, wake) = (survey.number, survey.entries.len() as u16, survey.wake);
+            send(&Message::Ask(survey::Ask { yours, number, first, wake }), None);
+        }
+        let (able, round_trip_us) = (echoes.is_some(), self.round_trip_us.load(Ordering::Relaxed));
+        if !able || now_us >= inner.next_echo_us {
+            let now = Circumstances { bounds, able, round_trip_us, heard_us: inner.heard_us };
+            if let Some(ask) = inner.path.turn(now_us, now, sent_bytes) {
+                inner.next_echo_us = now_us + u64::from(interval_us);
+                send(&Message::Echo(Echo { answer: false, yours, number: ask.number, size: 0 }, ask.size), None);
+            }
+            self.publish(inner);
+        }
+        if !able {
+            inner.meter.rest();
+            return u64::MAX;
+        }
+        if let Some((number, way)) = inner.meter.turn(now_us, ways) {
+            send(&Message::Echo(Echo { answer: false, yours, number, size: 0 }, 0), Some(way));
+        }
+        inner.path.next_deadline().max(inner.next_echo_us).min(inner.meter.next_deadline())
     }
 
     fn set(&self, verdict: Verdict) {
@@ -260,6 +501,8 @@ mod tests {
     const SETTINGS: Settings =
         Settings { enabled: true, timers: Timers { interval_us: 150_000, multiplier: 6 }, vni: 4095 };
 
+    const BOUNDS: Bounds = Bounds { min: 526, base: 1230, max: 1450, overhead: 50 };
+
     /// Lets two sides talk from `from` to `to`, in milliseconds, a step a millisecond. A side of which `None` is given is
     /// dead.
     fn talk(sides: [Option<&Liveness>; 2], from: u64, to: u64, seen: Option<u64>) -> usize {
@@ -268,12 +511,18 @@ mod tests {
             let mut under_way = Vec::new();
             for (number, side) in sides.iter().enumerate() {
                 let Some(side) = side else { continue };
-                side.turn(now, Some(now), seen, |packet| under_way.push((1 - number, *packet)));
+                let moment = Moment { now_us: now, settled_us: Some(now), last_seen_us: seen };
+                side.turn(moment, BOUNDS, 1, || 0, |message, _| under_way.push((1 - number, message.clone())));
+                side.answers(|message| under_way.push((1 - number, message.clone())));
             }
-            sent += under_way.len();
-            for (to, packet) in under_way {
-                if let Some(side) = sides[to] {
-                    side.heard(0, now, &packet);
+            for (to, message) in under_way {
+                match (message, sides[to]) {
+                    (Message::Control(packet), side) => {
+                        sent += 1;
+                        side.inspect(|side| side.heard(0, now, &packet));
+                    }
+                    (Message::Echo(echo, size), Some(side)) => side.heard_echo(now, &echo, size),
+                    _ => {}
                 }
             }
         }
@@ -375,9 +624,10 @@ mod tests {
         a.set_neighbour(true);
         a.look(0, 0);
         talk([Some(&a), Some(&b)], 0, 3_000, None);
-        a.turn(4_200 * MS, None, None, |_| {});
+        let at = |ms: u64| Moment { now_us: ms * MS, settled_us: None, last_seen_us: None };
+        a.turn(at(4_200), BOUNDS, 1, || 0, |_, _| {});
         assert_eq!(a.verdict(), Verdict::Up);
-        a.turn(5_000 * MS, None, None, |_| {});
+        a.turn(at(5_000), BOUNDS, 1, || 0, |_, _| {});
         assert!(a.is_down(), "but not for ever");
     }
 }

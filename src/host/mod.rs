@@ -21,6 +21,9 @@ mod watch;
 use std::io;
 
 use ipnet::IpNet;
+use rtnetlink::LinkUnspec;
+
+use self::netlink::Request;
 
 pub use clash::{Clash, ClashKind, Preflight, Refused};
 pub use cleanup::CleanupReport;
@@ -37,6 +40,9 @@ pub const ROUTE_PROTOCOL: u8 = 72;
 /// The alias that marks a device as meshd's (`ip link show`).
 pub const OWNER_ALIAS: &str = "meshd";
 
+/// The loopback device's index, in every namespace.
+const LOOPBACK: u32 = 1;
+
 /// The machine that meshd runs on, as far as it is reached through netlink.
 ///
 /// Lives in the network namespace of the thread that opened it, and on the tokio runtime it was opened in, which needs
@@ -50,6 +56,13 @@ impl Host {
     /// Opens a connection to the kernel. Needs no privilege; most changes then need CAP_NET_ADMIN.
     pub fn open() -> Result<Self, HostError> {
         Ok(Host { netlink: netlink::Netlink::open()? })
+    }
+
+    /// Switches the loopback device on, as a namespace that was just made needs it.
+    pub async fn loopback_up(&self) -> Result<(), HostError> {
+        let message = LinkUnspec::new_with_index(LOOPBACK).up().build();
+        let done = self.netlink.change(Request::SetLink(message), || "switch on the loopback device".to_owned()).await;
+        done.map(drop)
     }
 
     /// Packets that the kernel dropped before meshd read them from the device, because its queue was full; since the

@@ -4,6 +4,7 @@
 //! the same engine over tokio and tokio-tun, for where offloads are refused. What a packet means is `engine`'s.
 
 pub mod plain;
+pub mod tap;
 pub mod tun;
 pub mod udp;
 pub mod worker;

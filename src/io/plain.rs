@@ -15,9 +15,10 @@ use tokio::net::{UdpSocket, UnixStream};
 use tokio::time::sleep;
 use tokio_tun::Tun;
 
+use super::tap::{Side, Tally, Tap};
 use super::tun::{TunError, explain};
 use super::udp::UdpPort;
-use super::worker::{Clockwork, WorkerError, send, take_in, until_turn, watch};
+use super::worker::{Clockwork, Look, WorkerError, send, take_in, until_turn, watch};
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::Inbound;
 use crate::engine::outbound::{HEADROOM, Outbound};
@@ -49,6 +50,8 @@ pub struct Plain {
     pub tables: Arc<ArcSwap<Tables>>,
     /// Its counters.
     pub stats: Stats,
+    /// Who looks at packets.
+    pub tap: Arc<Tap>,
     /// When meshd started.
     pub started: Instant,
     /// Closed from the other side to end the worker.
@@ -80,7 +83,7 @@ impl Plain {
     }
 
     async fn work(self, tun: Tun) -> Result<(), WorkerError> {
-        let Plain { mut ports, senders, tables, stats, started, stop, .. } = self;
+        let Plain { mut ports, senders, tables, stats, tap, started, stop, .. } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), 0, senders);
         let mut inbound = Inbound::new(stats.clone(), 0, Self::ACCEPTS).with_data_socket(outbound.data_socket());
@@ -110,6 +113,7 @@ impl Plain {
             let now_ms = now_us / 1000;
             let tables = tables.load();
             ticks = tables.has_tunnels();
+            let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
             match event {
                 Event::Read(read) => {
                     let mut first = Some(read);
@@ -126,22 +130,24 @@ impl Plain {
                         };
                         stats.flow.tun_reads.add(1);
                         frame.get_mut(AT..FRONT).unwrap_or_default().fill(0);
+                        let tally = tap.map(|look| (look, Tally::new(stats)));
                         outbound.push(tables, now_ms, &mut frame, AT, len + vnet_hdr::HEADER_LEN);
-                        for port in &mut ports {
-                            port.send(&outbound, tables, &frame, stats);
+                        if let Some((look, mut tally)) = tally {
+                            let packet = frame.get(FRONT..FRONT + len).unwrap_or_default();
+                            look.tap.packet(now_us, Side::Inner, true, tally.news(), packet);
                         }
                         for error in outbound.errors() {
                             let packet = error.get(vnet_hdr::HEADER_LEN..).unwrap_or_default();
                             outbound.error_written(error, tun.try_send(packet).is_ok());
                         }
-                        outbound.clear();
+                        send(&mut ports, &mut outbound, tables, &frame, stats, tap);
                     }
                 }
                 Event::Port(index) => {
                     let (Some(port), Some(ready)) = (ports.get_mut(index), ready.get(index)) else { continue };
                     // what would block is reported as such, so that tokio waits for the kernel again
                     let taken = ready.try_io(Interest::READABLE, || {
-                        let more = take_in(port, &mut inbound, tables, started, now_ms, stats);
+                        let more = take_in(port, &mut inbound, tables, started, now_ms, stats, tap);
                         if more { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
                     });
                     if taken.is_err() {
@@ -155,7 +161,7 @@ impl Plain {
             if settled {
                 // before somebody is held for dead, everything that came until now is received
                 for port in &mut ports {
-                    settled &= !take_in(port, &mut inbound, tables, started, now_ms, stats);
+                    settled &= !take_in(port, &mut inbound, tables, started, now_ms, stats, tap);
                     write(port, &mut inbound, &tun, &mut packet, stats);
                 }
             }
@@ -163,7 +169,7 @@ impl Plain {
             late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
             if !inbound.outbox().is_empty() {
                 outbound.post(inbound.outbox());
-                send(&mut ports, &mut outbound, tables, &[], stats);
+                send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
         }
     }

@@ -62,10 +62,12 @@ pub struct UdpPort {
     outcomes: Vec<(u16, Option<Drop>)>,
     mean_len: usize,
     v6: bool,
+    address: SocketAddr,
 }
 
 struct Sender {
     socket: Socket,
+    port: u16,
     gso: bool,
     /// Its buffer was full, and waiting did not help: no more of that until it was seen to have room.
     full: bool,
@@ -101,13 +103,13 @@ impl UdpPort {
             if !gso {
                 offloads.no_gso.store(true, Ordering::Relaxed);
             }
-            pool.push(Sender { socket, gso, full: false });
+            pool.push(Sender { socket, port: *port, gso, full: false });
         }
         // behind the pool the receiver itself, whose source port is the data port: what WireGuard peers expect
         let socket = receiver.try_clone().map_err(fail("send"))?;
         udp::set(socket.as_fd(), Opt::SendBuffer(SEND_BUFFER)).ok();
         let gso = udp::knows_segment(socket.as_fd());
-        pool.push(Sender { socket, gso, full: false });
+        pool.push(Sender { socket, port: address.port(), gso, full: false });
         Ok(UdpPort {
             receiver,
             senders: pool,
@@ -119,6 +121,7 @@ impl UdpPort {
             outcomes: Vec::new(),
             mean_len: 2048,
             v6: address.is_ipv6(),
+            address,
         })
     }
 
@@ -126,6 +129,17 @@ impl UdpPort {
     /// open.
     pub fn steer(&self, workers: usize) -> io::Result<()> {
         udp::steer(self.receiver.as_fd(), workers as u32)
+    }
+
+    /// Where it receives.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where sending socket `number` sends from.
+    pub fn source(&self, number: u16) -> SocketAddr {
+        let port = self.senders.get(usize::from(number)).map_or(0, |sender| sender.port);
+        SocketAddr::new(self.address.ip(), port)
     }
 
     /// To wait for something received.
@@ -185,7 +199,7 @@ impl UdpPort {
     fn send_through(&mut self, number: usize, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
         let v6 = self.is_v6();
         let UdpPort { senders, offloads, batch: scratch, single, owners, outcomes, .. } = self;
-        let Some(Sender { socket, gso, full }) = senders.get_mut(number) else { return };
+        let Some(Sender { socket, gso, full, .. }) = senders.get_mut(number) else { return };
         let socket = socket.as_fd();
         let mut sending = scratch.start();
         owners.clear();

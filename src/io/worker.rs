@@ -10,17 +10,21 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 
+use super::tap::{Side, Tally, Tap};
 use super::tun::TunQueue;
 use super::udp::UdpPort;
 use crate::engine::coalesce::Accepts;
+use crate::engine::drop::Drop;
 use crate::engine::inbound::{Inbound, Received};
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{Stats, WorkerStats};
-use crate::engine::tables::{PeerIndex, Tables};
+use crate::engine::tables::{ENCAPSULATION, PeerIndex, Tables};
 use crate::engine::tunnel::Outbox;
 use crate::engine::vigil::Vigil;
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::Meta;
+use crate::wire::ip::Packet;
+use crate::wire::vnet_hdr;
 
 /// Room for one frame: the offload header and the longest IP packet.
 const FRAME: usize = 10 + 65_535;
@@ -57,6 +61,8 @@ pub struct Worker {
     pub tables: Arc<ArcSwap<Tables>>,
     /// Its counters among all workers'.
     pub stats: Stats,
+    /// Who looks at packets.
+    pub tap: Arc<Tap>,
     /// When meshd started.
     pub started: Instant,
     /// Closed from the other side to end the worker.
@@ -77,7 +83,7 @@ pub enum WorkerError {
 impl Worker {
     /// Works until the other side of `stop` is closed.
     pub fn run(self) -> Result<(), WorkerError> {
-        let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, started, stop } = self;
+        let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), index, senders);
         let mut inbound = Inbound::new(stats.clone(), index, accepts).with_data_socket(outbound.data_socket());
@@ -92,14 +98,16 @@ impl Worker {
             let now_us = started.elapsed().as_micros() as u64;
             let now_ms = now_us / 1000;
             let tables = tables.load();
+            let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
             if tun_ready {
-                tun_ready = read_and_send(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats)?;
+                let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
+                tun_ready = read(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
             }
             // before somebody is held for dead, everything that came until now is received, whatever poll() said before
             let look = vigil.is_due(now_us);
             for (port, ready) in ports.iter_mut().zip(&mut ports_ready) {
                 if *ready || look {
-                    *ready = receive_and_write(port, &mut tun, &mut inbound, tables, started, now_ms, stats);
+                    *ready = receive_and_write(port, &mut tun, &mut inbound, tables, started, now_ms, stats, tap);
                 }
             }
             let settled = look && !ports_ready.contains(&true);
@@ -107,7 +115,7 @@ impl Worker {
             let late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
             if !inbound.outbox().is_empty() {
                 outbound.post(inbound.outbox());
-                send(&mut ports, &mut outbound, tables, &[], stats);
+                send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
             let busy = tun_ready || ports_ready.contains(&true);
             rounds = rounds.wrapping_add(1);
@@ -130,8 +138,16 @@ impl Worker {
     }
 }
 
+/// Somebody looks at packets, and this is the time.
+#[derive(Clone, Copy)]
+pub(super) struct Look<'t> {
+    pub(super) tap: &'t Tap,
+    pub(super) now_us: u64,
+}
+
 /// A batch TUN → UDP. Returns whether there may be more.
-fn read_and_send(
+#[allow(clippy::too_many_arguments)]
+fn read_and_send<const TAPPED: bool>(
     tun: &mut TunQueue,
     ports: &mut [UdpPort],
     outbound: &mut Outbound,
@@ -139,7 +155,9 @@ fn read_and_send(
     now_ms: u64,
     frames: &mut [u8],
     stats: &WorkerStats,
+    tap: Option<Look<'_>>,
 ) -> Result<bool, WorkerError> {
+    let mut tally = TAPPED.then(|| Tally::new(stats));
     let (mut at, mut packets, mut more) = (ALIGN, 0, true);
     while packets < READ_PACKETS && at < READ_BYTES {
         let Some(room) = frames.get_mut(at..at + FRAME) else { break };
@@ -155,6 +173,10 @@ fn read_and_send(
             }
         };
         outbound.push(tables, now_ms, frames, at, len);
+        if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
+            let packet = frames.get(at + vnet_hdr::HEADER_LEN..at + len).unwrap_or_default();
+            tap.tap.packet(tap.now_us, Side::Inner, true, tally.news(), packet);
+        }
         packets += 1;
         // the next frame's headroom must not reach into this one
         at = (at + len + HEADROOM).next_multiple_of(ALIGN);
@@ -166,8 +188,12 @@ fn read_and_send(
     for frame in outbound.errors() {
         let written = tun.write(frame).is_ok();
         outbound.error_written(frame, written);
+        if let Some(tap) = tap {
+            let packet = frame.get(vnet_hdr::HEADER_LEN..).unwrap_or_default();
+            tap.tap.packet(tap.now_us, Side::Inner, false, None, packet);
+        }
     }
-    send(ports, outbound, tables, frames, stats);
+    send(ports, outbound, tables, frames, stats, tap);
     Ok(more)
 }
 
@@ -178,11 +204,30 @@ pub(super) fn send(
     tables: &Tables,
     frames: &[u8],
     stats: &WorkerStats,
+    tap: Option<Look<'_>>,
 ) {
-    for port in ports {
+    let tally = tap.map(|tap| (tap, Tally::new(stats)));
+    for port in &mut *ports {
         port.send(outbound, tables, frames, stats);
     }
+    if let Some((tap, mut tally)) = tally {
+        // which of the batch were refused the kernel does not say for each
+        show_sent(tap, ports, outbound, frames, tally.news());
+    }
     outbound.clear();
+}
+
+#[cold]
+fn show_sent(look: Look<'_>, ports: &[UdpPort], outbound: &Outbound, frames: &[u8], dropped: Option<Drop>) {
+    let batch = outbound.batch();
+    for run in batch.runs() {
+        let port = ports.iter().find(|port| port.address().is_ipv4() == run.endpoint.is_ipv4());
+        let Some(from) = port.map(|port| port.source(run.key.socket)) else { continue };
+        for datagram in run.datagrams() {
+            let bytes: Vec<u8> = datagram.iter().flat_map(|piece| piece.of(frames, batch.slab())).copied().collect();
+            look.tap.datagram(look.now_us, true, dropped, (from, run.endpoint), run.tos, &bytes);
+        }
+    }
 }
 
 /// Gives BFD sessions their turn: those whose packets came, and all when they are due. `received_us`: when receiving began.
@@ -262,6 +307,7 @@ impl Clockwork {
 }
 
 /// A batch UDP → TUN. Returns whether there may be more.
+#[allow(clippy::too_many_arguments)]
 fn receive_and_write(
     port: &mut UdpPort,
     tun: &mut TunQueue,
@@ -270,8 +316,9 @@ fn receive_and_write(
     started: Instant,
     now_ms: u64,
     stats: &WorkerStats,
+    tap: Option<Look<'_>>,
 ) -> bool {
-    let more = take_in(port, inbound, tables, started, now_ms, stats);
+    let more = take_in(port, inbound, tables, started, now_ms, stats, tap);
     for unit in inbound.units() {
         let written = tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
         inbound.written(unit, written);
@@ -289,6 +336,7 @@ pub(super) fn take_in(
     started: Instant,
     now_ms: u64,
     stats: &WorkerStats,
+    tap: Option<Look<'_>>,
 ) -> bool {
     let buffers = match port.receive() {
         Ok(buffers) => buffers,
@@ -298,15 +346,59 @@ pub(super) fn take_in(
     inbound.received_at(started.elapsed().as_micros() as u64);
     stats.flow.udp_recv_calls.add(1);
     stats.flow.udp_recv_buffers.add(buffers as u64);
+    if let Some(tap) = tap {
+        push_tapped(port, inbound, tables, now_ms, stats, buffers, tap);
+        return buffers > 0;
+    }
     for index in 0..buffers {
-        let Some(meta) = port.meta(index) else { continue };
-        let Some(source) = meta.source else { continue };
-        let Meta { at, len, segment_len, tos, truncated, .. } = meta;
-        let received = Received { at, len, segment_len, source, tos, truncated };
+        let Some(received) = port.meta(index).and_then(received) else { continue };
         inbound.push(tables, now_ms, port.arena_mut(), received);
     }
     inbound.finish(port.arena_mut());
     buffers > 0
+}
+
+#[inline]
+fn received(meta: Meta) -> Option<Received> {
+    let Meta { at, len, segment_len, tos, truncated, source } = meta;
+    Some(Received { at, len, segment_len, source: source?, tos, truncated })
+}
+
+/// The same while somebody looks: a datagram at a time, so that it is known what became of each.
+#[cold]
+fn push_tapped(
+    port: &mut UdpPort,
+    inbound: &mut Inbound,
+    tables: &Tables,
+    now_ms: u64,
+    stats: &WorkerStats,
+    buffers: usize,
+    Look { tap, now_us }: Look<'_>,
+) {
+    let (mut tally, to) = (Tally::new(stats), port.address());
+    for index in 0..buffers {
+        let Some(whole) = port.meta(index).and_then(received) else { continue };
+        let buffer = port.arena().get(whole.at..whole.at + whole.len).unwrap_or_default();
+        let step = whole.segment_len.map_or(whole.len, usize::from).clamp(1, whole.len.max(1));
+        // a kernel VXLAN device may hand over one frame that was never cut
+        let inner = buffer.get(ENCAPSULATION..).and_then(|inner| Packet::parse(inner).ok());
+        let one = inner.is_some_and(|inner| usize::from(inner.total_len) + ENCAPSULATION == whole.len);
+        let step = if one { whole.len } else { step };
+        for at in (0..whole.len).step_by(step.max(1)) {
+            let len = step.min(whole.len - at);
+            let part = Received { at: whole.at + at, len, segment_len: whole.segment_len.filter(|_| one), ..whole };
+            // it is decrypted where it lies
+            let bytes = port.arena().get(part.at..part.at + len).unwrap_or_default().to_vec();
+            inbound.push(tables, now_ms, port.arena_mut(), part);
+            tap.datagram(now_us, false, tally.news(), (whole.source, to), whole.tos, &bytes);
+        }
+    }
+    inbound.finish(port.arena_mut());
+    for unit in inbound.units() {
+        let pieces = unit.pieces().iter().flat_map(|piece| piece.of(port.arena(), inbound.slab()));
+        let frame: Vec<u8> = pieces.copied().skip(vnet_hdr::HEADER_LEN).collect();
+        tap.packet(now_us, Side::Inner, false, None, &frame);
+    }
 }
 
 /// Waits until there is something to do, at most so long. Returns whether the worker is to stop.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
-use super::SecretKey;
+use super::{PresharedKey, SecretKey};
 use crate::config::load::{ReadError, read_regular};
 
 /// A key that cannot be had.
@@ -72,6 +72,36 @@ pub fn load_or_make(path: &Path) -> Result<(SecretKey, bool), KeyFileError> {
     }
 }
 
+/// A preshared key that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PresharedFileError {
+    /// It cannot be read.
+    #[error("cannot read the preshared key")]
+    Read(#[source] ReadError),
+    /// Others may read it.
+    #[error("{}: others may read the preshared key (mode {mode:o}); `chmod 600` it, and make a new key if somebody did", path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// It holds something else.
+    #[error("{}: this is no preshared key: 44 characters of base64, as `wg genpsk` prints them, are expected", .0.display())]
+    NoKey(PathBuf),
+}
+
+/// Reads the preshared key in `path`.
+pub fn load_preshared(path: &Path) -> Result<PresharedKey, PresharedFileError> {
+    let (content, metadata) = read_regular(path, MAX_BYTES).map_err(PresharedFileError::Read)?;
+    let content = Zeroizing::new(content);
+    if metadata.mode() & 0o077 != 0 {
+        return Err(PresharedFileError::Exposed { path: path.to_owned(), mode: metadata.mode() & 0o777 });
+    }
+    let text = std::str::from_utf8(&content).ok().and_then(|text| text.trim().parse().ok());
+    text.ok_or_else(|| PresharedFileError::NoKey(path.to_owned()))
+}
+
 /// A key is 44 bytes; whoever edited the file may have left some lines behind.
 const MAX_BYTES: u64 = 4096;
 
@@ -111,6 +141,22 @@ mod tests {
         let (again, new) = load_or_make(&path).unwrap();
         assert!(!new && again.public() == made.public());
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[test]
+    fn a_preshared_key_is_its_readers_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("psk");
+        assert!(matches!(load_preshared(&path), Err(PresharedFileError::Read(_))));
+        fs::write(&path, "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(load_preshared(&path), Err(PresharedFileError::Exposed { mode: 0o644, .. })));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        let key = load_preshared(&path).unwrap();
+        assert!(!format!("{key:?}").contains("hSDw"));
+        fs::write(&path, "hSDw").unwrap();
+        let error = load_preshared(&path).unwrap_err();
+        assert!(error.to_string().contains("wg genpsk") && !error.to_string().contains("hSDw"), "{error}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -64,9 +65,12 @@ pub struct Settings {
     /// `control-only`, server only.
     #[serde(default)]
     pub control_only: bool,
-    /// `purge-after` in seconds, server only; `None`: off.
+    /// `purge-after`, server only.
     #[serde(default)]
-    pub purge_after: Option<u64>,
+    pub purge_after: PurgeAfter,
+    /// `lb-server-port`: the local port that leads to the servers; `None`: off.
+    #[serde(default)]
+    pub lb_server_port: Option<u16>,
     /// `log`: a tracing filter.
     #[serde(default = "info")]
     pub log: String,
@@ -92,7 +96,8 @@ impl Settings {
             node_labels: BTreeMap::new(),
             node_taints: Vec::new(),
             control_only: false,
-            purge_after: None,
+            purge_after: PurgeAfter::default(),
+            lb_server_port: None,
             log: info(),
             log_format: LogFormat::default(),
         }
@@ -113,6 +118,30 @@ pub struct Datastore {
     pub certificate: Option<String>,
     /// What `datastore-keyfile` holds: its key in PEM.
     pub key: Option<Secret>,
+}
+
+/// When a node that is away is forgotten.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PurgeAfter {
+    /// Never with one server, after an hour with several.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// After so many seconds.
+    Seconds(u64),
+}
+
+impl PurgeAfter {
+    /// How long that is in a cluster of so many servers; `None`: never.
+    pub fn limit(self, servers: usize) -> Option<Duration> {
+        match self {
+            PurgeAfter::Auto if servers > 1 => Some(Duration::from_secs(3600)),
+            PurgeAfter::Auto | PurgeAfter::Off => None,
+            PurgeAfter::Seconds(seconds) => Some(Duration::from_secs(seconds)),
+        }
+    }
 }
 
 /// How large a node's subnets are, as prefix lengths.

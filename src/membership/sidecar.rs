@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 
 use super::address::{BadServerAddress, ServerAddress};
 use super::agent::keep::KeepError;
-use super::agent::{Agent, AgentError, Command, Heard, View, local};
+use super::agent::{Agent, AgentError, Command, Heard, View, forward, local};
 use super::clock::Now;
 use super::etcd::{Managed, ManagedError};
 use super::files::{self, FileError};
@@ -127,6 +127,13 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
     let reached = watch::Sender::new(Vec::new());
     let mut tasks: JoinSet<Result<(), SidecarError>> = JoinSet::new();
     tasks.spawn(tell_status(view.clone(), out.clone()));
+    if let Some(port) = settings.lb_server_port {
+        let status = view.status.subscribe();
+        tasks.spawn(async move {
+            forward::run(port, status).await;
+            Ok(())
+        });
+    }
     let desk = Desk { role: settings.role, view: view.clone(), registry, commands };
     let mut line = Vec::new();
     loop {
@@ -303,7 +310,7 @@ async fn serve(
         cidrs: if adopts { vec![] } else { settings.cluster_cidr.clone() },
         masks: settings.node_cidr_mask_size,
         secret: secret.clone(),
-        purge_after: settings.purge_after.map(Duration::from_secs),
+        purge_after: settings.purge_after,
         shared,
         candidate: Some(known.candidate(&settings.data_dir)?),
         ca: joins.as_ref().map(|token| token.ca_hash),

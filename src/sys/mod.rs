@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod clock;
+pub mod icmp;
 pub mod poll;
 pub mod terminal;
 pub mod tun;

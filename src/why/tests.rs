@@ -3,6 +3,7 @@ use super::*;
 use crate::admin::protocol::SessionView;
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::Stats;
+use crate::engine::tables::ENCAPSULATION;
 use crate::engine::testing::{connect, encrypted_mesh, mesh, mesh_with_mtu};
 use crate::engine::tunnel::Policy;
 use crate::wire::vnet_hdr;
@@ -20,6 +21,7 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             subnets: peer.spec.subnets.clone(),
             mac: peer.spec.mac.to_string(),
             public_key: None,
+            preshared: false,
             encryption: if tunnel.is_some() { Encryption::Wireguard } else { Encryption::None },
             session: tunnel.map(|facts| SessionView {
                 lanes: facts.lanes,
@@ -31,6 +33,9 @@ fn peers(tables: &Tables) -> Vec<PeerView> {
             last_seen_ms: None,
             rtt_us: None,
             path_mtu: 1450,
+            path: None,
+            loss_permille: None,
+            ways: Vec::new(),
             tx_packets: 0,
             tx_bytes: 0,
             rx_packets: 0,

@@ -10,7 +10,8 @@
 //! |                 Required Min Echo RX Interval                 |
 //! ```
 //!
-//! Without authentication: inside a tunnel the tunnel authenticates, and clear VXLAN has none anyway.
+//! Without authentication: inside a tunnel the tunnel authenticates, and clear VXLAN has none anyway. Probes of the path
+//! (`wire::echo`) travel the same way, to BFD's echo port.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -18,14 +19,17 @@ use zerocopy::byteorder::network_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::checksum::Sum;
+use super::echo::Echo;
 use super::ip::{self, Packet, protocol};
 use super::transport::{UDP_CHECKSUM, UDP_LEN, Udp};
-use super::{ethernet, vxlan};
+use super::{ethernet, survey, vxlan};
 
 /// Bytes of a control packet without authentication.
 pub const LEN: usize = 24;
 /// The UDP destination port of control packets (RFC 5881 §4).
 pub const PORT: u16 = 3784;
+/// The UDP destination port of echo packets, whose contents are the sender's matter (RFC 5881 §4).
+pub const ECHO_PORT: u16 = 3785;
 /// The UDP source ports start here (RFC 5881 §4).
 pub const FIRST_SOURCE_PORT: u16 = 49152;
 /// TTL and hop limit: what has another one came from further away (RFC 5881 §5, RFC 8971 §5).
@@ -85,6 +89,21 @@ pub struct Control {
     pub desired_tx_us: u32,
     /// The shortest interval at which it can receive; 0: it wants no periodic packets.
     pub required_rx_us: u32,
+    /// The shortest interval at which it answers echo packets; 0: it does not.
+    pub required_echo_rx_us: u32,
+}
+
+/// What comes in packets of this kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// Of a session.
+    Control(Control),
+    /// A probe, or an answer to one, and how many bytes its IP packet has.
+    Echo(Echo, u16),
+    /// A question about the rest of the mesh.
+    Ask(survey::Ask),
+    /// The answer to one.
+    Report(survey::Report),
 }
 
 /// Why bytes are no control packet that a session could take (RFC 5880 §6.8.6, its checks in order).
@@ -171,10 +190,11 @@ impl Control {
             yours: raw.yours.get(),
             desired_tx_us: raw.desired_tx.get(),
             required_rx_us: raw.required_rx.get(),
+            required_echo_rx_us: raw.required_echo_rx.get(),
         })
     }
 
-    /// Its bytes. The echo function is not offered.
+    /// Its bytes.
     pub fn bytes(&self) -> [u8; LEN] {
         let flag = |set, bit| if set { bit } else { 0 };
         let raw = Raw {
@@ -189,25 +209,57 @@ impl Control {
             yours: self.yours.into(),
             desired_tx: self.desired_tx_us.into(),
             required_rx: self.required_rx_us.into(),
-            required_echo_rx: 0.into(),
+            required_echo_rx: self.required_echo_rx_us.into(),
         };
         zerocopy::transmute!(raw)
     }
 }
 
-/// Appends the IP packet that carries `control` to `out`; addresses of two families give nothing.
-pub fn write_packet(control: &Control, source: IpAddr, destination: IpAddr, source_port: u16, out: &mut Vec<u8>) {
-    const UDP: u16 = (UDP_LEN + LEN) as u16;
+/// The two ends of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ends {
+    /// Inner source address: the VTEP's.
+    pub source: IpAddr,
+    /// Inner destination address.
+    pub destination: IpAddr,
+    /// UDP source port.
+    pub source_port: u16,
+}
+
+/// Appends the IP packet that carries `message` to `out`; addresses of two families give nothing. An echo packet is filled
+/// up with zeros to the bytes that its message says.
+pub fn write_packet(message: &Message, ends: Ends, out: &mut Vec<u8>) {
+    let Ends { source, destination, source_port } = ends;
+    let ip_len = if source.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
+    let (control, echo, survey);
+    let (bytes, port, padded): (&[u8], u16, usize) = match message {
+        Message::Control(message) => {
+            control = message.bytes();
+            (&control, PORT, 0)
+        }
+        Message::Echo(message, size) => {
+            echo = message.bytes();
+            (&echo, ECHO_PORT, usize::from(*size).saturating_sub(ip_len + UDP_LEN))
+        }
+        Message::Ask(message) => {
+            survey = message.bytes();
+            (&survey, ECHO_PORT, 0)
+        }
+        Message::Report(message) => {
+            survey = message.bytes();
+            (&survey, ECHO_PORT, 0)
+        }
+    };
+    let udp_len = (UDP_LEN + bytes.len().max(padded)) as u16;
     let mut udp = [0; UDP_LEN];
-    let parts = [source_port, PORT, UDP, 0].into_iter().flat_map(u16::to_be_bytes);
+    let parts = [source_port, port, udp_len, 0].into_iter().flat_map(u16::to_be_bytes);
     udp.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
-    let control = control.bytes();
     let pseudo = match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             let mut header = ip::V4 {
                 version_ihl: 0x45,
                 tos: TOS,
-                total_len: (ip::V4_MIN_LEN as u16 + UDP).into(),
+                total_len: (ip::V4_MIN_LEN as u16 + udp_len).into(),
                 id: 0.into(),
                 flags_offset: ip::V4_DF.into(),
                 ttl: TTL,
@@ -218,38 +270,40 @@ pub fn write_packet(control: &Control, source: IpAddr, destination: IpAddr, sour
             };
             header.checksum = Sum::default().bytes(header.as_bytes()).finish();
             out.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v4(source, destination, protocol::UDP, UDP)
+            Sum::pseudo_v4(source, destination, protocol::UDP, udp_len)
         }
         (IpAddr::V6(source), IpAddr::V6(destination)) => {
             let header = ip::V6 {
                 version_class_flow: (6 << 28 | u32::from(TOS) << 20).into(),
-                payload_len: UDP.into(),
+                payload_len: udp_len.into(),
                 next_header: protocol::UDP,
                 hop_limit: TTL,
                 source: source.octets(),
                 destination: destination.octets(),
             };
             out.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v6(&source, &destination, protocol::UDP, UDP)
+            Sum::pseudo_v6(&source, &destination, protocol::UDP, udp_len)
         }
         _ => return,
     };
-    let sum = pseudo.bytes(&udp).bytes(&control).finish();
+    // zeros add nothing
+    let sum = pseudo.bytes(&udp).bytes(bytes).finish();
     // 0 would say that there is none (RFC 768)
     let sum = if sum == [0; 2] { [0xff; 2] } else { sum };
     udp.iter_mut().skip(UDP_CHECKSUM).zip(sum).for_each(|(to, from)| *to = from);
     out.extend_from_slice(&udp);
-    out.extend_from_slice(&control);
+    out.extend_from_slice(bytes);
+    out.resize(out.len() + padded.saturating_sub(bytes.len()), 0);
 }
 
 /// The TOS of control packets: CS6, network control (RFC 4594 §3.2).
 pub const TOS: u8 = 0xc0;
 
-/// Appends the VXLAN datagram of the management network `vni` that carries `control` from the VTEP `source`.
+/// Appends the VXLAN datagram of the management network `vni` that carries `message` from the VTEP `source` with that MAC.
 ///
 /// As RFC 8971 §5 has it: a MAC that belongs to no tenant, and an inner destination from 127/8 or ::ffff:127.0.0.0/104,
 /// which no tenant can have either.
-pub fn write_frame(control: &Control, vni: u32, mac: [u8; 6], source: IpAddr, source_port: u16, out: &mut Vec<u8>) {
+pub fn write_frame(message: &Message, vni: u32, mac: [u8; 6], source: IpAddr, source_port: u16, out: &mut Vec<u8>) {
     let (destination, ether_type) = match source {
         IpAddr::V4(_) => (IpAddr::V4(Ipv4Addr::LOCALHOST), ethernet::IPV4),
         IpAddr::V6(_) => (IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), ethernet::IPV6),
@@ -257,12 +311,12 @@ pub fn write_frame(control: &Control, vni: u32, mac: [u8; 6], source: IpAddr, so
     let frame = ethernet::Header { destination: MANAGEMENT_MAC, source: mac, ether_type: ether_type.into() };
     out.extend_from_slice(vxlan::Header::new(vni).as_bytes());
     out.extend_from_slice(frame.as_bytes());
-    write_packet(control, source, destination, source_port, out);
+    write_packet(message, Ends { source, destination, source_port }, out);
 }
 
-/// The control packet in an IP packet and where it was sent to; `None` for anything else, and for what did not start with
+/// The message in an IP packet and where it was sent to; `None` for anything else, and for what did not start with
 /// [`TTL`] or is damaged.
-pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Control)> {
+pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Message)> {
     let packet = Packet::parse(bytes).ok()?;
     let ttl = if packet.is_v6() { bytes.get(7) } else { bytes.get(8) };
     if packet.protocol != protocol::UDP || packet.fragment || ttl != Some(&TTL) {
@@ -278,14 +332,24 @@ pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Control)> {
         _ => return None,
     };
     let unsummed = udp.checksum == [0; 2] && !packet.is_v6();
-    if udp.destination.get() != PORT || !(unsummed || pseudo.bytes(datagram).is_valid()) {
+    let port = udp.destination.get();
+    if !matches!(port, PORT | ECHO_PORT) || !(unsummed || pseudo.bytes(datagram).is_valid()) {
         return None;
     }
-    Some((packet.destination, Control::parse(datagram.get(UDP_LEN..)?).ok()?))
+    let payload = datagram.get(UDP_LEN..)?;
+    let message = match port {
+        PORT => Message::Control(Control::parse(payload).ok()?),
+        _ => {
+            let echo = Echo::parse(payload).map(|echo| Message::Echo(echo, packet.total_len));
+            let ask = || survey::Ask::parse(payload).map(Message::Ask);
+            echo.or_else(ask).or_else(|| survey::Report::parse(payload).map(Message::Report))?
+        }
+    };
+    Some((packet.destination, message))
 }
 
 /// Reads a VXLAN datagram of the management network, whose VNI the caller knows to be that.
-pub fn read_frame(datagram: &[u8]) -> Option<(IpAddr, Control)> {
+pub fn read_frame(datagram: &[u8]) -> Option<(IpAddr, Message)> {
     read_packet(datagram.get(vxlan::HEADER_LEN + ethernet::HEADER_LEN..)?)
 }
 
@@ -317,7 +381,12 @@ mod tests {
             yours: 2,
             desired_tx_us: 150_000,
             required_rx_us: 150_000,
+            required_echo_rx_us: 0,
         }
+    }
+
+    fn message() -> Message {
+        Message::Control(control())
     }
 
     fn changed(at: usize, byte: u8) -> Result<Control, Malformed> {
@@ -356,14 +425,14 @@ mod tests {
     #[test]
     fn literal_frame() {
         let mut out = Vec::new();
-        write_frame(&control(), 4095, [2, 0, 0, 0, 0, 7], "10.9.0.1".parse().unwrap(), 49152, &mut out);
+        write_frame(&message(), 4095, [2, 0, 0, 0, 0, 7], "10.9.0.1".parse().unwrap(), 49152, &mut out);
         assert_eq!(&out[..22], b"\x08\0\0\0\0\x0f\xff\0\0\0\x5e\0\x52\x02\x02\0\0\0\0\x07\x08\0");
         assert_eq!(&out[22..32], b"\x45\xc0\0\x34\0\0\x40\0\xff\x11");
         assert_eq!(&out[34..42], b"\x0a\x09\0\x01\x7f\0\0\x01");
         assert_eq!(&out[42..48], b"\xc0\0\x0e\xc8\0\x20");
         assert_eq!(&out[50..], BYTES);
         assert!(Sum::default().bytes(&out[22..42]).is_valid());
-        assert_eq!(read_frame(&out), Some(("127.0.0.1".parse().unwrap(), control())));
+        assert_eq!(read_frame(&out), Some(("127.0.0.1".parse().unwrap(), message())));
     }
 
     #[test]
@@ -371,9 +440,9 @@ mod tests {
         for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
             let (a, b): (IpAddr, IpAddr) = (a.parse().unwrap(), b.parse().unwrap());
             let mut out = Vec::new();
-            write_packet(&control(), a, b, 50_000, &mut out);
+            write_packet(&message(), Ends { source: a, destination: b, source_port: 50_000 }, &mut out);
             assert!(etherparse::SlicedPacket::from_ip(&out).is_ok());
-            assert_eq!(read_packet(&out), Some((b, control())));
+            assert_eq!(read_packet(&out), Some((b, message())));
             for at in 0..out.len() {
                 assert_eq!(read_packet(&out[..at]), None);
             }
@@ -386,10 +455,29 @@ mod tests {
             assert_eq!(read_packet(&out), None, "forwarded");
         }
         let mut out = Vec::new();
-        write_packet(&control(), "10.9.0.1".parse().unwrap(), "fd00::2".parse().unwrap(), 1, &mut out);
+        let ends =
+            Ends { source: "10.9.0.1".parse().unwrap(), destination: "fd00::2".parse().unwrap(), source_port: 1 };
+        write_packet(&message(), ends, &mut out);
         assert!(out.is_empty());
         assert!(is_loopback("127.3.2.1".parse().unwrap()) && is_loopback("::ffff:127.0.0.1".parse().unwrap()));
         assert!(!is_loopback("10.9.0.1".parse().unwrap()) && !is_loopback("fd00::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_probe_has_the_size_that_it_says() {
+        let echo = Echo { answer: false, yours: 7, number: 9, size: 0 };
+        for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
+            let ends = Ends { source: a.parse().unwrap(), destination: b.parse().unwrap(), source_port: 50_000 };
+            for size in [0, 60, 100, 1450, 8950] {
+                let mut out = Vec::new();
+                write_packet(&Message::Echo(echo, size), ends, &mut out);
+                assert!(etherparse::SlicedPacket::from_ip(&out).is_ok());
+                let least = if a.contains(':') { 72 } else { 52 };
+                assert_eq!(out.len(), usize::from(size).max(least));
+                let length = out.len() as u16;
+                assert_eq!(read_packet(&out), Some((ends.destination, Message::Echo(echo, length))));
+            }
+        }
     }
 
     proptest::proptest! {

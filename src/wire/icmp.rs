@@ -126,6 +126,34 @@ fn error(packet: &Packet, bytes: &[u8], (kind, code): (u8, u8), value: u32, out:
     }
 }
 
+/// What a router said about one of our datagrams: it did not fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TooBig {
+    /// Who sent the datagram.
+    pub source: IpAddr,
+    /// Where it was to go.
+    pub destination: IpAddr,
+    /// What fits, outer IP header included; 0 where the router does not say (RFC 1191 §4).
+    pub mtu: u32,
+}
+
+/// Reads what a raw ICMP socket receives: with its IP header over IPv4, from the ICMP header on over IPv6. `None` for all
+/// but Fragmentation Needed and Packet Too Big about a UDP datagram.
+pub fn read_too_big(bytes: &[u8], v6: bool) -> Option<TooBig> {
+    let header_len = if v6 { 0 } else { usize::from(bytes.first()? & 0x0f) * 4 };
+    let (head, quote) = bytes.get(header_len..)?.split_at_checked(8)?;
+    let [kind, code, _, _, mtu @ ..] = *head.first_chunk::<8>()?;
+    let (mtu, next_hop) = (u32::from_be_bytes(mtu), u32::from(u16::from_be_bytes([mtu[2], mtu[3]])));
+    if v6 {
+        let (header, _) = ip::V6::ref_from_prefix(quote).ok()?;
+        let about = (kind, header.next_header) == (PACKET_TOO_BIG, ip::protocol::UDP);
+        return about.then(|| TooBig { source: header.source.into(), destination: header.destination.into(), mtu });
+    }
+    let (header, _) = ip::V4::ref_from_prefix(quote).ok()?;
+    let about = (kind, code, header.protocol) == (DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED, ip::protocol::UDP);
+    about.then(|| TooBig { source: header.source.into(), destination: header.destination.into(), mtu: next_hop })
+}
+
 /// Whether the packet is itself an ICMP error, or an ICMP message whose type cannot be read.
 fn is_icmp_error(packet: &Packet, bytes: &[u8]) -> bool {
     let kind = bytes.get(usize::from(packet.header_len)).copied();
@@ -201,6 +229,35 @@ mod tests {
         let n = unreachable(&Packet::parse(&v6).unwrap(), &v6, &mut out).unwrap();
         assert_eq!(&out[40..42], &[1, 3]);
         assert!(Sum::pseudo_v6(&b, &a, 58, (n - 40) as u16).bytes(&out[40..n]).is_valid());
+    }
+
+    #[test]
+    fn what_a_router_says_is_read() {
+        let (v4, v6): ([IpAddr; 2], [IpAddr; 2]) = (
+            ["10.9.0.1".parse().unwrap(), "10.9.0.2".parse().unwrap()],
+            ["fd09::1".parse().unwrap(), "fd09::2".parse().unwrap()],
+        );
+        for [source, destination] in [v4, v6] {
+            let mut datagram = Vec::new();
+            let ends = crate::wire::bfd::Ends { source, destination, source_port: 8472 };
+            let echo = crate::wire::echo::Echo { answer: false, yours: 1, number: 1, size: 0 };
+            crate::wire::bfd::write_packet(&crate::wire::bfd::Message::Echo(echo, 1500), ends, &mut datagram);
+            let (mut out, v6) = ([0; MAX_LEN], source.is_ipv6());
+            let packet = Packet::parse(&datagram).unwrap();
+            let len = too_big(&packet, &datagram, 1280, &mut out).unwrap();
+            let received = &out[if v6 { ip::V6_LEN } else { 0 }..len];
+            assert_eq!(read_too_big(received, v6), Some(TooBig { source, destination, mtu: 1280 }));
+            (0..48).for_each(|len| assert_eq!(read_too_big(&received[..len.min(if v6 { 47 } else { 46 })], v6), None));
+            let len = unreachable(&packet, &datagram, &mut out).unwrap();
+            assert_eq!(read_too_big(&out[if v6 { ip::V6_LEN } else { 0 }..len], v6), None);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..80)) {
+            _ = (read_too_big(&bytes, false), read_too_big(&bytes, true));
+        }
     }
 
     #[test]

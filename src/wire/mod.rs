@@ -8,9 +8,11 @@
 
 pub mod bfd;
 pub mod checksum;
+pub mod echo;
 pub mod ethernet;
 pub mod icmp;
 pub mod ip;
+pub mod survey;
 pub mod transport;
 pub mod vnet_hdr;
 pub mod vxlan;

@@ -78,6 +78,23 @@ pub struct Udp {
     pub checksum: [u8; 2],
 }
 
+/// Whether TCP options hold a signature of the segment: MD5 (RFC 2385) or TCP-AO (RFC 5925). Options that cannot be read
+/// count as one.
+pub fn is_signed(mut options: &[u8]) -> bool {
+    loop {
+        let len = match options {
+            [] | [0, ..] => return false,
+            [1, ..] => 1,
+            [19 | 29, ..] | [_, 0 | 1, ..] | [_] => return true,
+            [_, len, ..] => usize::from(*len),
+        };
+        match options.get(len..) {
+            Some(rest) => options = rest,
+            None => return true,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -19,7 +19,7 @@ use meshd::membership::random;
 use meshd::membership::record::{Mode, NodeRecord, Role};
 use meshd::membership::registry::{Registry, Setup};
 use meshd::membership::server::Server;
-use meshd::membership::settings::{MaskSizes, Secret, Settings};
+use meshd::membership::settings::{MaskSizes, PurgeAfter, Secret, Settings};
 use meshd::membership::store::sqlite::Sqlite;
 use meshd::membership::tls::Trust;
 use meshd::membership::token::Token;
@@ -41,7 +41,7 @@ pub(crate) fn setup() -> Setup {
         cidrs: vec!["10.42.0.0/16".parse().unwrap()],
         masks: MaskSizes { v4: 24, v6: 64 },
         secret: None,
-        purge_after: None,
+        purge_after: PurgeAfter::Off,
         ..Setup::default()
     }
 }

@@ -7,7 +7,7 @@ use nix::sys::signal::Signal;
 
 use crate::mesh::{Builder, Node, V4, V6, has, skipped};
 use crate::namespace::until;
-use crate::traffic::{Probe, ping, tcp};
+use crate::traffic::{Probe, ping, pings, receive, tcp};
 
 fn library() -> Option<PathBuf> {
     let folders = std::fs::read_dir("/usr/lib").ok()?.flatten().map(|entry| entry.path());
@@ -87,6 +87,64 @@ fn jumps_of_the_wall_clock_lose_nothing() {
         tcp(&a.ns, &b.ns, b.overlay(V6), 1 << 18);
         assert_eq!(a.ctl(&["status"]).code, 0);
     }
+    mesh.balances();
+}
+
+/// Peers refuse handshakes that are no later than those before. meshd keeps how late its own were.
+#[test]
+fn a_clock_set_back_over_a_restart_locks_nobody_out() {
+    let story = "a_clock_set_back_over_a_restart_locks_nobody_out";
+    const DAY: i64 = 24 * HOUR;
+    let Some(mesh) = Builder::new(story) else { return };
+    let Some(library) = library() else { return skipped(story, "libfaketime is not installed") };
+    if let Some(tool) = ["wireguard-go", "wg"].into_iter().find(|tool| !has(tool)) {
+        return skipped(story, &format!("`{tool}` is not installed"));
+    }
+    // a meshd would ask by itself when it is asked too early
+    let mesh = mesh.encrypted().node("a").set("bfd", "off").wireguard("w", "wireguard-go").build();
+    let [a, w] = mesh.two(["a", "w"]);
+    let clock = mesh.dir().join("clock");
+    let start = |offset: i64| {
+        set(&clock, offset);
+        let environment = [
+            ("LD_PRELOAD", library.to_str().unwrap()),
+            ("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap()),
+            ("FAKETIME_NO_CACHE", "1"),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ("NO_FAKE_STAT", "1"),
+        ];
+        a.spawn_under(&["env"], &environment);
+        a.ready();
+    };
+    let listener = w.ns.udp(w.overlay(V4), 7000);
+    let talk = || {
+        ping(&a.ns, w.overlay(V4));
+        // the last word is a's, or w would ask for a session by itself before long
+        a.ns.udp(a.overlay(V4), 0).send_to(b"over", (w.overlay(V4), 7000)).unwrap();
+        assert_eq!(receive(&listener, &mut [0; 16]).unwrap().0, 4);
+    };
+    start(0);
+    talk();
+    assert_eq!(a.stop(), 0);
+    start(-DAY);
+    talk();
+    assert!(a.log().contains("was set back"), "{}", a.log());
+    a.kill();
+    start(-DAY);
+    talk();
+
+    // positive control: without what was kept w refuses
+    assert_eq!(a.stop(), 0);
+    std::fs::remove_file(a.dir.join("data/handshake-time")).unwrap();
+    start(-DAY);
+    let tried = || a.json(&["peers"])[0]["session"]["unanswered"].as_u64().unwrap();
+    for _ in 0..3 {
+        assert!(!pings(&a.ns, w.overlay(V4)));
+    }
+    assert!(tried() >= 1);
+    assert_eq!(a.stop(), 0);
+    start(0);
+    talk();
     mesh.balances();
 }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::encrypted::Flood;
 use crate::joined::{cluster, create, has_peers};
-use crate::mesh::Builder;
+use crate::mesh::{Builder, V4, has, skipped};
 use crate::namespace::until;
 use crate::traffic::{Probe, ping};
 
@@ -99,4 +100,64 @@ fn a_sidecar_that_hangs_is_replaced() {
     let (sent, lost) = probe.end();
     println!("{story}: after {took:?}; {lost} of {sent} lost");
     assert_eq!(lost, 0, "of {sent}");
+}
+
+/// What a flood of 50,000 handshakes a second costs those that have a session, and who needs one.
+#[test]
+#[ignore = "prints figures"]
+fn a_flood_of_handshakes_in_figures() {
+    let story = "a_flood_of_handshakes_in_figures";
+    let Some(mesh) = Builder::new(story) else { return };
+    if !has("iperf3") {
+        return skipped(story, "`iperf3` is not installed");
+    }
+    let mesh = mesh.encrypted().node("a").node("b").stranger("s").start();
+    let [a, b, s] = mesh.three(["a", "b", "s"]);
+    ping(&a.ns, b.overlay(V4));
+    let flood = Flood::new(s, a);
+    let stream = || {
+        a.ns.sh("iperf3 -s -1 -D >/dev/null");
+        std::thread::sleep(Duration::from_millis(200));
+        let out = b.ns.output(&format!("iperf3 -c {} -C cubic -t 4 -J", a.overlay(V4)));
+        let answer: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        answer["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e9
+    };
+    let probed = |seconds: f64, flooding: bool| {
+        let probe = Probe::start(&a.ns, a.overlay(V4), &b.ns, b.overlay(V4));
+        let sent = match flooding {
+            true => flood.run(seconds),
+            false => {
+                std::thread::sleep(Duration::from_secs_f64(seconds));
+                0
+            }
+        };
+        (probe.end(), sent)
+    };
+    let ((asked, lost), _) = probed(4.0, false);
+    println!("{story}: at peace {lost} of {asked} lost, {:.2} Gbit/s", stream());
+    let memory = memory_kib(a.pid());
+    let ((asked, lost), sent) = probed(4.0, true);
+    let rate = std::thread::scope(|scope| {
+        let flooding = scope.spawn(|| flood.run(5.0));
+        let rate = stream();
+        flooding.join().unwrap();
+        rate
+    });
+    println!("{story}: {} a second: {lost} of {asked} lost, {rate:.2} Gbit/s", sent / 4);
+    println!("{story}: memory +{} KiB", memory_kib(a.pid()).saturating_sub(memory));
+    std::thread::scope(|scope| {
+        let flooding = scope.spawn(|| flood.run(8.0));
+        b.kill();
+        b.restart();
+        let start = Instant::now();
+        until("b is back", || b.ns.succeeds(&format!("ping -n -q -c 1 -W 0.1 {}", a.overlay(V4))));
+        println!("{story}: b, restarted, has a session {:?} after it is ready", start.elapsed());
+        flooding.join().unwrap();
+    });
+}
+
+fn memory_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

@@ -135,6 +135,34 @@ fn who_does_not_speak_bfd_is_unknown() {
     mesh.balances();
 }
 
+/// Round trip and loss, on each way that packets take.
+#[test]
+fn loss_is_measured_where_it_is() {
+    let story = "loss_is_measured_where_it_is";
+    for encrypted in [false, true] {
+        let Some(mesh) = Builder::new(story) else { return };
+        let mesh = if encrypted { mesh.encrypted() } else { mesh };
+        let mesh = mesh.node("a").node("b").node("c").start();
+        let [a, b, c] = mesh.three(["a", "b", "c"]);
+        all_up(&mesh, &["a", "b", "c"]);
+        c.ns.sh("nft add table inet f; nft 'add chain inet f in { type filter hook input priority 0; }'; \
+             nft add rule inet f in ip saddr 10.9.0.1 udp dport 8472 numgen random mod 4 lt 1 counter drop");
+        until("it is known what is lost", || {
+            peer(a, "b")["loss_permille"].is_u64() && peer(a, "c")["loss_permille"].is_u64()
+        });
+        let lost = |of: &str| peer(a, of)["loss_permille"].as_u64().unwrap();
+        until("what c loses is seen", || lost("c") > 0);
+        assert_eq!(lost("b"), 0);
+        println!("{story}: {} and {}", peer(a, "b")["ways"], peer(a, "c")["ways"]);
+        let ways = peer(a, "b")["ways"].as_array().unwrap().clone();
+        assert!(
+            ways.len() >= if encrypted { 1 } else { 8 } && ways.iter().all(|way| way["source_port"].as_u64() > Some(0))
+        );
+        assert_eq!(ways[0]["lane"].is_u64(), encrypted);
+        ping(&a.ns, b.overlay(V4));
+    }
+}
+
 /// Two packets in a hundred are lost, and every core has more to do than it can: nobody dies.
 #[test]
 fn who_is_busy_on_a_bad_network_is_not_dead() {

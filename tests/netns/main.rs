@@ -18,6 +18,7 @@
 //! /dev/net/tun or a tool that is needed a story prints SKIPPED and the reason. Nothing is measured here: waiting ends
 //! when what is waited for is so.
 
+mod captured;
 mod carried;
 mod clock;
 mod cni;
@@ -37,7 +38,9 @@ mod mesh;
 mod mtu;
 mod namespace;
 mod nested;
+mod path;
 mod pods;
+mod preshared;
 mod refused;
 mod reload;
 mod scale;
@@ -45,6 +48,7 @@ mod servers;
 mod shaken;
 mod steered;
 mod storms;
+mod tested;
 mod told;
 mod traffic;
 mod why;

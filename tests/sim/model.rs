@@ -100,12 +100,18 @@ impl View {
         let mtu = self.peers[peer].mtu;
         if ready.iter().any(|packet| packet.len() > mtu) {
             let head = l4_end(packet, &seen);
+            let cuttable = head + 8 <= mtu && seen.protocol == TCP;
             match size {
                 None if !seen.v6 && !seen.df => ready = reference::fragments(&ready[0], mtu),
-                Some(_) if !seen.v6 && !seen.df && seen.protocol == TCP => ready = reference::cut(packet, mtu - head),
+                Some(_) if cuttable => ready = reference::cut(packet, mtu - head),
+                // no IPv6 sender goes below 1,280 bytes, whatever it is told
+                _ if cuttable && seen.v6 && mtu < 1280 && seen.total <= 1280 && may_be_cut(packet, &seen) => {
+                    ready = reference::cut(packet, mtu - head);
+                }
                 _ => {
                     let reason = "packet_too_big";
-                    let fate = Fate::Drop { reason, answer: may_be_answered(packet, &seen).then_some(mtu) };
+                    let told = if seen.v6 { mtu.max(1280) } else { mtu };
+                    let fate = Fate::Drop { reason, answer: may_be_answered(packet, &seen).then_some(told) };
                     return Out { packets: count, bytes: bytes as u64, fate };
                 }
             }
@@ -251,6 +257,21 @@ fn may_be_answered(packet: &[u8], seen: &Look) -> bool {
         58 => matches!(kind, Some(128..)),
         _ => seen.v6 || be16(packet, 6) & 0x1fff == 0,
     }
+}
+
+/// A TCP segment that carries something, and no signature (RFC 2385, RFC 5925) of what it carries.
+fn may_be_cut(packet: &[u8], seen: &Look) -> bool {
+    let (begin, end) = (seen.l4 + 20, l4_end(packet, seen));
+    if seen.fragment || end < begin || end >= seen.total {
+        return false;
+    }
+    let (mut at, mut signed) = (begin, false);
+    while at < end && packet[at] != 0 && !signed {
+        let step = if packet[at] == 1 { 1 } else { packet.get(at + 1).map_or(0, |len| usize::from(*len)) };
+        signed = matches!(packet[at], 19 | 29) || at + step > end || (packet[at] != 1 && (step < 2 || at + 1 >= end));
+        at += step;
+    }
+    !signed
 }
 
 /// Redirects and router advertisements; IPv4 also where the rest of the message comes in later fragments.

@@ -113,6 +113,9 @@ pub struct MtuView {
     pub inner: u32,
     /// That packet on the underlay, outer IP header included.
     pub outer: u32,
+    /// Whether probes found that out (RFC 8899); else it follows from this node's own link.
+    #[serde(default)]
+    pub measured: bool,
     /// The largest TCP payload (without options).
     pub tcp_payload: u32,
     /// The largest UDP payload.

@@ -8,11 +8,15 @@ fn peer(name: &str, state: PeerState) -> PeerView {
         mac: "0a:58:0a:09:00:02".to_owned(),
         public_key: None,
         encryption: Encryption::None,
+        preshared: false,
         session: None,
         state,
         last_seen_ms: None,
         rtt_us: None,
         path_mtu: 1500,
+        path: None,
+        loss_permille: None,
+        ways: Vec::new(),
         tx_packets: 1_234_567,
         tx_bytes: 1_288_490_189,
         rx_packets: 0,
@@ -36,13 +40,14 @@ const PLAIN: Look = Look { colour: false, all: false };
 
 #[test]
 fn peers_are_a_table() {
-    let b = PeerView { last_seen_ms: Some(3_200), rtt_us: Some(180), ..peer("b", PeerState::Up) };
+    let b =
+        PeerView { last_seen_ms: Some(3_200), rtt_us: Some(180), loss_permille: Some(16), ..peer("b", PeerState::Up) };
     let long_name = peer("node-with-a-long-name", PeerState::Unknown);
     #[rustfmt::skip]
     let expected = "\
-NAME                   STATE    ENDPOINT       SUBNETS       ENCRYPTION  SEEN       RTT   MTU  TX PACKETS       TX  RX PACKETS   RX
-b                      up       10.9.0.2:8472  10.42.2.0/24  none        3s ago  180 µs  1500   1,234,567  1.2 GiB           0  0 B
-node-with-a-long-name  unknown  10.9.0.2:8472  10.42.2.0/24  none        -            -  1500   1,234,567  1.2 GiB           0  0 B
+NAME                   STATE    ENDPOINT       SUBNETS       ENCRYPTION  SEEN       RTT   LOSS   MTU  TX PACKETS       TX  RX PACKETS   RX
+b                      up       10.9.0.2:8472  10.42.2.0/24  none        3s ago  180 µs  1.6 %  1500   1,234,567  1.2 GiB           0  0 B
+node-with-a-long-name  unknown  10.9.0.2:8472  10.42.2.0/24  none        -            -      -  1500   1,234,567  1.2 GiB           0  0 B
 ";
     assert_eq!(peers(&[b, long_name], None, PLAIN), expected);
 }

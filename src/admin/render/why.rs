@@ -75,7 +75,8 @@ fn way(view: &WhyView) -> String {
         );
     }
     if let Some(mtu) = &view.mtu {
-        line("mtu", format!("{} inside, {} on the underlay; device {}", mtu.inner, mtu.outer, mtu.device));
+        let measured = if mtu.measured { " (measured)" } else { "" };
+        line("mtu", format!("{} inside, {} on the underlay{measured}; device {}", mtu.inner, mtu.outer, mtu.device));
         line(
             "payload",
             format!("at most TCP {}, UDP {}, ping -s {}", mtu.tcp_payload, mtu.udp_payload, mtu.ping_payload),

@@ -59,6 +59,12 @@ pub enum NodesProblem {
     SharedKey { key: PublicKey, first: NodeName, second: NodeName },
     #[error("node `{node}`: `keepalive` cannot be `{value}`; give seconds from 1 to 65535, or remove it")]
     BadKeepalive { node: NodeName, value: String },
+    #[error("node `{node}`: its preshared key is {source}; `wg genpsk` makes one")]
+    BadPresharedKey { node: NodeName, source: BadKey },
+    #[error("node `{node}` has a `preshared-key` and a `preshared-key-file`; keep one of them")]
+    TwoPresharedKeys { node: NodeName },
+    #[error("node `{node}` has a preshared key and no `public-key`; a tunnel needs both")]
+    StrayPresharedKey { node: NodeName },
     #[error("node `{node}`: `encryption` cannot be `{value}`; use `none` or `wireguard`, or remove it")]
     BadEncryption { node: NodeName, value: String },
     #[error("node `{name}` is there twice, first in line {first}; rename or remove one")]

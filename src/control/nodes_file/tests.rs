@@ -180,6 +180,16 @@ fn macs_keys_and_encryption_are_checked() {
     let lanes = beside_a(&format!("lane-keys: hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=\n    {key}")).unwrap();
     let keys = &lanes.get(&"b".parse().unwrap()).unwrap().public_keys;
     assert!(keys[0].to_string().starts_with("HIgo") && keys[1].to_string().starts_with("hSDw"), "{keys:?}");
+    refused(&format!("{key}\n    preshared-key: abc"), &["8:", "preshared key is not 32 bytes", "wg genpsk"]);
+    refused(&format!("preshared-key-file: /k\n    {key}\n    preshared-key: abc"), &["9:", "keep one of them"]);
+    refused("preshared-key-file: /k", &["no `public-key`"]);
+    let preshared = beside_a(&format!("{key}\n    preshared-key-file: /k")).unwrap();
+    let b = preshared.get(&"b".parse().unwrap()).unwrap();
+    assert_eq!(b.preshared, Some(Preshared::File("/k".into())));
+    let secret = "hSDwCYkwp1R0i33ctD73Wg2/Og0mOBr066SpjqqbTmo=";
+    let preshared = beside_a(&format!("{key}\n    preshared-key: {secret}")).unwrap();
+    assert!(preshared.get(&"b".parse().unwrap()).unwrap().preshared_key().is_some());
+    assert!(!format!("{preshared:?}").contains("hSDw"), "not shown");
     refused("keepalive: 0", &["seconds from 1 to 65535"]);
     for bad in
         ["HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8ykw", "HIgo9xNzJMWLKASShiTqIybxZ0U3wGLiUeJ1PKf8yk1=", "base64", "''"]

@@ -350,13 +350,56 @@ fn what_does_not_fit_is_answered_to_its_sender() {
 }
 
 #[test]
-fn a_super_packet_whose_segments_do_not_fit_is_refused_whole() {
+fn a_super_packet_whose_segments_do_not_fit_is_cut_smaller_where_that_is_ours_to_do() {
     for v6 in [false, true] {
         let facts = Facts { check: Check::Pseudo, ..tcp(v6, 1, 2, payload(4000)) };
         let fits = if v6 { 1378 } else { 1398 };
         assert_eq!(send(facts.gso(fits), &facts.bytes()).len(), 3);
+        let cut = send(facts.gso(fits + 100), &facts.bytes());
+        assert_eq!(cut, send(facts.gso(fits), &facts.bytes()), "as if the sender had known");
+        // datagrams are the sender's
+        let facts = Facts { check: Check::Pseudo, ..udp(v6, 1, 2, payload(4000)) };
+        let fits = if v6 { 1402 } else { 1422 };
+        assert_eq!(send(facts.gso(fits), &facts.bytes()).len(), 3);
         assert_eq!(refused("packet_too_big", facts.gso(fits + 1), &facts.bytes()).len(), 1);
     }
+}
+
+/// What is known of a path is stricter than this node's own link.
+fn over(mtu: u16) -> Sending {
+    let tables = crate::engine::testing::watched(&mesh(1));
+    for index in 0..tables.peers().len() as u32 {
+        tables.liveness(PeerIndex(index)).unwrap().found(mtu);
+    }
+    Sending::new(tables)
+}
+
+#[test]
+fn the_path_mtu_decides() {
+    let fits = udp(false, 1, 2, payload(1372));
+    let mut node = over(1400);
+    node.push(VnetHdr::default(), &fits.bytes());
+    assert_eq!(node.packets(), [fits.bytes()]);
+    node.push(VnetHdr::default(), &udp(false, 1, 2, payload(1373)).bytes());
+    let (_, errors) = node.flush();
+    assert_eq!(errors[0][10 + 26..10 + 28], 1400u16.to_be_bytes());
+    let facts = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(4000)) };
+    node.push(facts.gso(1398), &facts.bytes());
+    assert_eq!(node.packets(), send(facts.gso(1348), &facts.bytes()));
+}
+
+#[test]
+fn ipv6_goes_on_where_the_path_takes_less_than_it_needs() {
+    let mut node = over(1230);
+    let facts = tcp(true, 1, 2, payload(1280 - 72));
+    node.push(VnetHdr::default(), &facts.bytes());
+    let halves = node.packets();
+    assert_eq!(halves.iter().map(Vec::len).collect::<Vec<_>>(), [1230, 1280 - 1230 + 72]);
+    halves.iter().for_each(|packet| assert_sound(packet));
+    assert_eq!([&halves[0][72..], &halves[1][72..]].concat(), facts.payload);
+    // longer ones have a sender that can be told
+    node.push(VnetHdr::default(), &tcp(true, 1, 2, payload(1281 - 72)).bytes());
+    assert_eq!((node.packets().len(), drops(&node.stats)), (0, vec![("packet_too_big", 1)]));
 }
 
 #[test]

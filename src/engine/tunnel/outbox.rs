@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 
-use super::Held;
+use super::lane::Held;
 use crate::engine::tables::PeerIndex;
 
 /// What tunnels want sent: handshakes, answers, keepalives, and packets that have waited for a session.

@@ -1,7 +1,8 @@
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use zerocopy::IntoBytes;
 
+use super::lane::HELD_PACKETS;
 use super::limit::PER_SOURCE;
 use super::*;
 use crate::engine::coalesce::Accepts;
@@ -12,6 +13,8 @@ use crate::engine::tables::Tables;
 use crate::engine::testing::{self, assert_conserved, drops, payload};
 use crate::engine::tx_batch::Piece;
 use crate::wire::vnet_hdr::{self, VnetHdr};
+
+mod timers;
 
 /// A node with one worker, and the keys that it knows of its peers.
 struct Node {
@@ -482,6 +485,10 @@ fn one_address_cannot_make_us_work_without_end() {
     assert_eq!(allowed, usize::from(PER_SOURCE));
     assert!(limit.allows("192.0.2.2".parse().unwrap(), 500), "others are not concerned");
     assert!(limit.allows(flood, 1_500), "and in the next second it may again");
+    assert!(!limit.is_spent(flood, 1_600), "cookies are another matter");
+    (0..PER_SOURCE).for_each(|_| limit.cookie(flood, 1_600));
+    assert!(limit.is_spent(flood, 1_600) && limit.allows(flood, 1_600));
+    assert!(!limit.is_spent(flood, 2_000));
 }
 
 #[test]

@@ -59,17 +59,22 @@ impl Node {
 
 /// Lets two nodes talk for so long, in milliseconds; returns how many datagrams there were.
 fn talk(a: &mut Node, b: &mut Node, from_ms: u64, to_ms: u64) -> usize {
+    talk_over(a, b, from_ms, to_ms, usize::MAX)
+}
+
+/// The same over a path that takes datagrams of so many bytes.
+fn talk_over(a: &mut Node, b: &mut Node, from_ms: u64, to_ms: u64, longest: usize) -> usize {
     let mut count = 0;
     for now_us in (from_ms..to_ms).map(|ms| ms * 1000) {
         for (to, bytes) in a.turn(now_us) {
-            if to.ip() == b.tables.local().addresses[0] {
+            if to.ip() == b.tables.local().addresses[0] && bytes.len() <= longest {
                 count += 1;
                 b.receive(now_us, SocketAddr::new(a.tables.local().addresses[0], 8472), bytes);
             }
         }
         std::mem::swap(a, b);
         for (to, bytes) in a.turn(now_us) {
-            if to.ip() == b.tables.local().addresses[0] {
+            if to.ip() == b.tables.local().addresses[0] && bytes.len() <= longest {
                 count += 1;
                 b.receive(now_us, SocketAddr::new(a.tables.local().addresses[0], 8472), bytes);
             }
@@ -111,6 +116,27 @@ fn an_encrypted_pair_talks_through_its_tunnel() {
     }
     assert!(a.stats.sum(|worker| worker.drops(Drop::ClearFromEncryptedPeer)) > 0, "nobody speaks for it in the clear");
     assert!(talk(&mut a, &mut b, 4_200, 5_200) > 10);
+}
+
+#[test]
+fn the_path_mtu_is_found_whichever_way_packets_go() {
+    for encrypted in [false, true] {
+        let [mut a, mut b] = up(encrypted);
+        let (peer, overhead) = (a.peer(&b), if encrypted { 32 } else { 22 });
+        let mtu = |a: &Node| a.tables.peer(peer).unwrap().mtu();
+        let own = a.tables.peer(peer).unwrap().spec.mtu;
+        talk(&mut a, &mut b, 4_000, 5_000);
+        assert_eq!((mtu(&a), a.tables.liveness(peer).unwrap().path_mtu()), (own, Some(own)));
+        for ms in (5_000..12_000).step_by(100) {
+            let flow = a.tables.peer(peer).unwrap().spec.stats.worker(0).unwrap();
+            flow.tx_bytes.add(10_000);
+            talk_over(&mut a, &mut b, ms, ms + 100, 1333 + overhead);
+        }
+        assert_eq!(mtu(&a), 1333, "encrypted: {encrypted}");
+        assert_eq!(a.tables.liveness(peer).unwrap().path().black_holes, 1);
+        assert_eq!(mtu(&b), own, "who sends nothing does not look");
+        assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up));
+    }
 }
 
 #[test]

@@ -116,6 +116,7 @@ fn packet(state: State) -> Control {
         yours: 7,
         desired_tx_us: 150_000,
         required_rx_us: 150_000,
+        required_echo_rx_us: 0,
     }
 }
 

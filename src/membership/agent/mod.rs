@@ -4,6 +4,7 @@
 //! nothing that a server says or does not say ends it, short of removal. [`local`] does the same for a server's own node.
 
 mod balancer;
+pub(crate) mod forward;
 pub mod keep;
 pub mod local;
 
@@ -35,6 +36,9 @@ use super::token::{BadToken, Credential};
 
 /// A server that refuses is asked again after this long, and up to half as long again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
+/// A proof of the shared secret lets whoever is in between try one guess, so the pause between proofs grows: 10 s doubled
+/// this often is 640 s, or 135 guesses a day.
+const MAX_DOUBLINGS: u32 = 6;
 /// The copy of the list is written this often at most.
 const KEEP_LIST: Duration = Duration::from_secs(30);
 
@@ -201,6 +205,8 @@ pub struct Agent {
     list_kept: Duration,
     /// What the servers do not like about what this node says of itself.
     unwell: Option<String>,
+    /// How often this run has tried to prove the shared secret to a server.
+    proofs: u32,
 }
 
 /// Why a connection was given up.
@@ -260,6 +266,7 @@ impl Agent {
             renew_at: 0,
             list_kept: Duration::ZERO,
             unwell: None,
+            proofs: 0,
         };
         agent.set_member(member);
         let servers = agent.balancer.servers().iter().map(ToString::to_string).collect();
@@ -292,8 +299,10 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.view.problem(self.waiting(error));
-                    if matches!(error, ClientError::Refused { .. }) {
-                        let pause = REFUSED_PAUSE + REFUSED_PAUSE.mul_f64(random::below(500) as f64 / 1000.0);
+                    if matches!(error, ClientError::Refused { .. }) || self.proofs > 0 {
+                        let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
+                        let pause = REFUSED_PAUSE * (1 << doublings);
+                        let pause = pause + pause.mul_f64(random::below(500) as f64 / 1000.0);
                         if let Some(end) = self.pause(pause).await
                             && self.ended(&end).await
                         {
@@ -366,7 +375,7 @@ impl Agent {
         let join = self.join_request()?;
         let no_token = || ClientError::Setup(AgentError::NoToken.to_string());
         let credential = self.credential.clone().ok_or_else(no_token)?;
-        let answer = ask_to_join(server, &credential, join).await?;
+        let answer = ask_to_join(server, &credential, join, &mut self.proofs).await?;
         self.keep_answer(server, &answer)
     }
 
@@ -382,6 +391,7 @@ impl Agent {
     fn keep_answer(&mut self, server: &ServerAddress, answer: &JoinAnswer) -> Result<(), ClientError> {
         let name = self.name();
         let member = self.keep.joined(&name, self.settings.role, answer).map_err(setup)?;
+        self.proofs = 0;
         tracing::info!(id = member.id, cluster = member.cluster, "joined through {server}");
         self.balancer.learn(&member.servers);
         self.set_member(Some(member));
@@ -568,11 +578,13 @@ impl Agent {
     }
 }
 
-/// Joins once, through that server.
+/// Joins once, through that server. `proofs` counts how often a server could have tried a guess at a shared secret, also one
+/// that cut the connection then.
 pub(super) async fn ask_to_join(
     server: &ServerAddress,
     credential: &Credential,
     mut join: JoinRequest,
+    proofs: &mut u32,
 ) -> Result<JoinAnswer, ClientError> {
     match credential {
         Credential::Token(token) => {
@@ -584,6 +596,7 @@ pub(super) async fn ask_to_join(
         }
         Credential::Shared(secret) => {
             let mut connection = Connection::open(server, Trust::Unproven, None).await?;
+            *proofs = proofs.saturating_add(1);
             connection.join_by_secret(secret.reveal(), join).await
         }
     }

@@ -57,7 +57,7 @@ impl Joiner {
         let mut last = AgentError::NoServer.into();
         for server in &servers {
             let request = local::request(settings, &keep, &hello.name, hello)?;
-            match ask_to_join(server, &credential, request).await {
+            match ask_to_join(server, &credential, request, &mut 0).await {
                 Ok(answer) => {
                     let member = keep.joined(&hello.name, Role::Server, &answer)?;
                     tracing::info!(id = member.id, cluster = member.cluster, "joined through {server}");

@@ -47,7 +47,7 @@ use super::etcd::Members;
 use super::pake;
 use super::random;
 use super::record::{NodeRecord, Role};
-use super::settings::{MaskSizes, Secret};
+use super::settings::{MaskSizes, PurgeAfter, Secret};
 use super::store::{Compare, Op, Outcome, Revision, Store, StoreError, Txn};
 use super::token::{Token, TokenId, TokenSecret};
 
@@ -71,7 +71,7 @@ pub struct Setup {
     /// The pre-shared secret, where one was given.
     pub secret: Option<Secret>,
     /// `purge-after`
-    pub purge_after: Option<Duration>,
+    pub purge_after: PurgeAfter,
     /// Whether other servers use the store, too.
     pub shared: bool,
     /// The cluster that this server has served before: nothing else will do.
@@ -172,7 +172,7 @@ pub struct Registry {
     authority: Authority,
     cluster: ClusterRow,
     secret: Option<pake::Verifier>,
-    purge_after: Option<Duration>,
+    purge_after: PurgeAfter,
     /// Locked before `health`, where both are.
     known: RwLock<Known>,
     writer: tokio::sync::Mutex<Writer>,
@@ -538,7 +538,12 @@ impl Registry {
             let mine = |id: &str| !self.shared || others.is_mine(&self.me, id);
             let nodes: Vec<_> =
                 nodes.map(|row| Patient { id: &row.record.id, ready: row.ready, mine: mine(&row.record.id) }).collect();
-            health.tick(now, &nodes, self.purge_after)
+            let is_server = |id: &String| known.state.nodes.get(id).is_some_and(|row| row.record.role == Role::Server);
+            let servers = known.state.nodes.keys().filter(|id| is_server(id)).count();
+            let mut verdict = health.tick(now, &nodes, self.purge_after.limit(servers));
+            // a server is what others depend on: only a person takes it out
+            verdict.purge.retain(|id| !is_server(id));
+            verdict
         };
         if verdict != health::Verdict::default() {
             self.change(now, |state| Ok(((), judged(state, now, &verdict)))).await?;
