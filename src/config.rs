@@ -103,6 +103,8 @@ pub struct Settings {
     pub control_only: bool,
     /// `purge-after` in seconds; `None` is off.
     pub purge_after: Option<u64>,
+    /// `metrics-address`: `None` is off.
+    pub metrics_address: Option<SocketAddr>,
     /// `cni-conf-dir`
     pub cni_conf_dir: Option<PathBuf>,
     /// `subnet-file`
@@ -171,6 +173,7 @@ impl Config {
             node_taints: layers.many("node-taint", membership::taint, same_text)?,
             control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
             purge_after: layers.one("purge-after", membership::purge_after)?.flatten(),
+            metrics_address: layers.one("metrics-address", values::listen)?,
             cni_conf_dir: layers.one("cni-conf-dir", values::path)?,
             subnet_file: layers.one("subnet-file", values::path)?,
             nodes_file: layers.one("nodes-file", values::path)?,
@@ -222,6 +225,7 @@ impl Config {
             "socket" => a.socket != b.socket,
             "socket-mode" => a.socket_mode != b.socket_mode,
             "socket-group" => a.socket_group != b.socket_group,
+            "metrics-address" => a.metrics_address != b.metrics_address,
             "server" => a.servers != b.servers,
             "token" => a.token != b.token,
             "token-file" => a.token_file != b.token_file,

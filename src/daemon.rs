@@ -14,6 +14,7 @@ mod lives;
 mod logging;
 mod member;
 mod membership;
+mod metrics;
 mod supervisor;
 mod survey;
 mod view;
@@ -37,6 +38,7 @@ use self::lives::Lives;
 use self::logging::Logging;
 use self::membership::{Inbox, Membership, ends};
 pub use self::membership::{Join, has_joined};
+use self::metrics::Metrics;
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
 use crate::admin::socket::{AdminSocket, SocketOptions};
@@ -76,6 +78,10 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
+    let metrics = match options.metrics_address {
+        Some(address) => Some(tokio::spawn(Metrics::bind(address).await?.serve(daemon.shared.clone()))),
+        None => None,
+    };
     let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
 
     let mut host_changes = Watch::open()?;
@@ -116,6 +122,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         None => daemon.stop().await,
     }
     hints.abort();
+    metrics.inspect(|metrics| metrics.abort());
     admin.abort();
     admin.await.ok();
     Ok(())
