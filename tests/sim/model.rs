@@ -44,6 +44,26 @@ pub(crate) enum Fate {
     Sent { peer: usize, packets: Vec<Vec<u8>>, extra: u64 },
 }
 
+/// A sound TCP segment with a payload, which nobody has signed.
+fn may_be_cut(packet: &[u8], seen: &reference::Look) -> bool {
+    if seen.protocol != TCP || seen.fragment || seen.total < seen.l4 + 20 {
+        return false;
+    }
+    let end = l4_end(packet, seen);
+    if end < seen.l4 + 20 || end >= seen.total || reference::l4_sum(packet, seen) != 0xffff {
+        return false;
+    }
+    let (mut at, options) = (0, &packet[seen.l4 + 20..end]);
+    while at < options.len() && options[at] != 0 {
+        match (options[at], options.get(at + 1)) {
+            (1, _) => at += 1,
+            (19 | 29, _) | (_, None | Some(0 | 1)) => return false,
+            (_, Some(len)) => at += usize::from(*len),
+        }
+    }
+    at <= options.len()
+}
+
 impl View {
     fn route(&self, to: IpAddr) -> Option<usize> {
         let nets = self.peers.iter().enumerate().flat_map(|(i, peer)| peer.subnets.iter().map(move |net| (i, net)));
@@ -102,10 +122,15 @@ impl View {
             let head = l4_end(packet, &seen);
             match size {
                 None if !seen.v6 && !seen.df => ready = reference::fragments(&ready[0], mtu),
-                Some(_) if !seen.v6 && !seen.df && seen.protocol == TCP => ready = reference::cut(packet, mtu - head),
+                Some(_) if seen.protocol == TCP => ready = reference::cut(packet, mtu - head),
+                // an IPv6 sender goes no lower
+                None if seen.v6 && mtu < 1280 && packet.len() <= 1280 && may_be_cut(&ready[0], &seen) => {
+                    ready = reference::cut(&ready[0], mtu - head);
+                }
                 _ => {
                     let reason = "packet_too_big";
-                    let fate = Fate::Drop { reason, answer: may_be_answered(packet, &seen).then_some(mtu) };
+                    let told = if seen.v6 { mtu.max(1280) } else { mtu };
+                    let fate = Fate::Drop { reason, answer: may_be_answered(packet, &seen).then_some(told) };
                     return Out { packets: count, bytes: bytes as u64, fate };
                 }
             }
