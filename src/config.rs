@@ -115,6 +115,8 @@ pub struct Settings {
     pub purge_after: PurgeAfter,
     /// `lb-server-port`; `None` is off.
     pub lb_server_port: Option<u16>,
+    /// `metrics-address`: `None` is off.
+    pub metrics_address: Option<SocketAddr>,
     /// `cni-conf-dir`
     pub cni_conf_dir: Option<PathBuf>,
     /// `subnet-file`
@@ -189,6 +191,7 @@ impl Config {
             control_only: layers.one("control-only", membership::yes_or_no)?.unwrap_or(false),
             purge_after: layers.one("purge-after", membership::purge_after)?.unwrap_or_default(),
             lb_server_port: layers.one("lb-server-port", membership::lb_server_port)?.flatten(),
+            metrics_address: layers.one("metrics-address", values::listen)?,
             cni_conf_dir: layers.one("cni-conf-dir", values::path)?,
             subnet_file: layers.one("subnet-file", values::path)?,
             nodes_file: layers.one("nodes-file", values::path)?,
@@ -240,6 +243,7 @@ impl Config {
             "socket" => a.socket != b.socket,
             "socket-mode" => a.socket_mode != b.socket_mode,
             "socket-group" => a.socket_group != b.socket_group,
+            "metrics-address" => a.metrics_address != b.metrics_address,
             "server" => a.servers != b.servers,
             "token" => a.token != b.token,
             "token-file" => a.token_file != b.token_file,

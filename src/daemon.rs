@@ -14,6 +14,7 @@ mod lives;
 mod logging;
 mod member;
 mod membership;
+mod metrics;
 mod stamps;
 mod supervisor;
 mod survey;
@@ -38,6 +39,7 @@ use self::lives::Lives;
 use self::logging::Logging;
 use self::membership::{Inbox, Membership, ends};
 pub use self::membership::{Join, has_joined};
+use self::metrics::Metrics;
 use self::stamps::Stamps;
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
@@ -78,6 +80,10 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         SocketOptions { path: options.socket.clone(), mode: options.socket_mode, group: options.socket_group.clone() };
     let socket = AdminSocket::bind(&socket).context("cannot open the admin socket")?;
     let admin = tokio::spawn(server::serve(socket, daemon.shared.clone()));
+    let metrics = match options.metrics_address {
+        Some(address) => Some(tokio::spawn(Metrics::bind(address).await?.serve(daemon.shared.clone()))),
+        None => None,
+    };
     let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
 
     let mut host_changes = Watch::open()?;
@@ -118,6 +124,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         None => daemon.stop().await,
     }
     hints.abort();
+    metrics.inspect(|metrics| metrics.abort());
     admin.abort();
     admin.await.ok();
     Ok(())

@@ -78,6 +78,12 @@ pub const KEYS: &[Key] = &[
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),
     key("socket-group", "GROUP", "Group that owns the admin socket", "meshd's own"),
+    key(
+        "metrics-address",
+        "ADDR:PORT",
+        "Where to serve metrics for Prometheus, over HTTP at /metrics: whoever reaches it may read them",
+        "off",
+    ),
     changing(list(
         "server",
         "https://HOST:9345",
@@ -140,7 +146,7 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// Keys of the documentation that a later version brings: their error says so, instead of "unknown".
-pub(crate) const LATER: &[&str] = &["metrics-address", "cluster"];
+pub(crate) const LATER: &[&str] = &["cluster"];
 
 /// The key of that name.
 pub(crate) fn find(name: &str) -> Option<&'static Key> {

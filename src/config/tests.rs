@@ -131,13 +131,12 @@ fn unknown_keys_are_refused_with_a_suggestion() {
     assert_eq!(message("node_name: a\n"), "c.yaml:1:1: unknown key `node_name`; did you mean `node-name`?");
     assert_eq!(message("something-else: a\n"), "c.yaml:1:1: unknown key `something-else`");
     assert_eq!(message("cluster: {x: 3}\n"), "c.yaml:1:1: `cluster` is not supported by this version yet; remove it");
-    assert!(message("metrics-address: 127.0.0.1:9100\n").contains("not supported by this version"));
     assert!(parse("mtu: 1400\nnode-name: a\n").is_ok());
 }
 
 #[test]
 fn unknown_variables_are_noticed_and_ignored() {
-    let env = [("MESHD_PROT", "1"), ("MESHD_METRICS_ADDRESS", "1"), ("MESHD_SERVICE_HOST", "1"), ("PATH", "/bin")];
+    let env = [("MESHD_PROT", "1"), ("MESHD_CLUSTER", "1"), ("MESHD_SERVICE_HOST", "1"), ("PATH", "/bin")];
     let config = Config::parse(&sources("", &env, &[])).unwrap();
     let notices = config.notices();
     assert_eq!(notices.len(), 3);
@@ -319,7 +318,7 @@ proptest! {
 }
 
 /// The keys of `meshd server` and `meshd agent`, each with a value that is not the default.
-const OTHERS: [(&str, &str); 21] = [
+const OTHERS: [(&str, &str); 22] = [
     ("bfd", "off"),
     ("server", "a"),
     ("token", "t"),
@@ -341,6 +340,7 @@ const OTHERS: [(&str, &str); 21] = [
     ("lb-server-port", "6444"),
     ("cni-conf-dir", "/c"),
     ("subnet-file", "/e"),
+    ("metrics-address", "127.0.0.1:9346"),
 ];
 
 #[test]
@@ -386,6 +386,7 @@ fn wrong_membership_values_are_named() {
         ("node-cidr-mask-size: [24, 25]", "for the same family"),
         ("node-cidr-mask-size: 129", "from 8 to 128"),
         ("bind-address: host:9345", "use an address with a port"),
+        ("metrics-address: '9346'", "use an address with a port"),
         ("cluster-init: maybe", "true"),
         ("datastore-endpoint: etcd://h1,,h2", "is no host"),
         ("datastore-endpoint: mysql://hush@/d", "no host"),

@@ -4,7 +4,7 @@
 //! exists, an address is ours) the host set-up's.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU8, NonZeroU16};
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -287,6 +287,11 @@ pub(crate) fn io(text: &str) -> Read<Io> {
         "uring" => Err(Refusal::Later("use `auto`, `mmsg` or `tokio`")),
         _ => Err("use `auto`, `mmsg` or `tokio`".into()),
     }
+}
+
+pub(crate) fn listen(text: &str) -> Read<SocketAddr> {
+    let address = text.parse::<SocketAddr>().ok().filter(|address| address.port() != 0);
+    address.ok_or_else(|| "use an address with a port, as in `127.0.0.1:9346` or `[::1]:9346`".into())
 }
 
 pub(crate) fn path(text: &str) -> Read<PathBuf> {

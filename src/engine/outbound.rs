@@ -388,7 +388,14 @@ impl Outbound {
         let super_packet = match *offload {
             Offload::Segment(gso) if packet.protocol == ip::protocol::TCP => Some(gso),
             // no IPv6 sender goes below (RFC 8201 §4), whatever it is told
-            _ if packet.is_v6() && mtu < V6_MIN_MTU && total <= V6_MIN_MTU => Gso::of_segment(packet, bytes),
+            _ if packet.is_v6() && mtu < V6_MIN_MTU && total <= V6_MIN_MTU => {
+                self.whole.clear();
+                self.whole.extend_from_slice(bytes);
+                if let Offload::Checksum { start: from, offset } = *offload {
+                    segment::complete_checksum(packet, &mut self.whole, from, offset)?;
+                }
+                Gso::of_segment(packet, &self.whole)
+            }
             _ => None,
         };
         if let Some(gso) = super_packet.filter(|gso| gso.header_len + 8 <= mtu) {

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::wire::checksum::Sum;
 use crate::wire::ip::{self, Packet, protocol};
-use crate::wire::transport::{self, Tcp, flags};
+use crate::wire::transport::{self, Tcp, flags, is_signed};
 use crate::wire::vnet_hdr::{self, VnetHdr};
 
 /// How a super-packet is to be cut, checked against the packet itself.
@@ -26,18 +26,22 @@ pub struct Gso {
 
 impl Gso {
     /// A TCP segment that was not meant to be cut, as a super-packet of one. `None` for all else, and for one that carries a
-    /// signature of its bytes (RFC 2385, RFC 5925).
+    /// signature of its bytes (RFC 2385, RFC 5925) or whose checksum is wrong: what was damaged must not look sound.
     pub fn of_segment(packet: &Packet, bytes: &[u8]) -> Option<Gso> {
         let ip_len = usize::from(packet.header_len);
         if packet.protocol != protocol::TCP || packet.fragment {
             return None;
         }
-        let (tcp, rest) = Tcp::ref_from_prefix(bytes.get(ip_len..)?).ok()?;
+        let transport = bytes.get(ip_len..usize::from(packet.total_len))?;
+        if !packet.pseudo_sum(transport.len() as u16).bytes(transport).is_valid() {
+            return None;
+        }
+        let (tcp, rest) = Tcp::ref_from_prefix(transport).ok()?;
         let transport_len = tcp.header_len();
         let options = rest.get(..transport_len.checked_sub(transport::TCP_MIN_LEN)?)?;
         let header_len = ip_len + transport_len;
         let payload_len = usize::from(packet.total_len).checked_sub(header_len).filter(|len| *len > 0)?;
-        (!transport::is_signed(options)).then_some(Gso { header_len, size: payload_len, payload_len })
+        (!is_signed(options)).then_some(Gso { header_len, size: payload_len, payload_len })
     }
 
     /// How many segments come out, at least one.

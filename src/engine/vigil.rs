@@ -31,6 +31,8 @@ pub struct Vigil {
     next_turn_us: u64,
     next_look_us: u64,
     at: usize,
+    /// What a session wants sent, and on which way.
+    due: Vec<(Message, Option<u16>)>,
     /// A packet of BFD is made here.
     room: Vec<u8>,
 }
@@ -55,6 +57,7 @@ impl Vigil {
             next_turn_us: u64::MAX,
             next_look_us: 0,
             at: worker,
+            due: Vec::new(),
             room: Vec::new(),
         }
     }
@@ -170,10 +173,10 @@ impl Vigil {
 
     /// Answers the probes that came here.
     fn answer(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) {
-        let tables = turn.tables;
-        if let Some(liveness) = tables.liveness(index) {
-            liveness.answers(|message| self.post(turn, index, message, None));
-        }
+        let Some(liveness) = turn.tables.liveness(index) else { return };
+        let due = &mut self.due;
+        liveness.answers(|message| due.push((message.clone(), None)));
+        self.post_all(turn, index);
     }
 
     /// Gives a session the time. Returns when it wants it again; `None` where it sleeps, or is another worker's.
@@ -188,7 +191,21 @@ impl Vigil {
             Some(tunnel) => tunnel.keys().len(),
             None => usize::from(turn.data_socket),
         };
-        liveness.turn(moment, peer.bounds(), ways, sent_bytes, |message, way| self.post(turn, index, message, way))
+        let due = &mut self.due;
+        let again =
+            liveness.turn(moment, peer.bounds(), ways, sent_bytes, |message, way| due.push((message.clone(), way)));
+        self.post_all(turn, index);
+        again
+    }
+
+    /// Sends what is due, now that the session is not locked any more: sealing takes a lane's lock, under which others wait
+    /// for the session's.
+    fn post_all(&mut self, turn: &mut Turn<'_, '_>, index: PeerIndex) {
+        let mut due = std::mem::take(&mut self.due);
+        for (message, way) in due.drain(..) {
+            self.post(turn, index, &message, way);
+        }
+        self.due = due;
     }
 
     /// Sends a packet the way that packets to the peer go: on this one of several, or on the one that BFD has.

@@ -14,7 +14,9 @@ const MAX_PROBES: u8 = 3;
 /// The same for a size that is in use: it is given up less easily.
 const MAX_CONFIRMS: u8 = 4;
 /// PROBE_TIMER (RFC 8899 §5.1.1), in microseconds: four round trips, within these.
-const PROBE_US: (u64, u64) = (200_000, 3_000_000);
+const PROBE_US: (u64, u64) = (120_000, 3_000_000);
+/// Who sent nothing of any size for so long is not there, or not reached: two packets of BFD as it is by default.
+const SILENCE_US: u64 = 300_000;
 /// CONFIRMATION_TIMER: how often a size that packets travel with is confirmed (black-hole detection, RFC 8899 §4.3).
 const CONFIRM_US: u64 = 400_000;
 /// PMTU_RAISE_TIMER: how often something larger is tried. The RFC's ten minutes are for who pays for each probe.
@@ -359,7 +361,7 @@ impl PathMtu {
             _ => MAX_PROBES,
         };
         // where nothing else arrived either, that says nothing about the size
-        let counts = u8::from(heard_us >= probe.sent_us);
+        let counts = u8::from(heard_us + SILENCE_US >= now_us);
         if probe.tries + counts < most {
             let again = Probe { tries: probe.tries + counts, sent_us: now_us, ..probe };
             self.probe = Some(again);

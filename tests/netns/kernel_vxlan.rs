@@ -130,7 +130,8 @@ fn a_capture_of_the_outer_packets_says_what_it_should() {
         return skipped(story, &format!("`{tool}` is not installed"));
     }
     // without the datagrams of liveness, which have a network of their own
-    let mesh = mesh.profile('e').node("a").set("vni", 4711).set("bfd", "off").node("b").set("vni", 4711).start();
+    let mesh = mesh.profile('e').node("a").set("vni", 4711).set("bfd", "off");
+    let mesh = mesh.node("b").set("vni", 4711).set("bfd", "off").start();
     let [a, b] = mesh.two(["a", "b"]);
     let capture = Capture::start(&b.ns, "ul0", "udp and src host 10.9.0.1", &mesh.dir().join("outer.pcap"));
     // sixteen flows; DSCP EF with ECT(0) is 0xba

@@ -27,6 +27,7 @@ mod encrypted;
 mod figures;
 mod flood;
 mod foreign;
+mod frr;
 mod full;
 mod hostile;
 mod joined;

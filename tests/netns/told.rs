@@ -1,5 +1,7 @@
 //! What meshctl tells of a real mesh.
 
+use std::io::{Read, Write};
+
 use serde_json::Value;
 
 use crate::mesh::{Builder, V4, V6};
@@ -108,4 +110,39 @@ fn what_one_sent_the_other_received() {
     assert_eq!(pa[0]["tx_packets"], sa["udp"]["tx_packets"]);
     assert_eq!(pb[0]["rx_packets"], sa["udp"]["tx_packets"]);
     until("people get a table", || a.ctl(&["peers"]).out.contains("10.9.0.2:8472"));
+}
+
+/// Over HTTP, where somebody asked for it, and nowhere else.
+#[test]
+fn metrics_are_what_meshctl_says() {
+    let story = "metrics_are_what_meshctl_says";
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = mesh.node("a").set("metrics-address", "127.0.0.1:9346").node("b").start();
+    let [a, b] = mesh.two(["a", "b"]);
+    ping(&a.ns, b.overlay(V4));
+    until("it answers", || a.json(&["peers"])[0]["state"] == "up");
+    let get = |path: &str| {
+        a.ns.enter(|| {
+            let mut stream = std::net::TcpStream::connect("127.0.0.1:9346").unwrap();
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            text
+        })
+    };
+    let text = get("/metrics");
+    assert!(text.starts_with("HTTP/1.1 200") && text.trim_end().ends_with("# EOF"), "{text}");
+    for line in [
+        "meshd_ready{node=\"a\"} 1",
+        "meshd_mtu_bytes{node=\"a\"} 1450",
+        "meshd_peer_up{peer=\"b\"} 1",
+        "meshd_peer_packets_total{peer=\"b\",direction=\"tx\"} 3",
+        "meshd_drops_total{reason=\"no_route\"} 0",
+        "meshd_peer_path_mtu_bytes{peer=\"b\"} 1450",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    assert!(get("/").starts_with("HTTP/1.1 404"));
+    assert!(!a.ns.succeeds("ss -Hltn | grep -v :9346 | grep ."), "no other TCP port");
+    assert!(!b.ns.succeeds("ss -Hltn | grep ."), "nor without the key");
 }

@@ -44,6 +44,26 @@ pub(crate) enum Fate {
     Sent { peer: usize, packets: Vec<Vec<u8>>, extra: u64 },
 }
 
+/// A sound TCP segment with a payload, which nobody has signed.
+fn may_be_cut(packet: &[u8], seen: &reference::Look) -> bool {
+    if seen.protocol != TCP || seen.fragment || seen.total < seen.l4 + 20 {
+        return false;
+    }
+    let end = l4_end(packet, seen);
+    if end < seen.l4 + 20 || end >= seen.total || reference::l4_sum(packet, seen) != 0xffff {
+        return false;
+    }
+    let (mut at, options) = (0, &packet[seen.l4 + 20..end]);
+    while at < options.len() && options[at] != 0 {
+        match (options[at], options.get(at + 1)) {
+            (1, _) => at += 1,
+            (19 | 29, _) | (_, None | Some(0 | 1)) => return false,
+            (_, Some(len)) => at += usize::from(*len),
+        }
+    }
+    at <= options.len()
+}
+
 impl View {
     fn route(&self, to: IpAddr) -> Option<usize> {
         let nets = self.peers.iter().enumerate().flat_map(|(i, peer)| peer.subnets.iter().map(move |net| (i, net)));
@@ -100,13 +120,12 @@ impl View {
         let mtu = self.peers[peer].mtu;
         if ready.iter().any(|packet| packet.len() > mtu) {
             let head = l4_end(packet, &seen);
-            let cuttable = head + 8 <= mtu && seen.protocol == TCP;
             match size {
                 None if !seen.v6 && !seen.df => ready = reference::fragments(&ready[0], mtu),
-                Some(_) if cuttable => ready = reference::cut(packet, mtu - head),
-                // no IPv6 sender goes below 1,280 bytes, whatever it is told
-                _ if cuttable && seen.v6 && mtu < 1280 && seen.total <= 1280 && may_be_cut(packet, &seen) => {
-                    ready = reference::cut(packet, mtu - head);
+                Some(_) if seen.protocol == TCP => ready = reference::cut(packet, mtu - head),
+                // an IPv6 sender goes no lower
+                None if seen.v6 && mtu < 1280 && packet.len() <= 1280 && may_be_cut(&ready[0], &seen) => {
+                    ready = reference::cut(&ready[0], mtu - head);
                 }
                 _ => {
                     let reason = "packet_too_big";
@@ -257,21 +276,6 @@ fn may_be_answered(packet: &[u8], seen: &Look) -> bool {
         58 => matches!(kind, Some(128..)),
         _ => seen.v6 || be16(packet, 6) & 0x1fff == 0,
     }
-}
-
-/// A TCP segment that carries something, and no signature (RFC 2385, RFC 5925) of what it carries.
-fn may_be_cut(packet: &[u8], seen: &Look) -> bool {
-    let (begin, end) = (seen.l4 + 20, l4_end(packet, seen));
-    if seen.fragment || end < begin || end >= seen.total {
-        return false;
-    }
-    let (mut at, mut signed) = (begin, false);
-    while at < end && packet[at] != 0 && !signed {
-        let step = if packet[at] == 1 { 1 } else { packet.get(at + 1).map_or(0, |len| usize::from(*len)) };
-        signed = matches!(packet[at], 19 | 29) || at + step > end || (packet[at] != 1 && (step < 2 || at + 1 >= end));
-        at += step;
-    }
-    !signed
 }
 
 /// Redirects and router advertisements; IPv4 also where the rest of the message comes in later fragments.

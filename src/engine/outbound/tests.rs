@@ -397,9 +397,12 @@ fn ipv6_goes_on_where_the_path_takes_less_than_it_needs() {
     assert_eq!(halves.iter().map(Vec::len).collect::<Vec<_>>(), [1230, 1280 - 1230 + 72]);
     halves.iter().for_each(|packet| assert_sound(packet));
     assert_eq!([&halves[0][72..], &halves[1][72..]].concat(), facts.payload);
+    let damaged = Facts { check: Check::Field([1, 2]), ..facts };
+    node.push(VnetHdr::default(), &damaged.bytes());
+    assert_eq!(node.packets().len(), 0, "that must not become sound");
     // longer ones have a sender that can be told
     node.push(VnetHdr::default(), &tcp(true, 1, 2, payload(1281 - 72)).bytes());
-    assert_eq!((node.packets().len(), drops(&node.stats)), (0, vec![("packet_too_big", 1)]));
+    assert_eq!((node.packets().len(), drops(&node.stats)), (0, vec![("packet_too_big", 2)]));
 }
 
 #[test]
