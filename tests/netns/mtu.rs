@@ -41,10 +41,14 @@ fn a_device_that_is_too_large_by_hand_tells_senders() {
     let stats = a.stats();
     assert!(stats["drops"]["packet_too_big"].as_u64().unwrap() >= 2 && stats["originated"].as_u64().unwrap() >= 2);
 
-    // TCP learns the path's MTU from it; datagrams that may be fragmented are
+    // TCP is cut to fit, or learns the path's MTU; datagrams that may be fragmented are
     a.ns.sh("ip route flush cache; ip -6 route flush cache");
     for family in [V4, V6] {
         tcp(&a.ns, &b.ns, b.overlay(family), 1 << 20);
+    }
+    // who sends datagrams that may not has to have been told
+    for (from, to) in [(a, b), (b, a)] {
+        from.ns.output(&format!("ping -n -c 1 -W 1 -M do -s 1472 {} || true", to.overlay(V4)));
     }
     assert!(a.ns.succeeds(&format!("ping -n -c 1 -W 5 -M dont -s 1460 {}", b.overlay(V4))), "without DF it arrives");
     udp(&a.ns, a.overlay(V4), &b.ns, b.overlay(V4), &[1400, 1472, 9000]);
