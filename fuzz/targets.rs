@@ -26,6 +26,7 @@ use meshd::engine::testing;
 use meshd::engine::tunnel::Policy;
 use meshd::engine::tx_batch::Piece;
 use meshd::node::{Mac, NodeName, Vni};
+use meshd::wire::bfd;
 use meshd::wire::checksum::Sum;
 use meshd::wire::icmp;
 use meshd::wire::ip::Packet;
@@ -52,6 +53,17 @@ pub(crate) const TARGETS: [&str; 8] =
 
 /// The parsers, each against the one that was written by the book.
 pub(crate) fn wire(data: &[u8]) {
+    for v6 in [false, true] {
+        icmp::read_too_big(data, v6);
+    }
+    if let Some((_, message)) = bfd::read_packet(data).or_else(|| bfd::read_frame(data)) {
+        let (source, destination) = ([10, 9, 0, 1].into(), [10, 9, 0, 2].into());
+        let mut again = Vec::new();
+        bfd::write_packet(&message, bfd::Ends { source, destination, source_port: 50_000 }, &mut again);
+        let same = matches!((&message, bfd::read_packet(&again)), (bfd::Message::Echo(a, _), Some((_, bfd::Message::Echo(b, _)))) if *a == b)
+            || bfd::read_packet(&again) == Some((destination, message));
+        assert!(same, "{data:02x?}");
+    }
     let (parsed, seen) = (Packet::parse(data), look(data));
     assert_eq!(parsed.is_ok(), seen.is_some(), "{parsed:?} {seen:?}");
     assert_eq!(Sum::default().bytes(data).fold(), reference::sum(&[data]).to_be_bytes());
