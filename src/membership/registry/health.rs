@@ -42,6 +42,22 @@ pub(super) struct Verdict {
     pub(super) purge: Vec<String>,
 }
 
+/// So many nodes are judged in one transaction: etcd takes 128 steps, and a purge is five.
+const PART: usize = 20;
+
+impl Verdict {
+    /// The same in parts that any store takes.
+    pub(super) fn parts(self) -> Vec<Verdict> {
+        let of = |ids: Vec<String>, part: fn(Vec<String>) -> Verdict| {
+            ids.chunks(PART).map(|ids| part(ids.to_vec())).collect::<Vec<_>>()
+        };
+        let mut parts = of(self.purge, |purge| Verdict { purge, ..Verdict::default() });
+        parts.extend(of(self.up, |up| Verdict { up, ..Verdict::default() }));
+        parts.extend(of(self.down, |down| Verdict { down, ..Verdict::default() }));
+        parts
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Health {
     pub(super) beats: HashMap<String, Beat>,

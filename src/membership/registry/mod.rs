@@ -545,8 +545,8 @@ impl Registry {
             verdict.purge.retain(|id| !is_server(id));
             verdict
         };
-        if verdict != health::Verdict::default() {
-            self.change(now, |state| Ok(((), judged(state, now, &verdict)))).await?;
+        for part in verdict.parts() {
+            self.change(now, |state| Ok(((), judged(state, now, &part)))).await?;
         }
         self.show_presence(now).await?;
         let (flush, tidy) = {

@@ -28,6 +28,8 @@ const REMEMBER: i64 = 366 * 86_400;
 const MAX_SKEW: i64 = 86_400;
 /// As long as a hash, and none.
 const NO_HASH: &str = "----------------------------------------------------------------";
+/// Rows of one kind that are tidied at once: etcd takes 128 steps in a transaction.
+const MOST: usize = 40;
 const MAX_LABELS: usize = 64;
 const MAX_TEXT: usize = 256;
 
@@ -358,7 +360,10 @@ impl State {
             }
         }
         let over = |t: &TokenRow| t.expires_at.is_some_and(|at| now.unix - at > REST);
-        plan.drop_tokens = self.tokens.values().filter(|t| over(t)).map(|t| t.id.clone()).collect();
+        plan.drop_tokens = self.tokens.values().filter(|t| over(t)).map(|t| t.id.clone()).take(MOST).collect();
+        // The rest has time until the next time.
+        plan.drop_gone.truncate(MOST);
+        plan.put_gone.truncate(MOST);
         plan
     }
 
