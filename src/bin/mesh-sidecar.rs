@@ -69,7 +69,7 @@ fn main() -> ExitCode {
         }
         Some(Verb::Restore { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
             block_on(async { Ok(etcd::tools::restore(&data_dir, &file).await?) }).and_then(|()| {
-                eprintln!("mesh-sidecar: start meshd here, then on the other servers: they join this one again");
+                eprintln!("mesh-sidecar: start meshd here and, once `meshctl cluster status` answers, on the other servers: they join this one again");
                 give(&data_dir.join("server"))
             })
         }
@@ -136,7 +136,9 @@ fn give(folder: &std::path::Path) -> anyhow::Result<()> {
 
 fn cluster_reset(data_dir: &std::path::Path) -> anyhow::Result<()> {
     etcd::tools::reset(data_dir)?;
-    eprintln!("mesh-sidecar: start meshd here, then on the other servers: they join this one again");
+    eprintln!(
+        "mesh-sidecar: start meshd here and, once `meshctl cluster status` answers, on the other servers: they join this one again"
+    );
     give(&data_dir.join("server"))
 }
 

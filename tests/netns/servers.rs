@@ -246,6 +246,8 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     tool("restore", &copy);
     a.spawn();
     patiently_ready(a);
+    // not before: the others would be a quorum of what was
+    good(a, "1 server, none may fail");
     for node in [b, c] {
         node.spawn();
     }

@@ -83,6 +83,7 @@ async fn supervise(
         let mut child = match command(&program, &kept, &member).spawn() {
             Ok(child) => child,
             Err(error) => {
+                tracing::warn!("etcd cannot be started: {error}");
                 told.send_modify(|fare| fare.problem = Some(format!("{}: {error}", program.display())));
                 tokio::time::sleep(LONGEST_PAUSE).await;
                 continue;
@@ -182,7 +183,8 @@ async fn end(child: &mut Child) {
 
 fn command(program: &Path, kept: &Kept, member: &Member) -> Command {
     // Through the sidecar's own program, which sees to it that etcd ends with the sidecar.
-    let own = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
+    // By this name, since an upgrade may have put another program in the place of this one.
+    let own = "/proc/self/exe";
     let listen = if is_own(member.address) { member.address } else { unspecified(member.address) };
     let cluster: Vec<String> = member.cluster.iter().map(|(name, url)| format!("{name}={url}")).collect();
     let certificate = kept.certificate().display().to_string();
