@@ -6,6 +6,7 @@ mod etcds;
 #[allow(dead_code)]
 mod harness;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,9 +16,9 @@ use meshd::membership::clock::Now;
 use meshd::membership::record::Role;
 use meshd::membership::registry::{Registry, Setup};
 use meshd::membership::server::Server;
-use meshd::membership::settings::Secret;
+use meshd::membership::settings::{Datastore, Secret};
 use meshd::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
-use meshd::membership::store::{Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, conformance};
+use meshd::membership::store::{Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, check, conformance};
 
 fn put(key: &str, value: &[u8]) -> Txn {
     Txn { compares: vec![], ops: vec![Op::put(key, value)] }
@@ -113,6 +114,16 @@ async fn a_user_and_a_password_are_needed_where_etcd_says_so() {
         assert!(matches!(&refused, StoreError::Unfit { problem, .. } if problem.contains(hint)), "{refused:?}");
     }
     open(Some(("root", "pw"))).await.expect("positive control");
+
+    // the same before a server starts, in so many words
+    for (user, ok, hint) in [("other:pw@", false, "grant-permission"), ("root:pw@", true, ""), ("", false, "USER@HOST")]
+    {
+        let (host, port) = etcds.access().endpoints[0].clone();
+        let endpoint = Some(Secret::new(format!("etcd://{user}{host}:{port}")));
+        let look = check::check(&Datastore { endpoint, ..Datastore::default() }, Path::new("x")).await;
+        let told = serde_json::to_string(&look).unwrap();
+        assert!(look.ok == ok && told.contains(hint) && !told.contains("pw@"), "{told}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

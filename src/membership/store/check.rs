@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::endpoint::redacted;
+use super::etcd;
 use super::sql::remote;
 use crate::membership::settings::Datastore;
 
@@ -42,6 +43,7 @@ pub async fn check(datastore: &Datastore, default: &Path) -> Report {
     let endpoint = datastore.endpoint.as_ref().map_or("", |endpoint| endpoint.reveal());
     match endpoint.split_once("://") {
         Some(("mysql" | "mariadb" | "postgres" | "postgresql", _)) => remote::check(datastore, endpoint).await,
+        Some(("etcd" | "etcds", _)) => etcd::look(datastore, redacted(endpoint)).await,
         Some((scheme, rest)) if scheme != "sqlite" || !rest.is_empty() => {
             let fits = scheme == "sqlite" && Path::new(rest).parent().is_some_and(Path::is_dir);
             let finding = Finding {

@@ -1,12 +1,18 @@
 //! `etcd://` and `etcds://`: an etcd that somebody else runs.
 
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
 
 use super::{Access, Etcd, Gateway, PREFIX};
 use crate::membership::settings::{Datastore, Secret};
 use crate::membership::store::StoreError;
+use crate::membership::store::check::{Finding, Report};
 use crate::membership::tls;
 
+/// How long `meshd datastore check` waits for an answer.
+const LOOK: Duration = Duration::from_secs(10);
 /// etcd's client port.
 const PORT: u16 = 2379;
 /// Where Debian and its like keep the machine's certificate authorities.
@@ -25,6 +31,31 @@ pub async fn open(datastore: &Datastore) -> Result<Etcd, StoreError> {
         StoreError::Unfit { place: format!("{place}://…"), problem }
     })?;
     Etcd::open(Gateway::new(access), &prefix).await
+}
+
+/// Looks whether a server could use it, and changes nothing.
+pub async fn look(datastore: &Datastore, shown: String) -> Report {
+    let tried = async {
+        let etcd = open(datastore).await?;
+        etcd.may_write().await.map(|()| etcd.gateway().place())
+    };
+    let place = shown.clone();
+    let tried = timeout(LOOK, tried).await.unwrap_or_else(|_| {
+        let detail = "nobody answers; is etcd started, and is its client port open to this machine?".to_owned();
+        Err(StoreError::Unavailable { place, detail })
+    });
+    let finding = |error: StoreError| Finding {
+        problem: error.to_string(),
+        fix:
+            "ETCDCTL_API=3 etcdctl endpoint health; for rights: etcdctl role add meshd; etcdctl role grant-permission \
+              --prefix=true meshd readwrite meshd/; etcdctl user grant-role USER meshd"
+                .to_owned(),
+        warning: false,
+    };
+    let encrypted = shown.starts_with("etcds://");
+    let findings: Vec<_> = tried.as_ref().err().cloned().map(finding).into_iter().collect();
+    let server = tried.ok().map(|place| format!("etcd at {place}"));
+    Report { datastore: shown, ok: server.is_some(), server, encrypted: Some(encrypted), format: None, findings }
 }
 
 /// What an endpoint says.

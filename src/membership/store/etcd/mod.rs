@@ -21,7 +21,7 @@ use futures::future::BoxFuture;
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, mpsc};
 
-pub use self::endpoint::{check, open};
+pub use self::endpoint::{check, look, open};
 pub(in crate::membership) use self::gateway::CallError;
 use self::gateway::{ANSWER, FIRST_ANSWER, OUT_OF_RANGE, PATIENCE, Stream};
 pub use self::gateway::{Access, Gateway};
@@ -84,6 +84,16 @@ impl Etcd {
         let marker = Marker { key: key(prefix, &format!("m/{}", random::id())), ..Marker::default() };
         let inner = Inner { gateway, prefix: prefix.to_owned(), base, marker: Mutex::new(marker) };
         Ok(Etcd(Arc::new(inner)))
+    }
+
+    /// Whether keys may be written. Nothing is: etcd looks at the rights for each branch of a transaction, whichever it takes.
+    pub async fn may_write(&self) -> Result<(), StoreError> {
+        let place = self.key("check");
+        let never = json!({ "key": place, "target": "CREATE", "result": "LESS", "create_revision": "0" });
+        let put = json!({ "request_put": { "key": place, "value": "" } });
+        let ask = json!({ "compare": [never], "success": [put] });
+        let gateway = self.gateway();
+        gateway.ask::<Value>("/v3/kv/txn", &ask).await.map(drop).map_err(|error| gateway.told(error))
     }
 
     /// Fills an etcd that has nothing below `prefix` with what another store had. Until this has succeeded it is not to be
