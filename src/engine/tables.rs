@@ -90,7 +90,7 @@ impl Peer {
     /// The longest inner packet that the path takes: as it was measured, or what follows from this node's own link.
     #[inline]
     pub fn mtu(&self) -> u16 {
-        self.spec.liveness.as_deref().and_then(Liveness::path_mtu).unwrap_or(self.spec.mtu)
+        self.spec.liveness.as_deref().map_or(self.spec.mtu, |liveness| liveness.mtu(self.spec.mtu))
     }
 
     /// Bytes around an inner packet on the underlay, outer IP header included, as packets to it travel now.

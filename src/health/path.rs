@@ -166,6 +166,11 @@ impl PathMtu {
         (self.proved && self.current > 0).then_some(self.current)
     }
 
+    /// Whether the path takes less than this node's own link.
+    pub fn is_narrow(&self) -> bool {
+        self.limit().is_some_and(|limit| limit < self.bounds.max)
+    }
+
     /// Lets time pass. Returns the probe that is due, if any. `sent_bytes` counts what was sent to the peer; it is asked for
     /// only when it matters.
     pub fn turn(&mut self, now_us: u64, now: Circumstances, sent_bytes: impl FnOnce() -> u64) -> Option<Ask> {
@@ -276,7 +281,9 @@ impl PathMtu {
     /// This node's own link has another MTU, or what goes around a packet has changed.
     fn rebound(&mut self, now_us: u64, bounds: Bounds) {
         let outer = self.current.saturating_add(self.bounds.overhead);
-        self.current = outer.saturating_sub(bounds.overhead).clamp(bounds.min, bounds.max);
+        let kept = outer.saturating_sub(bounds.overhead).clamp(bounds.min, bounds.max);
+        // what only the own link has limited is limited by it still
+        self.current = if self.current >= self.bounds.max { bounds.max } else { kept };
         self.bounds = bounds;
         self.probe = None;
         if self.state != State::Disabled {

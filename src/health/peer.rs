@@ -59,6 +59,8 @@ pub struct Liveness {
     verdict: AtomicU8,
     /// The longest inner packet that the path takes; 0: not measured.
     path_mtu: AtomicU16,
+    /// The same where the path takes less than this node's own link, else 0.
+    narrow: AtomicU16,
     /// 0: not measured.
     round_trip_us: AtomicU32,
     neighbour: AtomicBool,
@@ -145,6 +147,7 @@ impl Liveness {
             discriminator: discriminator.max(1),
             verdict: AtomicU8::new(Verdict::Unknown as u8),
             path_mtu: AtomicU16::new(0),
+            narrow: AtomicU16::new(0),
             round_trip_us: AtomicU32::new(0),
             neighbour: AtomicBool::new(false),
             awake_until_us: AtomicU64::new(0),
@@ -185,10 +188,22 @@ impl Liveness {
         Some(self.path_mtu.load(Ordering::Relaxed)).filter(|mtu| *mtu != 0)
     }
 
+    /// The longest inner packet that may be sent, where this node's own link takes `own`. Follows that at once: a path that
+    /// was no narrower than the link is taken to be so still, until a probe says otherwise. Else senders would be told of an
+    /// MTU that is about to be out of date, and keep it for ten minutes.
+    #[inline]
+    pub fn mtu(&self, own: u16) -> u16 {
+        match self.narrow.load(Ordering::Relaxed) {
+            0 => own,
+            narrow => narrow.min(own),
+        }
+    }
+
     /// As if the path had been measured.
     #[cfg(test)]
     pub fn found(&self, mtu: u16) {
         self.path_mtu.store(mtu, Ordering::Relaxed);
+        self.narrow.store(mtu, Ordering::Relaxed);
     }
 
     /// What is known of the path.
@@ -327,7 +342,9 @@ impl Liveness {
     }
 
     fn publish(&self, inner: &Inner) {
-        self.path_mtu.store(inner.path.limit().unwrap_or(0), Ordering::Relaxed);
+        let limit = inner.path.limit();
+        self.path_mtu.store(limit.unwrap_or(0), Ordering::Relaxed);
+        self.narrow.store(limit.filter(|_| inner.path.is_narrow()).unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Whether a packet makes an idle session begin: the other side wants one, or has one with a former run of ours.
