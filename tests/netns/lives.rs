@@ -151,8 +151,8 @@ fn loss_is_measured_where_it_is() {
             peer(a, "b")["loss_permille"].is_u64() && peer(a, "c")["loss_permille"].is_u64()
         });
         let lost = |of: &str| peer(a, of)["loss_permille"].as_u64().unwrap();
-        until("what c loses is seen", || lost("c") > 0);
-        assert_eq!(lost("b"), 0);
+        // an answer that a busy machine holds up for long is lost, too: a quarter is more
+        until("what c loses is seen", || lost("c") > 100 && lost("b") < lost("c") / 2);
         println!("{story}: {} and {}", peer(a, "b")["ways"], peer(a, "c")["ways"]);
         let ways = peer(a, "b")["ways"].as_array().unwrap().clone();
         assert!(
