@@ -47,8 +47,9 @@ for n in "${NODES[@]}"; do
 done
 write_nodes 4 "${NODES[@]}"
 # a believes in more room than there is: its packets must be cut or answered
-start_meshd a 4 "mtu: 1500"
-for n in b c; do start_meshd $n 4; done
+# nodes that ask each other all the time are never at rest, and the books of all of them are one sum
+start_meshd a 4 "mtu: 1500" "bfd: off"
+for n in b c; do start_meshd $n 4 "bfd: off"; done
 for n in "${NODES[@]}"; do ip -n "$RUN-$n" addr add 192.0.2.1/32 dev lo; done
 meshd_ready "${NODES[@]}" || die "the mesh did not come up"
 for n in "${NODES[@]}"; do
@@ -118,15 +119,15 @@ sum_of() { # JQ PATH: over all nodes
 }
 snapshot() { for n in "${NODES[@]}"; do ctl "$n" stats --json >"$LAB/stats.$n" || return 1; done; }
 # at rest: until nothing moves any more
-last='' now=0
+last='' now=0 settled=''
 for _ in 1 2 3 4 5 6 7 8 9 10; do
     sleep 1
     snapshot || die "meshctl stats failed"
     now=$(sum_of '.outbound.in + .inbound.in')
-    [ "$now" != "$last" ] || break
+    [ "$now" != "$last" ] || { settled=1 && break; }
     last=$now
 done
-[ "$now" = "$last" ] || die "traffic does not end"
+[ -n "$settled" ] || die "traffic does not end"
 
 bad=0
 unaccounted=0
