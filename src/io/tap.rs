@@ -5,21 +5,20 @@
 //! file format and no filter language.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipnet::IpNet;
-use zerocopy::IntoBytes;
 
 use crate::engine::classify;
 use crate::engine::drop::Drop;
 use crate::engine::stats::WorkerStats;
 use crate::engine::tables::ENCAPSULATION;
 use crate::engine::tunnel;
-use crate::wire::checksum::Sum;
-use crate::wire::ip::{self, Packet, protocol};
+use crate::wire::ip::{self, Packet};
 use crate::wire::transport::UDP_LEN;
+use crate::wire::udp;
 
 /// Bytes that wait to be fetched at most; without a reader for so long the capture ends.
 const WAITING_BYTES: usize = 16 << 20;
@@ -257,45 +256,8 @@ impl<'w> Tally<'w> {
 
 fn outer(from: SocketAddr, to: SocketAddr, tos: u8, payload: &[u8]) -> Option<Vec<u8>> {
     const TTL: u8 = 64;
-    let udp_len = u16::try_from(UDP_LEN + payload.len()).ok()?;
-    let mut packet = Vec::with_capacity(ip::V6_LEN + usize::from(udp_len));
-    let pseudo = match (from.ip(), to.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let mut header = ip::V4 {
-                version_ihl: 0x45,
-                tos,
-                total_len: udp_len.checked_add(ip::V4_MIN_LEN as u16)?.into(),
-                id: 0.into(),
-                flags_offset: ip::V4_DF.into(),
-                ttl: TTL,
-                protocol: protocol::UDP,
-                checksum: [0; 2],
-                source: source.octets(),
-                destination: destination.octets(),
-            };
-            header.checksum = Sum::default().bytes(header.as_bytes()).finish();
-            packet.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v4(source, destination, protocol::UDP, udp_len)
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            let header = ip::V6 {
-                version_class_flow: (6 << 28 | u32::from(tos) << 20).into(),
-                payload_len: udp_len.into(),
-                next_header: protocol::UDP,
-                hop_limit: TTL,
-                source: source.octets(),
-                destination: destination.octets(),
-            };
-            packet.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v6(&source, &destination, protocol::UDP, udp_len)
-        }
-        _ => return None,
-    };
-    let head: Vec<u8> = [from.port(), to.port(), udp_len].into_iter().flat_map(u16::to_be_bytes).collect();
-    let sum = pseudo.bytes(&head).bytes(payload).finish();
-    packet.extend(head.into_iter().chain(if sum == [0; 2] { [0xff; 2] } else { sum }));
-    packet.extend_from_slice(payload);
-    Some(packet)
+    let mut packet = Vec::with_capacity(ip::V6_LEN + UDP_LEN + payload.len());
+    udp::write(from, to, tos, TTL, payload, 0, &mut packet).map(|()| packet)
 }
 
 #[cfg(test)]

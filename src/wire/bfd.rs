@@ -13,7 +13,7 @@
 //! Without authentication: inside a tunnel the tunnel authenticates, and clear VXLAN has none anyway. Probes of the path
 //! (`wire::echo`) travel the same way, to BFD's echo port.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use zerocopy::byteorder::network_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -21,8 +21,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::checksum::Sum;
 use super::echo::Echo;
 use super::ip::{self, Packet, protocol};
-use super::transport::{UDP_CHECKSUM, UDP_LEN, Udp};
-use super::{ethernet, survey, vxlan};
+use super::transport::{UDP_LEN, Udp};
+use super::{ethernet, survey, udp, vxlan};
 
 /// Bytes of a control packet without authentication.
 pub const LEN: usize = 24;
@@ -250,50 +250,9 @@ pub fn write_packet(message: &Message, ends: Ends, out: &mut Vec<u8>) {
             (&survey, ECHO_PORT, 0)
         }
     };
-    let udp_len = (UDP_LEN + bytes.len().max(padded)) as u16;
-    let mut udp = [0; UDP_LEN];
-    let parts = [source_port, port, udp_len, 0].into_iter().flat_map(u16::to_be_bytes);
-    udp.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
-    let pseudo = match (source, destination) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => {
-            let mut header = ip::V4 {
-                version_ihl: 0x45,
-                tos: TOS,
-                total_len: (ip::V4_MIN_LEN as u16 + udp_len).into(),
-                id: 0.into(),
-                flags_offset: ip::V4_DF.into(),
-                ttl: TTL,
-                protocol: protocol::UDP,
-                checksum: [0; 2],
-                source: source.octets(),
-                destination: destination.octets(),
-            };
-            header.checksum = Sum::default().bytes(header.as_bytes()).finish();
-            out.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v4(source, destination, protocol::UDP, udp_len)
-        }
-        (IpAddr::V6(source), IpAddr::V6(destination)) => {
-            let header = ip::V6 {
-                version_class_flow: (6 << 28 | u32::from(TOS) << 20).into(),
-                payload_len: udp_len.into(),
-                next_header: protocol::UDP,
-                hop_limit: TTL,
-                source: source.octets(),
-                destination: destination.octets(),
-            };
-            out.extend_from_slice(header.as_bytes());
-            Sum::pseudo_v6(&source, &destination, protocol::UDP, udp_len)
-        }
-        _ => return,
-    };
-    // zeros add nothing
-    let sum = pseudo.bytes(&udp).bytes(bytes).finish();
-    // 0 would say that there is none (RFC 768)
-    let sum = if sum == [0; 2] { [0xff; 2] } else { sum };
-    udp.iter_mut().skip(UDP_CHECKSUM).zip(sum).for_each(|(to, from)| *to = from);
-    out.extend_from_slice(&udp);
-    out.extend_from_slice(bytes);
-    out.resize(out.len() + padded.saturating_sub(bytes.len()), 0);
+    let (from, to) = (SocketAddr::new(source, source_port), SocketAddr::new(destination, port));
+    // of two families: there is nothing to send
+    let _ = udp::write(from, to, TOS, TTL, bytes, padded, out);
 }
 
 /// The TOS of control packets: CS6, network control (RFC 4594 §3.2).

@@ -14,5 +14,6 @@ pub mod icmp;
 pub mod ip;
 pub mod survey;
 pub mod transport;
+pub mod udp;
 pub mod vnet_hdr;
 pub mod vxlan;
