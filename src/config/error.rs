@@ -72,16 +72,6 @@ pub enum Problem {
         /// What to write instead.
         fix: String,
     },
-    /// A value of a later version.
-    #[error("`{key}: {value}` is not supported by this version yet; {fix}")]
-    LaterValue {
-        /// The key.
-        key: &'static str,
-        /// As written.
-        value: String,
-        /// What to write instead.
-        fix: &'static str,
-    },
     /// `key:` and nothing behind it.
     #[error("`{key}` has no value; give it one, or remove it for the default ({default})")]
     NoValue {

@@ -73,7 +73,7 @@ pub const KEYS: &[Key] = &[
         "interval=150,multiplier=6,vni=4095",
     ),
     key("workers", "auto|1-64", "Worker threads; auto is one for each core", "auto"),
-    key("io", "auto|mmsg|tokio", "I/O back end", "auto"),
+    key("io", "auto|mmsg|uring|tokio", "I/O back end", "auto"),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use super::error::{ConfigError, Place, Problem};
 use super::keys::{self, ENV_PREFIX, KEYS, Key, LATER};
-use super::values::{Read, Refusal};
+use super::values::Read;
 use super::yaml::{self, Entry, Kind, MaxNodes, Tree};
 
 /// What a configuration is made from. The caller has read it; parsing does no I/O.
@@ -155,14 +155,10 @@ impl Layers {
 
 impl Said {
     fn read<T>(&self, key: &'static str, read: fn(&str) -> Read<T>) -> Result<T, ConfigError> {
-        read(&self.text).map_err(|refusal| {
+        read(&self.text).map_err(|fix| {
             let secret = keys::find(key).is_some_and(|key| key.secret);
             let value = if secret { "…".to_owned() } else { self.text.clone() };
-            let problem = match refusal {
-                Refusal::Fix(fix) => Problem::BadValue { key, value, fix },
-                Refusal::Later(fix) => Problem::LaterValue { key, value, fix },
-            };
-            ConfigError { place: self.place.clone(), problem }
+            ConfigError { place: self.place.clone(), problem: Problem::BadValue { key, value, fix } }
         })
     }
 }

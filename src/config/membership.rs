@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net};
 
 use super::error::{ConfigError, Place, Problem};
 use super::layers::Layers;
-use super::values::{self, Read, Refusal};
+use super::values::{self, Read};
 use crate::membership::address::ServerAddress;
 use crate::membership::settings::{MaskSizes, PurgeAfter, SERVER_PORT, Secret};
 use crate::membership::store::endpoint::Endpoint;
@@ -39,7 +39,7 @@ pub(super) fn server(text: &str) -> Read<String> {
 /// A join token or a shared secret; what begins as a token and is none is never taken for a secret.
 pub(super) fn token(text: &str) -> Read<Secret> {
     let text = text.trim();
-    Credential::parse(text).map(|_| Secret::new(text)).map_err(|error| Refusal::Fix(error.to_string()))
+    Credential::parse(text).map(|_| Secret::new(text)).map_err(|error| error.to_string())
 }
 
 pub(super) fn token_file(text: &str) -> Read<TokenFile> {
@@ -104,7 +104,7 @@ pub(super) fn bind_address(text: &str) -> Read<SocketAddr> {
 pub(super) type Label = (String, String);
 
 pub(super) fn label(text: &str) -> Read<Label> {
-    let wanted = || Refusal::from("write `key=value`, in letters, digits, `-`, `_`, `.` and, in the key, `/`");
+    let wanted = || String::from("write `key=value`, in letters, digits, `-`, `_`, `.` and, in the key, `/`");
     let (key, value) = text.split_once('=').ok_or_else(wanted)?;
     if is_key(key) && is_word(value) { Ok((key.to_owned(), value.to_owned())) } else { Err(wanted()) }
 }
@@ -115,7 +115,7 @@ pub(super) fn same_label(a: &Label, b: &Label) -> Option<&'static str> {
 
 pub(super) fn taint(text: &str) -> Read<String> {
     const EFFECTS: [&str; 3] = ["NoSchedule", "PreferNoSchedule", "NoExecute"];
-    let wanted = || Refusal::from("write `key=value:effect`, with NoSchedule, PreferNoSchedule or NoExecute");
+    let wanted = || String::from("write `key=value:effect`, with NoSchedule, PreferNoSchedule or NoExecute");
     let (left, effect) = text.rsplit_once(':').ok_or_else(wanted)?;
     let (key, value) = left.split_once('=').unwrap_or((left, ""));
     let good = is_key(key) && is_word(value) && EFFECTS.contains(&effect);
@@ -157,9 +157,9 @@ pub(super) fn lb_server_port(text: &str) -> Read<Option<u16>> {
 }
 
 fn cidr(text: &str) -> Read<IpNet> {
-    let net: IpNet = text.parse().map_err(|_| Refusal::from("write a prefix such as `10.42.0.0/16`"))?;
+    let net: IpNet = text.parse().map_err(|_| String::from("write a prefix such as `10.42.0.0/16`"))?;
     if net.trunc() != net {
-        return Err(Refusal::Fix(format!("it has bits set behind the prefix; write `{}`", net.trunc())));
+        return Err(format!("it has bits set behind the prefix; write `{}`", net.trunc()));
     }
     if net.prefix_len() < 8 || values::not_underlay(net.network()).is_some() {
         return Err("use a private unicast prefix such as `10.42.0.0/16` or `fd42::/48`".into());
@@ -186,10 +186,8 @@ fn datastore_endpoint(text: &str) -> Read<Secret> {
                           `etcd://HOST:2379,HOST:2379`, or remove it for SQLite below `data-dir`";
     match text.split_once("://") {
         Some(("sqlite", path)) if path.is_empty() || path.starts_with('/') => Ok(Secret::new(text)),
-        Some(("mysql" | "mariadb" | "postgres" | "postgresql", _)) => {
-            Endpoint::parse(text).map(|_| Secret::new(text)).map_err(Refusal::Fix)
-        }
-        Some(("etcd" | "etcds", _)) => etcd::check(text).map(|()| Secret::new(text)).map_err(Refusal::Fix),
+        Some(("mysql" | "mariadb" | "postgres" | "postgresql", _)) => Endpoint::parse(text).map(|_| Secret::new(text)),
+        Some(("etcd" | "etcds", _)) => etcd::check(text).map(|()| Secret::new(text)),
         _ => Err(WANTED.into()),
     }
 }

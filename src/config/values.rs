@@ -80,6 +80,8 @@ pub enum Io {
     Auto,
     /// recvmmsg and sendmmsg with offloads.
     Mmsg,
+    /// The same by io_uring, where it can be had.
+    Uring,
     /// tokio-tun, plain packets.
     Tokio,
 }
@@ -154,22 +156,8 @@ impl fmt::Display for NodeIpSpec {
     }
 }
 
-/// Why a text is not a value of its key.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// What to write instead.
-    Fix(String),
-    /// A later version takes it; what to write until then.
-    Later(&'static str),
-}
-
-impl From<&str> for Refusal {
-    fn from(fix: &str) -> Self {
-        Refusal::Fix(fix.to_owned())
-    }
-}
-
-pub(crate) type Read<T> = Result<T, Refusal>;
+/// A value, or what to write instead.
+pub(crate) type Read<T> = Result<T, String>;
 
 pub(crate) fn node_name(text: &str) -> Read<NodeName> {
     text.parse().map_err(|_| {
@@ -187,7 +175,7 @@ pub(crate) fn node_ip(text: &str) -> Read<NodeIpSpec> {
         Err(_) => text
             .parse()
             .map(NodeIpSpec::Interface)
-            .map_err(|error: BadIfName| Refusal::Fix(format!("write an IP address or an interface's name ({error})"))),
+            .map_err(|error: BadIfName| format!("write an IP address or an interface's name ({error})")),
     }
 }
 
@@ -199,7 +187,7 @@ pub(crate) fn tun(text: &str) -> Read<IfName> {
     match text.parse::<IfName>() {
         Ok(_) if text == "lo" => Err("that is the loopback device; choose another name".into()),
         Ok(name) => Ok(name),
-        Err(error) => Err(Refusal::Fix(error.to_string())),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -208,7 +196,7 @@ pub(crate) fn overlay_address(text: &str) -> Read<OverlayAddress> {
         "first" => Ok(OverlayAddress::First),
         "network" => Ok(OverlayAddress::Network),
         _ => {
-            let wanted = || Refusal::from("use `first`, `network` or an IP address without prefix length");
+            let wanted = || String::from("use `first`, `network` or an IP address without prefix length");
             let ip = text.parse().map_err(|_| wanted())?;
             unicast(ip).map(|ip| OverlayAddress::Given(vec![ip]))
         }
@@ -220,7 +208,7 @@ pub(crate) fn bfd(text: &str) -> Read<Bfd> {
     if text == "off" {
         return Ok(Bfd { enabled: false, ..bfd });
     }
-    let wanted = || Refusal::from("use `off`, or out of `interval`, `multiplier` and `vni` what is to differ");
+    let wanted = || String::from("use `off`, or out of `interval`, `multiplier` and `vni` what is to differ");
     for (name, value) in text.split(',').map(|pair| pair.split_once('=').unwrap_or((pair, ""))) {
         match name.trim() {
             "interval" => {
@@ -284,8 +272,8 @@ pub(crate) fn io(text: &str) -> Read<Io> {
         "auto" => Ok(Io::Auto),
         "mmsg" => Ok(Io::Mmsg),
         "tokio" => Ok(Io::Tokio),
-        "uring" => Err(Refusal::Later("use `auto`, `mmsg` or `tokio`")),
-        _ => Err("use `auto`, `mmsg` or `tokio`".into()),
+        "uring" => Ok(Io::Uring),
+        _ => Err("use `auto`, `mmsg`, `uring` or `tokio`".into()),
     }
 }
 
@@ -336,13 +324,13 @@ pub(crate) fn log(text: &str) -> Read<String> {
     for word in text.split(',').map(str::trim).filter(|w| !w.contains([':', '=', '[', '{'])) {
         let level = LEVELS.iter().any(|l| l.eq_ignore_ascii_case(word)) || word.parse::<u8>().is_ok_and(|n| n <= 5);
         match nearest(word, LEVELS) {
-            Some(meant) if !level => return Err(Refusal::Fix(format!("did you mean `{meant}`? {WANTED}"))),
+            Some(meant) if !level => return Err(format!("did you mean `{meant}`? {WANTED}")),
             _ => {}
         }
     }
     match EnvFilter::try_new(text) {
         Ok(_) => Ok(text.to_owned()),
-        Err(error) => Err(Refusal::Fix(format!("{WANTED} ({error})"))),
+        Err(error) => Err(format!("{WANTED} ({error})")),
     }
 }
 

@@ -334,6 +334,16 @@ mod tests {
     }
 
     #[test]
+    fn what_had_to_be_encrypted_and_could_not_is_not_clear_later() {
+        // no tunnel for want of a key of our own: nothing went, and nothing goes before the handshake
+        let mut known = Known::new(1, None);
+        let key = key();
+        assert!(get(&mut known, &[key], true).is_none());
+        known.set_identity(Some(Arc::new(Identity::new(&SecretKey::generate().unwrap(), 2))));
+        assert_eq!(get(&mut known, &[key], true).unwrap().policy(), Policy::Required);
+    }
+
+    #[test]
     fn a_peer_that_is_gone_is_forgotten() {
         let mut known = known();
         let first = get(&mut known, &[key()], true).unwrap();

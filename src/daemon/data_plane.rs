@@ -20,6 +20,7 @@ use crate::io::plain::Plain;
 use crate::io::tap::Tap;
 use crate::io::tun::{TunDevice, TunError};
 use crate::io::udp::{self, UdpError, UdpOffloads, UdpPort};
+use crate::io::uring;
 use crate::io::worker::{Worker, WorkerError};
 
 /// Sending sockets of each worker and address family: so many outer source ports spread a node pair's flows.
@@ -82,7 +83,7 @@ impl DataPlane {
         let mut reasons = Vec::new();
         let device = match parts.io {
             Io::Tokio => None,
-            Io::Mmsg => Some(TunDevice::open(&parts.tun, parts.stats.workers())?),
+            Io::Mmsg | Io::Uring => Some(TunDevice::open(&parts.tun, parts.stats.workers())?),
             Io::Auto => match TunDevice::open(&parts.tun, parts.stats.workers()) {
                 Ok(device) => Some(device),
                 Err(error @ TunError::NoOffload(_)) => {
@@ -94,19 +95,26 @@ impl DataPlane {
             },
         };
         match device {
-            Some(device) => Self::open_mmsg(parts, device, offloads),
+            Some(device) => Self::open_workers(parts, device, offloads),
             None => Self::open_plain(parts, offloads, reasons).map(|plane| (plane, Vec::new())),
         }
     }
 
-    fn open_mmsg(
+    fn open_workers(
         parts: &Parts,
         mut device: TunDevice,
         offloads: Arc<UdpOffloads>,
     ) -> Result<(Self, Vec<Worker>), StartError> {
+        let uring = parts.io == Io::Uring && {
+            let refused = uring::supported().err();
+            if let Some(error) = &refused {
+                tracing::warn!("io_uring cannot be used here, so `io: mmsg` is: {error}");
+            }
+            refused.is_none()
+        };
         let mut plane = DataPlane {
             facts: Facts {
-                io: "mmsg",
+                io: if uring { "uring" } else { "mmsg" },
                 workers: device.queues.len(),
                 accepts: device.accepts,
                 offloads: offloads.clone(),
@@ -193,9 +201,10 @@ impl DataPlane {
         if let Some(worker) = workers.first() {
             worker.tun.keep_device().map_err(StartError::Keep)?;
         }
+        let run = if self.facts.io == "uring" { uring::run } else { Worker::run };
         for worker in workers {
             let name = format!("worker-{}", worker.index);
-            self.threads.push(spawn(name, ended.clone(), move || worker.run())?);
+            self.threads.push(spawn(name, ended.clone(), move || run(worker))?);
         }
         Ok(())
     }

@@ -96,8 +96,6 @@ impl Run {
                 bytes >= usize::from(self.segment_len)
             };
             let count = rest.iter().position(ends).map_or(rest.len(), |last| last + 1);
-            // a header whose payload is empty
-            let count = count + rest.iter().skip(count).take_while(|piece| piece.len() == 0).count();
             let (datagram, behind) = rest.split_at_checked(count).filter(|_| count > 0)?;
             rest = behind;
             Some(datagram)

@@ -2,6 +2,7 @@
 //! before it looks for the next (run to completion). Workers share the peer table, which never changes, and nothing else.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -78,6 +79,9 @@ pub enum WorkerError {
     /// Waiting failed.
     #[error("poll failed: {0}")]
     Poll(#[source] io::Error),
+    /// io_uring refused something.
+    #[error("io_uring failed: {0}")]
+    Ring(#[source] io::Error),
 }
 
 impl Worker {
@@ -346,58 +350,64 @@ pub(super) fn take_in(
     inbound.received_at(started.elapsed().as_micros() as u64);
     stats.flow.udp_recv_calls.add(1);
     stats.flow.udp_recv_buffers.add(buffers as u64);
-    if let Some(tap) = tap {
-        push_tapped(port, inbound, tables, now_ms, stats, buffers, tap);
-        return buffers > 0;
-    }
+    let to = port.address();
     for index in 0..buffers {
         let Some(received) = port.meta(index).and_then(received) else { continue };
-        inbound.push(tables, now_ms, port.arena_mut(), received);
+        match tap {
+            None => inbound.push(tables, now_ms, port.arena_mut(), received),
+            Some(look) => push_tapped(inbound, tables, now_ms, stats, port.arena_mut(), received, to, look),
+        }
     }
     inbound.finish(port.arena_mut());
+    if let Some(look) = tap {
+        show_units(inbound, port.arena(), look);
+    }
     buffers > 0
 }
 
 #[inline]
-fn received(meta: Meta) -> Option<Received> {
+pub(super) fn received(meta: Meta) -> Option<Received> {
     let Meta { at, len, segment_len, tos, truncated, source } = meta;
     Some(Received { at, len, segment_len, source: source?, tos, truncated })
 }
 
-/// The same while somebody looks: a datagram at a time, so that it is known what became of each.
+/// Takes one buffer through the engine while somebody looks: a datagram at a time, so that it is known what became of each.
 #[cold]
-fn push_tapped(
-    port: &mut UdpPort,
+#[allow(clippy::too_many_arguments)]
+pub(super) fn push_tapped(
     inbound: &mut Inbound,
     tables: &Tables,
     now_ms: u64,
     stats: &WorkerStats,
-    buffers: usize,
+    memory: &mut [u8],
+    whole: Received,
+    to: SocketAddr,
     Look { tap, now_us }: Look<'_>,
 ) {
-    let (mut tally, to) = (Tally::new(stats), port.address());
-    for index in 0..buffers {
-        let Some(whole) = port.meta(index).and_then(received) else { continue };
-        let buffer = port.arena().get(whole.at..whole.at + whole.len).unwrap_or_default();
-        let step = whole.segment_len.map_or(whole.len, usize::from).clamp(1, whole.len.max(1));
-        // a kernel VXLAN device may hand over one frame that was never cut
-        let inner = buffer.get(ENCAPSULATION..).and_then(|inner| Packet::parse(inner).ok());
-        let one = inner.is_some_and(|inner| usize::from(inner.total_len) + ENCAPSULATION == whole.len);
-        let step = if one { whole.len } else { step };
-        for at in (0..whole.len).step_by(step.max(1)) {
-            let len = step.min(whole.len - at);
-            let part = Received { at: whole.at + at, len, segment_len: whole.segment_len.filter(|_| one), ..whole };
-            // it is decrypted where it lies
-            let bytes = port.arena().get(part.at..part.at + len).unwrap_or_default().to_vec();
-            inbound.push(tables, now_ms, port.arena_mut(), part);
-            tap.datagram(now_us, false, tally.news(), (whole.source, to), whole.tos, &bytes);
-        }
+    let mut tally = Tally::new(stats);
+    let buffer = memory.get(whole.at..whole.at + whole.len).unwrap_or_default();
+    let step = whole.segment_len.map_or(whole.len, usize::from).clamp(1, whole.len.max(1));
+    // a kernel VXLAN device may hand over one frame that was never cut
+    let inner = buffer.get(ENCAPSULATION..).and_then(|inner| Packet::parse(inner).ok());
+    let one = inner.is_some_and(|inner| usize::from(inner.total_len) + ENCAPSULATION == whole.len);
+    let step = if one { whole.len } else { step };
+    for at in (0..whole.len).step_by(step.max(1)) {
+        let len = step.min(whole.len - at);
+        let part = Received { at: whole.at + at, len, segment_len: whole.segment_len.filter(|_| one), ..whole };
+        // it is decrypted where it lies
+        let bytes = memory.get(part.at..part.at + len).unwrap_or_default().to_vec();
+        inbound.push(tables, now_ms, memory, part);
+        tap.datagram(now_us, false, tally.news(), (whole.source, to), whole.tos, &bytes);
     }
-    inbound.finish(port.arena_mut());
+}
+
+/// Shows what is about to be written.
+#[cold]
+pub(super) fn show_units(inbound: &Inbound, memory: &[u8], look: Look<'_>) {
     for unit in inbound.units() {
-        let pieces = unit.pieces().iter().flat_map(|piece| piece.of(port.arena(), inbound.slab()));
+        let pieces = unit.pieces().iter().flat_map(|piece| piece.of(memory, inbound.slab()));
         let frame: Vec<u8> = pieces.copied().skip(vnet_hdr::HEADER_LEN).collect();
-        tap.packet(now_us, Side::Inner, false, None, &frame);
+        look.tap.packet(look.now_us, Side::Inner, false, None, &frame);
     }
 }
 
@@ -431,8 +441,6 @@ fn sleep(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    use std::net::SocketAddr;
 
     use crate::engine::stats::PeerStats;
     use crate::engine::tables::{Local, PeerSpec};

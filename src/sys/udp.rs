@@ -109,7 +109,7 @@ pub fn drops(socket: BorrowedFd<'_>) -> io::Result<u32> {
 }
 
 /// Room for the control messages of one message: two of at most four bytes of data each.
-const CONTROL_LEN: usize = 64;
+pub(super) const CONTROL_LEN: usize = 64;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
@@ -336,42 +336,68 @@ impl RecvBatch {
     /// What was received into buffer `index` by the last call.
     pub fn meta(&self, index: usize) -> Option<Meta> {
         let (header, name) = (self.headers.get(index)?, self.names.get(index)?);
-        let mut meta = Meta {
-            at: index * STRIDE,
-            len: (header.msg_len as usize).min(BUFFER_LEN),
-            segment_len: None,
-            source: source(name),
-            tos: 0,
-            truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
-        };
+        let place = (index * STRIDE, (header.msg_len as usize).min(BUFFER_LEN));
+        let truncated = header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0;
         // SAFETY: the header was filled by recvmmsg, which set msg_controllen to the bytes that it wrote to msg_control,
-        // memory of this struct; CMSG_FIRSTHDR and CMSG_NXTHDR stay within those (cmsg(3)).
-        let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header.msg_hdr) };
-        // SAFETY: null, or a control message that the kernel wrote there.
-        while let Some(message) = unsafe { next.as_ref() } {
-            // SAFETY: as above; the kernel aligns control messages.
-            let data = unsafe { libc::CMSG_DATA(message) };
-            match (message.cmsg_level, message.cmsg_type) {
-                (libc::SOL_UDP, UDP_GRO) => {
-                    // SAFETY: the kernel puts an int here.
-                    let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
-                    meta.segment_len = u16::try_from(size).ok().filter(|size| *size > 0);
-                }
-                (libc::IPPROTO_IP, libc::IP_TOS) => {
-                    // SAFETY: the kernel puts one byte here.
-                    meta.tos = unsafe { data.read() };
-                }
-                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
-                    // SAFETY: the kernel puts an int here.
-                    meta.tos = unsafe { data.cast::<libc::c_int>().read_unaligned() } as u8;
-                }
-                _ => {}
-            }
-            // SAFETY: as above.
-            next = unsafe { libc::CMSG_NXTHDR(&raw const header.msg_hdr, message) };
-        }
-        Some(meta)
+        // memory of this struct.
+        Some(unsafe { described(place, truncated, source(name), &header.msg_hdr) })
     }
+}
+
+/// What a received message's name and control bytes say; `None` where they are longer than this module asks for.
+pub(super) fn meta(place: (usize, usize), truncated: bool, name: &[u8], control: &[u8]) -> Option<Meta> {
+    // SAFETY: sockaddr_storage is plain data, for which all bits zero is a value.
+    let mut storage: libc::sockaddr_storage = unsafe { zeroed() };
+    if name.len() > size_of_val(&storage) || control.len() > CONTROL_LEN {
+        return None;
+    }
+    // SAFETY: no more bytes than the storage has, which is plain data.
+    unsafe { std::ptr::copy_nonoverlapping(name.as_ptr(), (&raw mut storage).cast(), name.len()) };
+    let mut aligned = Control([0; CONTROL_LEN]);
+    aligned.0.get_mut(..control.len())?.copy_from_slice(control);
+    // SAFETY: msghdr is plain data, for which all bits zero is a value.
+    let mut header: libc::msghdr = unsafe { zeroed() };
+    header.msg_control = aligned.0.as_mut_ptr().cast();
+    header.msg_controllen = control.len() as _;
+    // SAFETY: msg_control points to so many bytes that the kernel wrote, copied into this frame's `aligned`.
+    Some(unsafe { described(place, truncated, source(&storage), &header) })
+}
+
+/// # Safety
+/// `header.msg_control` points to `msg_controllen` bytes of control messages as the kernel writes them.
+unsafe fn described(
+    (at, len): (usize, usize),
+    truncated: bool,
+    source: Option<SocketAddr>,
+    header: &libc::msghdr,
+) -> Meta {
+    let mut meta = Meta { at, len, segment_len: None, source, tos: 0, truncated };
+    // SAFETY: as the caller says; CMSG_FIRSTHDR and CMSG_NXTHDR stay within those bytes (cmsg(3)).
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header) };
+    // SAFETY: null, or a control message that the kernel wrote there.
+    while let Some(message) = unsafe { next.as_ref() } {
+        // SAFETY: as above; the kernel aligns control messages.
+        let data = unsafe { libc::CMSG_DATA(message) };
+        match (message.cmsg_level, message.cmsg_type) {
+            (libc::SOL_UDP, UDP_GRO) => {
+                // SAFETY: the kernel puts an int here.
+                let size = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                meta.segment_len = u16::try_from(size).ok().filter(|size| *size > 0);
+            }
+            (libc::IPPROTO_IP, libc::IP_TOS) => {
+                // SAFETY: the kernel puts one byte here.
+                meta.tos = unsafe { data.read() };
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                // SAFETY: the kernel puts an int here.
+                meta.tos = unsafe { data.cast::<libc::c_int>().read_unaligned() } as u8;
+            }
+            _ => {}
+        }
+        // SAFETY: as above.
+        next = unsafe { libc::CMSG_NXTHDR(header, message) };
+    }
+    meta
 }
 
 fn source(name: &libc::sockaddr_storage) -> Option<SocketAddr> {

@@ -109,6 +109,11 @@ fn an_encrypted_mesh_is_captured() {
 }
 
 #[test]
+fn a_ring_is_captured_too() {
+    a_mesh_is_captured("a_ring_is_captured_too", true, "uring");
+}
+
+#[test]
 fn a_plain_back_end_is_captured_too() {
     a_mesh_is_captured("a_plain_back_end_is_captured_too", false, "tokio");
 }

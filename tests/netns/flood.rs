@@ -82,7 +82,7 @@ fn a_million_spoofed_packets_are_a_million_drops() {
 #[test]
 fn a_receive_queue_that_overflows_is_counted() {
     const SENT: u64 = 30_000;
-    for io in ["mmsg", "tokio"] {
+    for io in ["mmsg", "uring", "tokio"] {
         let Some(mesh) = Builder::new("a_receive_queue_that_overflows_is_counted") else { return };
         let mesh = mesh.node("a").set("io", io).set("log", "debug").member("m").start();
         let [a, m] = mesh.two(["a", "m"]);

@@ -126,6 +126,11 @@ fn bad_datagrams_over_an_ipv6_underlay_are_counted_by_name() {
 }
 
 #[test]
+fn bad_datagrams_of_a_member_are_counted_by_name_with_io_uring() {
+    each_is_counted("uring", V4);
+}
+
+#[test]
 fn bad_datagrams_of_a_member_are_counted_by_name_with_the_plain_back_end() {
     each_is_counted("tokio", V4);
 }

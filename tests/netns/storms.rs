@@ -42,7 +42,7 @@ fn does_not_spin(node: &Node) {
 
 #[test]
 fn an_underlay_that_refuses_one_peer() {
-    for io in ["mmsg", "tokio"] {
+    for io in ["mmsg", "uring", "tokio"] {
         let Some(mesh) = Builder::new("an_underlay_that_refuses_one_peer") else { return };
         // liveness would notice the same, and its packets would be refused as well
         let mesh =
@@ -105,7 +105,7 @@ fn an_underlay_that_is_down() {
 /// A queue that hardly empties: the sockets' room is used up (EAGAIN).
 #[test]
 fn an_underlay_whose_queue_stays_full() {
-    for io in ["mmsg", "tokio"] {
+    for io in ["mmsg", "uring", "tokio"] {
         let Some(mesh) = Builder::new("an_underlay_whose_queue_stays_full") else { return };
         let mesh = mesh.node("a").set("io", io).node("b").start();
         let [a, b] = mesh.two(["a", "b"]);
@@ -141,7 +141,7 @@ fn an_underlay_whose_queue_stays_full() {
 /// IP_RECVERR, so the story asks in meshd's place, on meshd's own sockets.
 #[test]
 fn an_underlay_without_buffers() {
-    for io in ["mmsg", "tokio"] {
+    for io in ["mmsg", "uring", "tokio"] {
         let Some(mesh) = Builder::new("an_underlay_without_buffers") else { return };
         let mesh = mesh.node("a").set("io", io).set("bfd", "off").node("b").set("bfd", "off").start();
         let [a, b] = mesh.two(["a", "b"]);
@@ -182,7 +182,7 @@ fn tell_of_local_errors(pid: u32) {
 /// Each write to a TUN device that is down fails (EIO); meshd sets it up again and again.
 #[test]
 fn a_tun_device_that_refuses() {
-    for io in ["mmsg", "tokio"] {
+    for io in ["mmsg", "uring", "tokio"] {
         let Some(mesh) = Builder::new("a_tun_device_that_refuses") else { return };
         let mesh = mesh.node("a").node("b").set("io", io).start();
         let [a, b] = mesh.two(["a", "b"]);
