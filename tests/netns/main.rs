@@ -44,6 +44,7 @@ mod pods;
 mod preshared;
 mod refused;
 mod reload;
+mod rights;
 mod scale;
 mod servers;
 mod shaken;
