@@ -146,6 +146,12 @@ enum Verb {
     /// Starts and ends mesh-sidecar for a meshd
     #[command(hide = true, name = launcher::VERB)]
     Launcher,
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Manual {
+        /// Where to
+        folder: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -184,6 +190,7 @@ fn main() -> ExitCode {
         Some(Verb::Selftest { json }) => return selftest(json),
         Some(Verb::Cleanup(Settings(loader))) => cleanup(loader),
         Some(Verb::Launcher) => launcher::run(),
+        Some(Verb::Manual { folder }) => meshd::manual::write(Cli::command(), &folder).map_err(Into::into),
     };
     exit(done)
 }
