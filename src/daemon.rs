@@ -10,11 +10,13 @@ mod capture;
 mod data_plane;
 mod hints;
 mod kept;
+pub mod launcher;
 mod lives;
 mod logging;
 mod member;
 mod membership;
 mod metrics;
+mod privileges;
 mod stamps;
 mod supervisor;
 mod survey;
@@ -40,6 +42,7 @@ use self::logging::Logging;
 use self::membership::{Inbox, Membership, ends};
 pub use self::membership::{Join, has_joined};
 use self::metrics::Metrics;
+pub use self::privileges::settle;
 use self::stamps::Stamps;
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
@@ -73,6 +76,9 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
     let mut hangup = signal(SignalKind::hangup()).context("cannot wait for SIGHUP")?;
     let (ended, mut workers_ended) = mpsc::unbounded_channel();
+    for note in privileges::decide(&config, loader.path()) {
+        tracing::info!("{note}");
+    }
 
     let (mut daemon, mut inbox) = Daemon::start(config, join, ended).await?;
     let options = &daemon.config;
@@ -84,7 +90,8 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
         Some(address) => Some(tokio::spawn(Metrics::bind(address).await?.serve(daemon.shared.clone()))),
         None => None,
     };
-    let hints = tokio::spawn(hints::listen(daemon.shared.clone()));
+    let hints = tokio::spawn(hints::listen(hints::open(), daemon.shared.clone()));
+    settle();
 
     let mut host_changes = Watch::open()?;
     let mut poll = interval(POLL);
@@ -292,7 +299,7 @@ impl Daemon {
             Err(error) => self.shared.problem(Concern::Underlay, told(&error)),
         }
         self.host.preflight(&self.preflight()).await?;
-        self.source = Source::Members(Membership::start(&self.config, join, ends, &self.shared));
+        self.source = Source::Members(Membership::start(&self.config, join, ends, &self.shared)?);
         self.begin_as_kept().await;
         if !self.begun && !self.shared.has_problem(Concern::Joining) {
             self.shared.waits(Concern::Joining, "no node list yet: waiting for mesh-sidecar".to_owned());
@@ -665,7 +672,7 @@ impl Daemon {
         if let Some(stamps) = &mut self.stamps {
             stamps.stop().await;
         }
-        self.stop_membership().await;
+        drop(self.stop_membership().await);
         if !self.begun {
             return tracing::info!("stopped; nothing was set up");
         }

@@ -19,6 +19,7 @@
 //! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
 //! | [`selftest`] | what kernel, offloads and permissions allow here, tried out |
 //! | [`daemon`] | builds, connects and stops everything |
+//! | [`manual`] | man pages and shell completions, for packages |
 //!
 //! Invariants, each held by a test or a lint:
 //!
@@ -41,6 +42,7 @@ pub mod health;
 pub mod host;
 pub mod io;
 pub mod key;
+pub mod manual;
 pub mod membership;
 pub mod node;
 pub mod pcap;

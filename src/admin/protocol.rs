@@ -523,6 +523,9 @@ pub struct StatusView {
     /// How membership fares, for a server or an agent.
     #[serde(default)]
     pub membership: Option<MembershipView>,
+    /// The capabilities that meshd runs with.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
 }
 
 /// This node's public keys. The private one is nobody's but meshd's.

@@ -169,6 +169,9 @@ pub fn status(status: &StatusView, look: Look) -> String {
         let revision = membership.revision.map(|n| format!(", node list {n}")).unwrap_or_default();
         let _ = writeln!(out, "cluster  {state}{revision}");
     }
+    if !status.capabilities.is_empty() {
+        let _ = writeln!(out, "rights   {}", clean(&status.capabilities.join(", ")));
+    }
     for reason in &status.reasons {
         let word = if status.ready { Paint::Warn.on("note", look) } else { Paint::Bad.on("not ready", look) };
         let _ = writeln!(out, "{word}: {}", clean(reason));

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use meshd::membership::settings::{LINK_FD, LogFormat, Settings};
@@ -57,12 +57,19 @@ enum Verb {
         /// The copy
         file: PathBuf,
     },
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Manual {
+        /// Where to
+        folder: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         None => run(),
         Some(Verb::RunEtcd { command }) => run_etcd(&command),
+        Some(Verb::Manual { folder }) => meshd::manual::write(Cli::command(), &folder).map_err(Into::into),
         Some(Verb::ClusterReset { data_dir }) => cluster_reset(&data_dir),
         Some(Verb::Backup { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
             block_on(async { Ok(etcd::tools::backup(&data_dir, &file).await?) })

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ipnet::IpNet;
 use meshd::admin::client::{Client, ClientError};
 use meshd::admin::protocol::capture::{self, FilterView, SideView};
@@ -198,6 +198,12 @@ enum Command {
         /// Also where no server can be told
         #[arg(long)]
         force: bool,
+    },
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Manual {
+        /// Where to
+        folder: PathBuf,
     },
 }
 
@@ -412,6 +418,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
             let done = Accepted { accepted: true, message: client.accept_nodes()? };
             screen.print(&done, || format!("{}\n", done.message))?;
         }
+        Command::Manual { folder } => meshd::manual::write(Cli::command(), folder)?,
         Command::Key(KeyAction::Show) => return key(&client, &screen),
         Command::Why(args) => return why(&client, &screen, args),
         Command::Ping { destination, count, timeout } => {

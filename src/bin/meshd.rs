@@ -11,7 +11,7 @@ use meshd::config::load::{DEFAULT_PATH, DatastoreError, LoadError, Loader, Token
 use meshd::config::{self, Config, ConfigError, KEYS, NodeIp};
 use meshd::control::nodes_file::{self, NoOwnEntry};
 use meshd::control::source::{NodesFile, NodesFileError};
-use meshd::daemon::{Join, ask};
+use meshd::daemon::{Join, ask, launcher};
 use meshd::key::{MAX_LANES, SecretKey};
 use meshd::membership::record::Role;
 use meshd::membership::settings::{Datastore, Secret};
@@ -143,6 +143,15 @@ enum Verb {
     },
     /// Remove the device, routes and rules that a stopped meshd leaves on purpose
     Cleanup(Settings),
+    /// Starts and ends mesh-sidecar for a meshd
+    #[command(hide = true, name = launcher::VERB)]
+    Launcher,
+    /// Write man pages and shell completions
+    #[command(hide = true)]
+    Manual {
+        /// Where to
+        folder: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -180,6 +189,8 @@ fn main() -> ExitCode {
         Some(Verb::Keygen { lanes }) => keygen(lanes),
         Some(Verb::Selftest { json }) => return selftest(json),
         Some(Verb::Cleanup(Settings(loader))) => cleanup(loader),
+        Some(Verb::Launcher) => launcher::run(),
+        Some(Verb::Manual { folder }) => meshd::manual::write(Cli::command(), &folder).map_err(Into::into),
     };
     exit(done)
 }
@@ -237,7 +248,9 @@ fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
         Role::Server => config::load::datastore(&config)?,
         _ => Datastore::default(),
     };
-    block_on(meshd::daemon::run(config, loader, Some(Join { role, token, datastore: datastore.into() })))
+    // before there is a second thread, and while there are all privileges
+    let launcher = launcher::Launcher::start(&config.data_dir).context("cannot start the launcher of mesh-sidecar")?;
+    block_on(meshd::daemon::run(config, loader, Some(Join { role, token, datastore: datastore.into(), launcher })))
 }
 
 /// What is missing for a first join. A server with neither makes a cluster of its own.
@@ -362,7 +375,11 @@ fn notice(config: &Config) {
 }
 
 fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_start(meshd::daemon::settle)
+        .build()
+        .context("cannot start tokio")?;
     runtime.block_on(work)
 }
 

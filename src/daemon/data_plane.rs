@@ -245,6 +245,7 @@ fn spawn(
 ) -> Result<JoinHandle<()>, StartError> {
     let told = name.clone();
     let run = move || {
+        super::privileges::settle(); // all that it needs is open
         let why = match catch_unwind(AssertUnwindSafe(work)) {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error.to_string(),

@@ -15,25 +15,40 @@ use crate::engine::tables::Tables;
 use crate::sys::icmp;
 use crate::wire::icmp::{TooBig, read_too_big};
 
-/// Listens, for as long as it is polled.
-pub(super) async fn listen(shared: Arc<Shared>) {
-    let family = |v6| {
-        let shared = shared.clone();
-        async move {
-            if let Err(error) = of_family(&shared, v6).await {
-                tracing::debug!("what routers say of the path MTU is not heard: {error}");
-            }
+/// A raw socket for each family, where this process may have them. To be called while it may.
+pub(super) fn open() -> Vec<(UdpSocket, bool)> {
+    let mut sockets = Vec::new();
+    for v6 in [false, true] {
+        match of_family(v6) {
+            Ok(socket) => sockets.push((socket, v6)),
+            Err(error) => tracing::debug!("what routers say of the path MTU is not heard: {error}"),
         }
-    };
-    tokio::join!(family(false), family(true));
+    }
+    sockets
 }
 
-async fn of_family(shared: &Shared, v6: bool) -> io::Result<()> {
+/// Listens, for as long as it is polled.
+pub(super) async fn listen(sockets: Vec<(UdpSocket, bool)>, shared: Arc<Shared>) {
+    let each = sockets.iter().map(|(socket, v6)| {
+        let shared = shared.clone();
+        async move {
+            if let Err(error) = listen_to(socket, *v6, &shared).await {
+                tracing::debug!("what routers say of the path MTU is not heard any more: {error}");
+            }
+        }
+    });
+    futures::future::join_all(each).await;
+}
+
+fn of_family(v6: bool) -> io::Result<UdpSocket> {
     let (domain, protocol) = if v6 { (Domain::IPV6, Protocol::ICMPV6) } else { (Domain::IPV4, Protocol::ICMPV4) };
     let socket = Socket::new(domain, Type::RAW.nonblocking().cloexec(), Some(protocol))?;
     icmp::only_too_big(socket.as_fd(), v6)?;
     // tokio has no type for raw sockets; receiving is the same
-    let socket = UdpSocket::from_std(socket.into())?;
+    UdpSocket::from_std(socket.into())
+}
+
+async fn listen_to(socket: &UdpSocket, v6: bool, shared: &Shared) -> io::Result<()> {
     let mut room = [0; 256];
     loop {
         let len = socket.recv(&mut room).await?;

@@ -12,7 +12,8 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use super::supervisor::{Ask, PROGRAM};
+use super::launcher::PROGRAM;
+use super::supervisor::Ask;
 use super::view::lock;
 use crate::admin::protocol::{MembershipView, NodeRole, NodeState, NodeView, Role};
 use crate::control::records::Records;

@@ -4,6 +4,7 @@
 //! what happens to an expelled node and to one that leaves. How a list is put into effect is the daemon's, how the
 //! sidecar is kept alive `supervisor`'s.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,8 +16,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::kept::{self, Keeper};
+use super::launcher::{Launcher, Launching, PROGRAM};
 use super::member::{Leaving, MemberView};
-use super::supervisor::{News, PROGRAM, Sidecar};
+use super::supervisor::{News, Sidecar};
 use super::view::{Concern, Shared, lock};
 use super::{Daemon, Source, carriers, shortened, told};
 use crate::config::{self, Config};
@@ -48,6 +50,15 @@ pub struct Join {
     pub token: Option<Secret>,
     /// Where a server keeps its state.
     pub datastore: Box<Datastore>,
+    /// What starts and ends the sidecar.
+    pub launcher: Launcher,
+}
+
+/// How a member joins; the rest of [`Join`].
+struct Terms {
+    role: Role,
+    token: Option<Secret>,
+    datastore: Box<Datastore>,
 }
 
 /// Whether the node of that data directory is a member already.
@@ -64,7 +75,7 @@ pub(super) struct Inbox {
 
 /// The daemon's part of membership.
 pub(super) struct Membership {
-    join: Join,
+    join: Terms,
     sidecar: Sidecar,
     keeper: Keeper,
     view: Arc<MemberView>,
@@ -97,10 +108,12 @@ pub(super) fn ends(role: Role) -> (Ends, Arc<MemberView>, Inbox) {
 }
 
 impl Membership {
-    pub(super) fn start(config: &Config, join: Join, ends: Ends, shared: &Arc<Shared>) -> Self {
-        let sidecar = Sidecar::start(settings(config, &join), ends.asks, ends.news);
+    pub(super) fn start(config: &Config, join: Join, ends: Ends, shared: &Arc<Shared>) -> io::Result<Self> {
+        let Join { role, token, datastore, launcher } = join;
+        let join = Terms { role, token, datastore };
+        let sidecar = Sidecar::start(launcher.connect()?, settings(config, &join), ends.asks, ends.news);
         let keeper = Keeper::start(kept::path(&config.data_dir), shared.clone());
-        Membership {
+        Ok(Membership {
             join,
             sidecar,
             keeper,
@@ -110,7 +123,7 @@ impl Membership {
             offered: Arc::default(),
             held: None,
             told_heard: None,
-        }
+        })
     }
 
     /// The list that was offered is in effect.
@@ -165,9 +178,10 @@ impl Membership {
         format!("the servers' node list (revision {})", self.offered.revision)
     }
 
-    async fn stop(self) {
-        self.sidecar.stop().await;
+    async fn stop(self) -> Option<Launching> {
+        let launcher = self.sidecar.stop().await;
         self.keeper.stop().await;
+        launcher
     }
 }
 
@@ -376,10 +390,11 @@ impl Daemon {
         }
     }
 
-    /// Ends what is beside the daemon.
-    pub(super) async fn stop_membership(&mut self) {
-        if let Source::Members(members) = std::mem::replace(&mut self.source, Source::None) {
-            members.stop().await;
+    /// Ends what is beside the daemon, except for the launcher.
+    pub(super) async fn stop_membership(&mut self) -> Option<Launching> {
+        match std::mem::replace(&mut self.source, Source::None) {
+            Source::Members(members) => members.stop().await,
+            _ => None,
         }
     }
 
@@ -389,17 +404,11 @@ impl Daemon {
         if let Source::Members(members) = &self.source {
             members.keeper.forget();
         }
-        self.stop_membership().await;
+        let launcher = self.stop_membership().await;
         let mut told = vec![format!("{} has left the cluster", self.config.node_name)];
-        // the key stays: it is what the servers know this node by, should it come back
-        for path in ["membership.json", "membership.json.expelled", "nodes.json"] {
-            let path = self.config.data_dir.join("agent").join(path);
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    told.push(format!("{} is still there ({error}): remove it before joining again", path.display()));
-                }
-                _ => {}
-            }
+        match launcher {
+            Some(mut launcher) => told.extend(launcher.forget().await),
+            None => told.extend(forget(&self.config.data_dir)),
         }
         let server = self.config.data_dir.join("server");
         if server.exists() {
@@ -419,8 +428,24 @@ impl Daemon {
     }
 }
 
+/// Removes what a node knows of its cluster: files of the sidecar's account. What could not be removed, in words. The key
+/// stays: it is what the servers know this node by, should it come back.
+pub(super) fn forget(data_dir: &Path) -> Vec<String> {
+    let mut problems = Vec::new();
+    for name in ["membership.json", "membership.json.expelled", "nodes.json"] {
+        let path = data_dir.join("agent").join(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                problems.push(format!("{} is still there ({error}): remove it before joining again", path.display()));
+            }
+            _ => {}
+        }
+    }
+    problems
+}
+
 /// The part of the configuration that is the sidecar's.
-fn settings(config: &Config, join: &Join) -> Settings {
+fn settings(config: &Config, join: &Terms) -> Settings {
     let mut settings = Settings::new(join.role, &config.data_dir);
     settings.servers = config.servers.clone();
     settings.token = join.token.clone();

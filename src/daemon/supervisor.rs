@@ -1,37 +1,29 @@
-//! Runs `mesh-sidecar` and speaks with it: starts it, starts it again when it ends, and ends it when meshd does.
+//! Runs `mesh-sidecar` and speaks with it: has it started, started again when it ends, and ended when meshd ends.
 //!
-//! Owns the process, its socket and the bounds on what comes out of it. It does not know what a node list is good for: all
+//! Owns when it runs, its socket and the bounds on what comes out of it. It does not know what a node list is good for: all
 //! that the sidecar says is handed on, and the daemon never waits for any of it.
 
 use std::collections::HashMap;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
-use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
+use super::launcher::{Launching, PATIENCE, PROGRAM};
 use crate::membership::link::{FromMeshd, FromSidecar, Hello, Refusal, Request};
-use crate::membership::settings::{LINK_FD, Settings};
-
-/// The sidecar's program, beside meshd's own or else in `PATH`.
-pub(super) const PROGRAM: &str = "mesh-sidecar";
+use crate::membership::settings::Settings;
 
 /// The first pause before a new start, which doubles up to [`LAST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// Who ran for so long did not fail at its start.
 const STEADY: Duration = Duration::from_secs(10);
-/// How long it may take to end by itself once its socket is closed.
-const PATIENCE: Duration = Duration::from_secs(3);
 /// How long it may leave what we say unread.
 const DEAF: Duration = Duration::from_secs(10);
 /// It is asked whether it is there so often, and ended when it has said nothing to so many.
@@ -62,17 +54,22 @@ pub(super) struct Sidecar {
     settings: watch::Sender<Settings>,
     hello: watch::Sender<Option<Hello>>,
     heard: watch::Sender<Vec<String>>,
-    task: JoinHandle<()>,
+    task: JoinHandle<Launching>,
 }
 
 impl Sidecar {
-    /// Starts the sidecar that comes with this meshd. `asks` is where questions come from.
-    pub(super) fn start(settings: Settings, asks: mpsc::Receiver<Ask>, news: mpsc::Sender<News>) -> Self {
-        Self::start_program(program(), settings, asks, news, PING)
+    /// Has the launcher start it. `asks` is where questions come from.
+    pub(super) fn start(
+        launcher: Launching,
+        settings: Settings,
+        asks: mpsc::Receiver<Ask>,
+        news: mpsc::Sender<News>,
+    ) -> Self {
+        Self::start_pinged(launcher, settings, asks, news, PING)
     }
 
-    fn start_program(
-        program: PathBuf,
+    fn start_pinged(
+        launcher: Launching,
         settings: Settings,
         asks: mpsc::Receiver<Ask>,
         news: mpsc::Sender<News>,
@@ -81,7 +78,7 @@ impl Sidecar {
         let (settings, given) = watch::channel(settings);
         let (hello, said) = watch::channel(None);
         let (heard, peers) = watch::channel(Vec::new());
-        let supervisor = Supervisor { program, settings: given, hello: said, heard: peers, asks, news, ping };
+        let supervisor = Supervisor { launcher, settings: given, hello: said, heard: peers, asks, news, ping };
         Sidecar { settings, hello, heard, task: tokio::spawn(supervisor.supervise()) }
     }
 
@@ -113,18 +110,20 @@ impl Sidecar {
         self.settings.send_modify(|_| {});
     }
 
-    /// Ends it, and waits until it has.
-    pub(super) async fn stop(self) {
+    /// Ends it, and waits until it has. The launcher is free then.
+    pub(super) async fn stop(self) -> Option<Launching> {
         let Sidecar { settings, hello, heard, task } = self;
         drop((settings, hello, heard));
-        if timeout(PATIENCE + Duration::from_secs(1), task).await.is_err() {
+        let ended = timeout(PATIENCE + Duration::from_secs(1), task).await;
+        if ended.is_err() {
             tracing::warn!("{PROGRAM} does not end");
         }
+        ended.ok()?.ok()
     }
 }
 
 struct Supervisor {
-    program: PathBuf,
+    launcher: Launching,
     settings: watch::Receiver<Settings>,
     hello: watch::Receiver<Option<Hello>>,
     heard: watch::Receiver<Vec<String>>,
@@ -145,12 +144,12 @@ enum End {
 }
 
 impl Supervisor {
-    async fn supervise(mut self) {
+    async fn supervise(mut self) -> Launching {
         let mut pause = FIRST_PAUSE;
         loop {
             let started = Instant::now();
             let why = match self.run().await {
-                End::Stop => return,
+                End::Stop => return self.launcher,
                 End::Configured => continue,
                 End::Failed(why) => why,
             };
@@ -158,7 +157,7 @@ impl Supervisor {
                 pause = FIRST_PAUSE;
             }
             if self.news.send(News::Down(why.clone())).await.is_err() || self.rest(pause, &why).await.is_none() {
-                return;
+                return self.launcher;
             }
             pause = (pause * 2).min(LAST_PAUSE);
         }
@@ -183,24 +182,28 @@ impl Supervisor {
     /// One sidecar, from its start to its end.
     async fn run(&mut self) -> End {
         let settings = self.settings.borrow_and_update().clone();
-        let (mut child, link) = match spawn(&self.program) {
-            Ok(started) => started,
-            Err(error) => {
-                let program = self.program.display();
-                return End::Failed(format!("cannot start {program}: {error}; it belongs beside meshd's own program"));
-            }
+        let link = match UnixStream::pair() {
+            Ok((ours, theirs)) => match theirs.into_std().and_then(|link| link.set_nonblocking(false).map(|()| link)) {
+                Ok(theirs) => self.launcher.launch(OwnedFd::from(theirs)).await.map(|()| ours),
+                Err(error) => Err(error.to_string()),
+            },
+            Err(error) => Err(error.to_string()),
         };
-        let end = self.converse(settings, link, &mut child).await;
+        let link = match link {
+            Ok(link) => link,
+            Err(why) => return End::Failed(why),
+        };
+        let end = self.converse(settings, link).await;
         // the socket is closed by now, which is its word to end; who has failed already gets no time to think about it
         let patience = if matches!(end, End::Failed(_)) { Duration::ZERO } else { PATIENCE };
-        if timeout(patience, child.wait()).await.is_err() {
-            child.start_kill().ok();
-            child.wait().await.ok();
+        if timeout(patience, self.launcher.ended()).await.is_err() {
+            self.launcher.kill().await;
+            self.launcher.ended().await;
         }
         end
     }
 
-    async fn converse(&mut self, settings: Settings, link: UnixStream, child: &mut Child) -> End {
+    async fn converse(&mut self, settings: Settings, link: UnixStream) -> End {
         let (read, mut write) = link.into_split();
         let (said, mut lines) = mpsc::channel(16);
         let reader = Reader(tokio::spawn(read_lines(read, said)));
@@ -267,7 +270,7 @@ impl Supervisor {
                         Err(_) => break End::Stop,
                     },
                     Some(Err(why)) => break End::Failed(why),
-                    None => break End::Failed(ended(child).await),
+                    None => break End::Failed(ended(&mut self.launcher).await),
                 },
             };
             if let Err(why) = say(&mut write, &message).await {
@@ -286,31 +289,6 @@ impl Drop for Reader {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-/// Beside meshd's own program where there is one: both come out of one release.
-fn program() -> PathBuf {
-    let own = std::env::current_exe().ok();
-    let beside = own.as_deref().and_then(Path::parent).map(|folder| folder.join(PROGRAM));
-    beside.filter(|path| path.exists()).unwrap_or_else(|| PROGRAM.into())
-}
-
-/// The process, with one end of the link as its standard input. It is ended with `Child`, and it ends by itself when
-/// meshd is no more.
-fn spawn(program: &Path) -> io::Result<(Child, UnixStream)> {
-    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-    ours.set_nonblocking(true)?;
-    let mut command = Command::new(program);
-    command
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        // what the environment said of a token is in the settings
-        .env_remove("MESHD_TOKEN")
-        .env_remove(LINK_FD)
-        // Ctrl-C is for meshd, which ends it in order
-        .process_group(0)
-        .kill_on_drop(true);
-    Ok((command.spawn()?, UnixStream::from_std(ours)?))
 }
 
 async fn say(write: &mut (impl AsyncWriteExt + Unpin), message: &impl serde::Serialize) -> Result<(), String> {
@@ -347,11 +325,9 @@ async fn read_lines(read: OwnedReadHalf, said: mpsc::Sender<Result<FromSidecar, 
     }
 }
 
-async fn ended(child: &mut Child) -> String {
-    match timeout(Duration::from_millis(500), child.wait()).await {
-        Ok(Ok(status)) => format!("{PROGRAM} ended ({status})"),
-        _ => format!("{PROGRAM} closed its link"),
-    }
+async fn ended(launcher: &mut Launching) -> String {
+    let ended = timeout(Duration::from_millis(500), launcher.ended()).await;
+    ended.unwrap_or_else(|_| format!("{PROGRAM} closed its link"))
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use super::data_plane::Facts;
 use super::member::Member;
+use super::privileges;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
     PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, WayView, capture,
@@ -347,6 +348,7 @@ impl Mesh for Shared {
             peers: tables.peers().len() as u64,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             membership: self.member.as_ref().map(|member| member.view()),
+            capabilities: privileges::present(),
         }
     }
 

@@ -44,6 +44,7 @@ mod pods;
 mod preshared;
 mod refused;
 mod reload;
+mod rights;
 mod rings;
 mod scale;
 mod servers;

@@ -614,22 +614,26 @@ impl Node {
         address.parse().unwrap()
     }
 
-    /// The process id of its sidecar.
+    /// The process id of its sidecar, whose parent is the launcher.
     #[track_caller]
     pub(crate) fn sidecar(&self) -> Option<u32> {
-        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap_or_default();
-        let is_sidecar = |pid: &&str| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == "mesh-sidecar")
-        };
-        children.split_whitespace().find(is_sidecar).and_then(|pid| pid.parse().ok())
+        child(self.launcher()?, "mesh-sidecar")
+    }
+
+    /// The process id of what starts its sidecar.
+    #[track_caller]
+    pub(crate) fn launcher(&self) -> Option<u32> {
+        child(self.pid(), "mesh-launcher")
     }
 
     /// The same with another command before it, such as `unshare … --`.
     pub(crate) fn spawn_under(&self, front: &[&str], environment: &[(&str, &str)]) {
         self.write_config();
         let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
+        let verb = if let Kind::Joins(verb) = self.kind { verb } else { "run" };
         let mut command = self.ns.command(front[0]);
-        command.args(&front[1..]).arg(MESHD).args(["run", "--config"]).arg(self.config());
+        command.args(&front[1..]).arg(MESHD).args([verb, "--config"]).arg(self.config());
+        command.envs(self.token.lock().unwrap().iter().map(|token| ("MESHD_TOKEN", token)));
         command.envs(environment.iter().copied()).stdout(Stdio::null()).stderr(log);
         *self.daemon() = Some(Process::spawn(&mut command));
     }
@@ -773,6 +777,13 @@ impl Run {
             err: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
     }
+}
+
+/// The child of that name.
+fn child(pid: u32, name: &str) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    let is_it = |pid: &&str| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name);
+    children.split_whitespace().find(is_it).and_then(|pid| pid.parse().ok())
 }
 
 /// Says why a story was not told. Not by `eprintln!`, which the test harness keeps to itself.

@@ -24,7 +24,8 @@ fn lab_pinged(script: &str, ping: Duration) -> Lab {
     let (asks, questions) = mpsc::channel(4);
     let (tell, news) = mpsc::channel(4);
     let settings = Settings::new(Role::Agent, dir.path());
-    let sidecar = Sidecar::start_program(program, settings, questions, tell, ping);
+    let launcher = Launching::within(program, dir.path().to_owned());
+    let sidecar = Sidecar::start_pinged(launcher, settings, questions, tell, ping);
     Lab { dir, asks, news, sidecar }
 }
 
@@ -137,7 +138,8 @@ async fn a_missing_program_is_said() {
     let (_asks, questions) = mpsc::channel(1);
     let (tell, mut news) = mpsc::channel(4);
     let settings = Settings::new(Role::Agent, "/nowhere");
-    let _sidecar = Sidecar::start_program("/nowhere/mesh-sidecar".into(), settings, questions, tell, PING);
+    let launcher = Launching::within("/nowhere/mesh-sidecar".into(), "/nowhere".into());
+    let _sidecar = Sidecar::start(launcher, settings, questions, tell);
     let Some(News::Down(why)) = news.recv().await else { panic!() };
     assert!(why.contains("cannot start /nowhere/mesh-sidecar") && why.contains("beside meshd"), "{why}");
 }
