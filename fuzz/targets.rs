@@ -56,13 +56,9 @@ pub(crate) fn wire(data: &[u8]) {
     for v6 in [false, true] {
         icmp::read_too_big(data, v6);
     }
-    if let Some((_, message)) = bfd::read_packet(data).or_else(|| bfd::read_frame(data)) {
-        let (source, destination) = ([10, 9, 0, 1].into(), [10, 9, 0, 2].into());
-        let mut again = Vec::new();
-        bfd::write_packet(&message, bfd::Ends { source, destination, source_port: 50_000 }, &mut again);
-        let same = matches!((&message, bfd::read_packet(&again)), (bfd::Message::Echo(a, _), Some((_, bfd::Message::Echo(b, _)))) if *a == b)
-            || bfd::read_packet(&again) == Some((destination, message));
-        assert!(same, "{data:02x?}");
+    let keys = bfd::auth::Keys::parse("7 correct-horse\nnone\n").expect("keys");
+    for keys in [None, Some(&keys)] {
+        bfd_packet(data, keys);
     }
     let (parsed, seen) = (Packet::parse(data), look(data));
     assert_eq!(parsed.is_ok(), seen.is_some(), "{parsed:?} {seen:?}");
@@ -77,6 +73,20 @@ pub(crate) fn wire(data: &[u8]) {
         let answer = look(&out[..len]).expect("an answer is a packet");
         assert_eq!((answer.total, answer.destination), (len, seen.source));
     }
+}
+
+/// What was read is written as it was. The first key is the one that is sent by.
+fn bfd_packet(data: &[u8], keys: Option<&bfd::auth::Keys>) {
+    let Ok((_, message)) = bfd::read_packet(data, keys).or_else(|_| bfd::read_frame(data, keys)) else { return };
+    let (source, destination) = ([10, 9, 0, 1].into(), [10, 9, 0, 2].into());
+    let mut again = Vec::new();
+    bfd::write_packet(&message, bfd::Ends { source, destination, source_port: 50_000 }, keys, &mut again);
+    let read = bfd::read_packet(&again, keys);
+    let same = match (&message, &read) {
+        (bfd::Message::Echo(a, _), Ok((_, bfd::Message::Echo(b, _)))) => a == b,
+        _ => read == Ok((destination, message)),
+    };
+    assert!(same, "{data:02x?}");
 }
 
 /// Frames out of a TUN device: `CONTROL LENGTH LENGTH BYTES…`, where CONTROL says how much of a frame is put right, so
@@ -398,6 +408,7 @@ impl Mesh {
             mtu,
             identity: None,
             former_identity: None,
+            bfd_keys: None,
         };
         let name: NodeName = "other".parse().unwrap();
         let spec = PeerSpec {

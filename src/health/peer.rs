@@ -37,6 +37,9 @@ pub struct Settings {
     pub timers: Timers,
     /// The VXLAN network of BFD packets.
     pub vni: u32,
+    /// What the sequence numbers of authenticated packets follow: the clock at 0 µs, in steps of
+    /// [`machine::NUMBERS_A_SECOND`](super::machine::NUMBERS_A_SECOND).
+    pub epoch: u32,
 }
 
 /// What is thought of a peer.
@@ -129,7 +132,7 @@ impl Liveness {
     /// Nothing is known yet. `discriminator` is no other session's.
     pub fn new(settings: Settings, discriminator: u32) -> Self {
         let inner = Inner {
-            session: Session::new(settings.timers, discriminator),
+            session: Session::new(settings.timers, discriminator).numbered_from(settings.epoch),
             wanted_until_us: 0,
             traffic: None,
             died_us: 0,
@@ -240,13 +243,17 @@ impl Liveness {
         (self.owner.load(Ordering::Relaxed) as usize).checked_sub(1).unwrap_or(first)
     }
 
-    /// Takes a packet of the peer's that `worker` received.
-    pub fn heard(&self, worker: usize, now_us: u64, packet: &Control) {
+    /// Takes a packet of the peer's that `worker` received. Returns whether it was none that came before.
+    #[must_use]
+    pub fn heard(&self, worker: usize, now_us: u64, packet: &Control) -> bool {
         self.own(worker);
         let mut inner = self.lock();
+        if !inner.session.admits(now_us, packet) {
+            return false;
+        }
         inner.heard_us = now_us;
         if inner.session.state() == State::AdminDown && !self.wakes(&mut inner, now_us, packet) {
-            return;
+            return true;
         }
         let outcome = inner.session.receive(now_us, packet);
         if let Some(took) = outcome.round_trip_us {
@@ -271,6 +278,7 @@ impl Liveness {
                 inner.wanted_until_us = 0;
             }
         }
+        true
     }
 
     /// Takes an echo packet of the peer's, whichever worker received it: they take all the ways there are. Its IP packet had
@@ -516,7 +524,7 @@ mod tests {
 
     const MS: u64 = 1_000;
     const SETTINGS: Settings =
-        Settings { enabled: true, timers: Timers { interval_us: 150_000, multiplier: 6 }, vni: 4095 };
+        Settings { enabled: true, timers: Timers { interval_us: 150_000, multiplier: 6 }, vni: 4095, epoch: 0 };
 
     const BOUNDS: Bounds = Bounds { min: 526, base: 1230, max: 1450, overhead: 50 };
 
@@ -536,7 +544,7 @@ mod tests {
                 match (message, sides[to]) {
                     (Message::Control(packet), side) => {
                         sent += 1;
-                        side.inspect(|side| side.heard(0, now, &packet));
+                        side.inspect(|side| assert!(side.heard(0, now, &packet)));
                     }
                     (Message::Echo(echo, size), Some(side)) => side.heard_echo(now, &echo, size),
                     _ => {}
