@@ -162,8 +162,14 @@ pub enum Event {
     Stray,
     /// Both sides hear each other.
     Up,
-    /// The session was up, and the other side says that it is not any more, for this reason.
-    Down(Diagnostic),
+    /// The session was up, and the other side says that it is not any more.
+    Down {
+        /// Its reason.
+        diagnostic: Diagnostic,
+        /// It is the one that the session was up with: it names our discriminator, or has the same as before. Who hears
+        /// nothing any more has forgotten ours (RFC 5880 §6.8.1).
+        known: bool,
+    },
     /// The other side holds its session down on purpose.
     AdminDown,
 }
@@ -274,6 +280,7 @@ impl Session {
             outcome.event = Event::Stray;
             return outcome;
         }
+        let known = packet.yours != 0 || packet.mine == self.remote.discriminator;
         self.remote = Remote {
             state: packet.state,
             discriminator: packet.mine,
@@ -312,8 +319,12 @@ impl Session {
                 Event::Up
             }
             (State::Up, State::Down) => {
+                // what one side's timer ends flaps for both
+                if known && packet.diagnostic == Diagnostic::EXPIRED {
+                    self.flaps.died = Some(packet.mine);
+                }
                 self.become_down(now_us, Diagnostic::NEIGHBOR_DOWN);
-                Event::Down(packet.diagnostic)
+                Event::Down { diagnostic: packet.diagnostic, known }
             }
             _ => Event::Nothing,
         };

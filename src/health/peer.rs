@@ -266,13 +266,13 @@ impl Liveness {
                 inner.wanted_until_us = inner.wanted_until_us.max(now_us + WANTED_US);
                 self.set(Verdict::Up);
             }
-            // one way only: the other side does not hear us. What does not know our discriminator may be anybody's
-            Event::Down(Diagnostic::EXPIRED) if packet.yours != 0 => {
+            // one way only: the other side does not hear us. What knows neither discriminator may be anybody's
+            Event::Down { diagnostic: Diagnostic::EXPIRED, known: true } => {
                 inner.died_us = now_us;
                 self.set(Verdict::Down);
             }
             // it began anew, and packets reach it
-            Event::Down(_) => self.set(Verdict::Unknown),
+            Event::Down { .. } => self.set(Verdict::Unknown),
             Event::AdminDown => {
                 self.set(Verdict::Unknown);
                 inner.wanted_until_us = 0;
@@ -587,6 +587,42 @@ mod tests {
         let reborn = Liveness::new(SETTINGS, 5000);
         talk([Some(&a), Some(&reborn)], 200_000, 201_100, None);
         assert_eq!((a.verdict(), reborn.verdict()), (Verdict::Up, Verdict::Up));
+    }
+
+    #[test]
+    fn one_way_is_dead_on_both_sides_and_a_stranger_kills_nobody() {
+        let [a, b] = pair();
+        a.set_neighbour(true);
+        a.look(0, 0);
+        talk([Some(&a), Some(&b)], 0, 3_000, None);
+        let turn = |of: &Liveness, ms: u64| {
+            let moment = Moment { now_us: ms * MS, settled_us: Some(ms * MS), last_seen_us: None };
+            let mut said = Vec::new();
+            of.turn(moment, BOUNDS, 1, || 0, |message, _| said.extend(control(message)));
+            said
+        };
+        // a hears b; b does not hear a
+        for ms in 3_000..4_000 {
+            turn(&a, ms);
+            for packet in turn(&b, ms) {
+                assert!(a.heard(0, ms * MS, &packet));
+            }
+        }
+        assert_eq!((a.verdict(), b.verdict()), (Verdict::Down, Verdict::Down));
+        talk([Some(&a), Some(&b)], 4_000, 6_000, None);
+        assert_eq!((a.verdict(), b.verdict()), (Verdict::Up, Verdict::Up));
+        let said = (6_000..6_200).find_map(|ms| turn(&b, ms).pop()).unwrap();
+        let stranger = Control { mine: 77, yours: 0, ..said };
+        let forged = Control { state: State::Down, diagnostic: Diagnostic::EXPIRED, ..stranger };
+        assert!(a.heard(0, 6_200 * MS, &forged));
+        assert_eq!(a.verdict(), Verdict::Unknown, "which ends a session, and no traffic");
+    }
+
+    fn control(message: &Message) -> Option<Control> {
+        match message {
+            Message::Control(control) => Some(*control),
+            _ => None,
+        }
     }
 
     #[test]

@@ -75,7 +75,7 @@ impl Pair {
                 side.round_trips.extend(outcome.round_trip_us);
                 let happened = match outcome.event {
                     Event::Up => Happened::Up,
-                    Event::Down(diagnostic) => Happened::Told(diagnostic),
+                    Event::Down { diagnostic, .. } => Happened::Told(diagnostic),
                     Event::AdminDown => Happened::AdminDown,
                     Event::Nothing | Event::Stray => continue,
                 };
