@@ -25,9 +25,13 @@ use meshd::engine::tables::{Local, PeerSpec, Tables};
 use meshd::engine::testing;
 use meshd::engine::tunnel::Policy;
 use meshd::engine::tx_batch::Piece;
+use meshd::health::machine::Timers;
+use meshd::health::path::Bounds;
+use meshd::health::peer::{Liveness, Moment, Settings, Verdict};
 use meshd::node::{Mac, NodeName, Vni};
 use meshd::wire::bfd;
 use meshd::wire::checksum::Sum;
+use meshd::wire::echo::Echo;
 use meshd::wire::icmp;
 use meshd::wire::ip::Packet;
 use model::{Fate, Peer, View};
@@ -41,6 +45,7 @@ pub(crate) fn target(name: &str) -> Option<fn(&[u8])> {
         "inbound" => inbound,
         "round_trip" => round_trip,
         "tunnel" => tunnel,
+        "bfd" => session,
         "config" => config,
         "nodes_file" => nodes_file,
         "admin" => admin,
@@ -48,21 +53,17 @@ pub(crate) fn target(name: &str) -> Option<fn(&[u8])> {
     })
 }
 
-pub(crate) const TARGETS: [&str; 8] =
-    ["wire", "outbound", "inbound", "round_trip", "tunnel", "config", "nodes_file", "admin"];
+pub(crate) const TARGETS: [&str; 9] =
+    ["wire", "outbound", "inbound", "round_trip", "tunnel", "bfd", "config", "nodes_file", "admin"];
 
 /// The parsers, each against the one that was written by the book.
 pub(crate) fn wire(data: &[u8]) {
     for v6 in [false, true] {
         icmp::read_too_big(data, v6);
     }
-    if let Some((_, message)) = bfd::read_packet(data).or_else(|| bfd::read_frame(data)) {
-        let (source, destination) = ([10, 9, 0, 1].into(), [10, 9, 0, 2].into());
-        let mut again = Vec::new();
-        bfd::write_packet(&message, bfd::Ends { source, destination, source_port: 50_000 }, &mut again);
-        let same = matches!((&message, bfd::read_packet(&again)), (bfd::Message::Echo(a, _), Some((_, bfd::Message::Echo(b, _)))) if *a == b)
-            || bfd::read_packet(&again) == Some((destination, message));
-        assert!(same, "{data:02x?}");
+    let keys = bfd::auth::Keys::parse("7 correct-horse\nnone\n").expect("keys");
+    for keys in [None, Some(&keys)] {
+        bfd_packet(data, keys);
     }
     let (parsed, seen) = (Packet::parse(data), look(data));
     assert_eq!(parsed.is_ok(), seen.is_some(), "{parsed:?} {seen:?}");
@@ -77,6 +78,89 @@ pub(crate) fn wire(data: &[u8]) {
         let answer = look(&out[..len]).expect("an answer is a packet");
         assert_eq!((answer.total, answer.destination), (len, seen.source));
     }
+}
+
+/// What was read is written as it was. The first key is the one that is sent by.
+fn bfd_packet(data: &[u8], keys: Option<&bfd::auth::Keys>) {
+    let Ok((_, message)) = bfd::read_packet(data, keys).or_else(|_| bfd::read_frame(data, keys)) else { return };
+    let (source, destination) = ([10, 9, 0, 1].into(), [10, 9, 0, 2].into());
+    let mut again = Vec::new();
+    bfd::write_packet(&message, bfd::Ends { source, destination, source_port: 50_000 }, keys, &mut again);
+    let read = bfd::read_packet(&again, keys);
+    let same = match (&message, &read) {
+        (bfd::Message::Echo(a, _), Ok((_, bfd::Message::Echo(b, _)))) => a == b,
+        _ => read == Ok((destination, message)),
+    };
+    assert!(same, "{data:02x?}");
+}
+
+/// A peer's liveness, which hears whatever anybody says: `OP WAIT BYTES`, where OP says how much of a packet is put right.
+/// Timers go on, what is sent is bounded, and an honest peer is up with it soon after.
+pub(crate) fn session(data: &[u8]) {
+    const MS: u64 = 1_000;
+    let timers = Timers { interval_us: 150_000, multiplier: 6 };
+    let settings = Settings { enabled: true, timers, vni: 4095, epoch: 1 };
+    let keys = bfd::auth::Keys::parse("7 correct-horse\n").expect("keys");
+    let (mut now_us, mut rest) = (1_000 * MS, data);
+    let (ours, theirs) = (Liveness::new(settings, 7), Liveness::new(settings, 9));
+    ours.set_neighbour(true);
+    ours.look(now_us, 0);
+    let bounds = Bounds { min: 526, base: 1230, max: 1450, overhead: 50 };
+    let turn = |of: &Liveness, now_us: u64, said: &mut Vec<bfd::Message>| {
+        let moment = Moment { now_us, settled_us: Some(now_us), last_seen_us: None };
+        let next = of.turn(moment, bounds, 2, || 0, |message, _| said.push(message.clone()));
+        of.answers(|message| said.push(message.clone()));
+        assert!(next.is_none_or(|next| next > now_us), "{next:?} at {now_us}");
+    };
+    while let Some(([op, wait, a, b, c], behind)) = rest.split_first_chunk() {
+        rest = behind;
+        now_us += u64::from(*wait) * if op & 1 == 1 { 20 * MS } else { MS };
+        let mut bytes = [0; bfd::SEALED_LEN];
+        let take = rest.len().min(bfd::LEN);
+        bytes[..take].copy_from_slice(&rest[..take]);
+        rest = &rest[take..];
+        let mut len = bfd::LEN;
+        if op & 2 == 2 {
+            bytes[0] = 0x20 | a & 0x1f;
+            bytes[1] = b & 0xfa;
+            bytes[2] = bytes[2].max(1);
+            bytes[3] = bfd::LEN as u8;
+            bytes[7] |= 1;
+            if op & 4 == 4 {
+                bytes[8..12].copy_from_slice(&7u32.to_be_bytes());
+            }
+        }
+        let known = (op & 8 == 8).then_some(&keys);
+        if let (true, Ok(control)) = (known.is_some(), bfd::Control::parse(&bytes[..len], None)) {
+            let sequence = Some(bfd::auth::Sequence { number: u32::from(*c), meticulous: c & 1 == 1 });
+            (bytes, len) = bfd::Control { sequence, ..control }.sealed_bytes(known);
+        }
+        let mut said = Vec::new();
+        match bfd::Control::parse(&bytes[..len], known) {
+            Ok(control) => _ = ours.heard(0, now_us, &control),
+            Err(_) => {
+                ours.heard_echo(now_us, &Echo { answer: c & 1 == 1, yours: 7, number: u64::from(*c), size: 9 }, 60)
+            }
+        }
+        turn(&ours, now_us, &mut said);
+        assert!(said.len() <= 16, "{said:?}");
+    }
+    // an honest one, on a network that does not lose; numbers are not at stake, since a key's holder is trusted with those
+    let unnumbered = |message: &bfd::Message| match message {
+        bfd::Message::Control(control) => Some(bfd::Control { sequence: None, ..*control }),
+        _ => None,
+    };
+    theirs.set_neighbour(true);
+    theirs.look(now_us, 0);
+    for _ in 0..6_000 {
+        now_us += MS;
+        for (from, to) in [(&ours, &theirs), (&theirs, &ours)] {
+            let mut said = Vec::new();
+            turn(from, now_us, &mut said);
+            said.iter().filter_map(unnumbered).for_each(|control| assert!(to.heard(0, now_us, &control)));
+        }
+    }
+    assert_eq!((ours.verdict(), theirs.verdict()), (Verdict::Up, Verdict::Up));
 }
 
 /// Frames out of a TUN device: `CONTROL LENGTH LENGTH BYTES…`, where CONTROL says how much of a frame is put right, so
@@ -398,6 +482,7 @@ impl Mesh {
             mtu,
             identity: None,
             former_identity: None,
+            bfd_keys: None,
         };
         let name: NodeName = "other".parse().unwrap();
         let spec = PeerSpec {

@@ -17,7 +17,7 @@ esac
 MINUTES=$1
 shift
 FUZZ=$ROOT/fuzz
-ALL=(wire outbound inbound round_trip tunnel config nodes_file admin)
+ALL=(wire outbound inbound round_trip tunnel bfd config nodes_file admin)
 for t; do [[ " ${ALL[*]} " == *" $t "* ]] || { echo "fuzz.sh: no target '$t'; there are: ${ALL[*]}" >&2; exit 2; }; done
 [ $# -gt 0 ] || set -- "${ALL[@]}"
 unset CARGO_TARGET_DIR

@@ -67,6 +67,8 @@ pub struct Settings {
     pub private_key_file: Option<PathBuf>,
     /// `bfd`
     pub bfd: Bfd,
+    /// `bfd-auth-key-file`; `None`: BFD in the clear is not authenticated.
+    pub bfd_auth_key_file: Option<PathBuf>,
     /// `workers`
     pub workers: Workers,
     /// `io`
@@ -167,6 +169,7 @@ impl Config {
             encryption: layers.one("encryption", values::encryption)?.unwrap_or(Encryption::None),
             private_key_file: layers.one("private-key-file", values::path)?,
             bfd: bfd(&layers)?,
+            bfd_auth_key_file: layers.one("bfd-auth-key-file", values::path)?,
             workers: layers.one("workers", values::workers)?.unwrap_or(Workers::Auto),
             io: layers.one("io", values::io)?.unwrap_or(Io::Auto),
             data_dir: layers.one("data-dir", values::path)?.unwrap_or_else(|| "/var/lib/meshd".into()),
@@ -237,6 +240,7 @@ impl Config {
             "encryption" => a.encryption != b.encryption,
             "private-key-file" => a.private_key_file != b.private_key_file,
             "bfd" => a.bfd != b.bfd,
+            "bfd-auth-key-file" => a.bfd_auth_key_file != b.bfd_auth_key_file,
             "workers" => a.workers != b.workers,
             "io" => a.io != b.io,
             "data-dir" => a.data_dir != b.data_dir,

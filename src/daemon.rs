@@ -62,6 +62,7 @@ use crate::health::peer::Settings;
 use crate::host::{self, Desired, Host, HostError, Preflight, Underlay, Watch, union};
 use crate::key::file::{self as key_file, KeyFileError};
 use crate::node::{Node, NodeList};
+use crate::wire::bfd::auth::Keys;
 
 /// How often the node list file is looked at.
 const POLL: Duration = Duration::from_millis(500);
@@ -242,6 +243,7 @@ impl Daemon {
             mtu: 0,
             identity: None,
             former_identity: None,
+            bfd_keys: None,
         };
         let (tables, stats) = (Tables::empty(local), Stats::new(workers));
         let mut shared = Shared::new(config.node_name.clone(), tun.clone(), config.port.get(), tables, stats);
@@ -253,11 +255,12 @@ impl Daemon {
             }
             None => (None, Inbox::default()),
         };
+        let settings = watching(&config, stamps::bfd_epoch(shared.started));
         let mut daemon = Daemon {
             host,
             source: Source::None,
             shared: Arc::new(shared),
-            known: Known::new(workers, None).watching(watching(&config), getrandom::u32().unwrap_or(1)),
+            known: Known::new(workers, None).watching(settings, getrandom::u32().unwrap_or(1)),
             lives: Lives::default(),
             underlays: Vec::new(),
             desired: Desired { tun, mtu: 0, addresses: Vec::new(), routes: Vec::new(), own_subnets: Vec::new() },
@@ -270,6 +273,7 @@ impl Daemon {
             _lock: lock,
             config,
         };
+        daemon.known.set_bfd_keys(bfd_keys(&daemon.config)?);
         match join.zip(ends) {
             Some((join, ends)) => daemon.start_member(join, ends).await?,
             None => daemon.start_static().await?,
@@ -637,6 +641,10 @@ impl Daemon {
             *nodes_file = NodesFile::new(path.clone(), self.config.port);
         }
         if changes.restart.is_empty() {
+            match bfd_keys(&new) {
+                Ok(keys) => self.known.set_bfd_keys(keys),
+                Err(error) => self.shared.problem(Concern::Config, format!("{}; the former keys stay", told(&error))),
+            }
             self.config = new;
             if let Source::Members(members) = &mut self.source {
                 if let Err(error) = members.configure(&self.config) {
@@ -714,10 +722,18 @@ async fn resolve(host: &Host, config: &Config, own: Option<&Node>) -> anyhow::Re
     host.underlay(&given).await.context("this node's underlay address (`node-ip`)")
 }
 
-fn watching(config: &Config) -> Settings {
+fn watching(config: &Config, epoch: u32) -> Settings {
     let Bfd { enabled, interval_ms, multiplier, vni } = config.bfd;
     let timers = Timers { interval_us: u32::from(interval_ms) * 1000, multiplier };
-    Settings { enabled, timers, vni: vni.get() }
+    Settings { enabled, timers, vni: vni.get(), epoch }
+}
+
+/// What authenticates BFD in the clear.
+fn bfd_keys(config: &Config) -> anyhow::Result<Option<Arc<Keys>>> {
+    let Some(path) = &config.bfd_auth_key_file else { return Ok(None) };
+    let keys = key_file::load_bfd(path)?;
+    tracing::info!("BFD in the clear is authenticated, by the keys {keys} of {}: the first is sent", path.display());
+    Ok(Some(Arc::new(keys)))
 }
 
 fn carriers(underlays: &[Underlay]) -> Vec<Carrier> {

@@ -28,6 +28,7 @@ const PURE: &[&str] = &[
     "membership/api.rs",
     "membership/authority.rs",
     "membership/link.rs",
+    "membership/matrix.rs",
     "membership/pake.rs",
     "membership/record.rs",
     "membership/registry/feed.rs",

@@ -326,6 +326,7 @@ fn tables(own: usize, other: usize) -> Tables {
         mtu: 9000,
         identity: None,
         former_identity: None,
+        bfd_keys: None,
     };
     let underlay = std::net::IpAddr::from([10, 9, 0, other as u8]);
     let spec = PeerSpec {

@@ -356,7 +356,7 @@ async fn certificates_of_others_are_worth_nothing() {
     let spy = join(&foreign.address(), &token, "a", Role::Agent).await.unwrap();
     let identity = spy.keep.client_identity(&spy.member);
     let mut connection = Connection::open(&cluster.address(), Trust::Ca(cluster.ca()), Some(identity)).await.unwrap();
-    let poll = Poll { revision: None, no_wait: true, reaches: vec![] };
+    let poll = Poll { revision: None, no_wait: true, reaches: vec![], paths: vec![] };
     let refused = connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await.unwrap_err();
     assert!(matches!(refused, ClientError::NotTaken { .. } | ClientError::Unreachable { .. }), "{refused}");
     let own = cluster.token(Role::Agent, None).await;

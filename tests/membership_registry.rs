@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use meshd::membership::api::{JoinAnswer, JoinRequest, Myself, News};
 use meshd::membership::authority::identity_of_request;
 use meshd::membership::clock::Now;
-use meshd::membership::link::Request;
+use meshd::membership::link::{Peers, Request};
 use meshd::membership::random;
 use meshd::membership::record::{Mode, Role, State};
 use meshd::membership::registry::{OpenError, Proof, REST, Refused, Registry, Setup};
@@ -73,7 +73,7 @@ impl Sim {
         for second in 0..seconds {
             self.pass(1);
             if second % 10 == 0 {
-                alive.iter().for_each(|node| self.registry.beat(self.now, &node.id, None, vec![]));
+                alive.iter().for_each(|node| self.registry.beat(self.now, &node.id, None, Peers::default()));
             }
             self.registry.tick(self.now).await.unwrap();
         }

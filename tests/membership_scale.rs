@@ -184,7 +184,7 @@ fn many_nodes() {
         let ca = Trust::Hash(token.ca_hash);
         let mut first = Connection::open(&address.into(), ca.clone(), Some(fakes[0].identity())).await.unwrap();
         let start = Instant::now();
-        let poll = Poll { revision: None, no_wait: true, reaches: vec![] };
+        let poll = Poll { revision: None, no_wait: true, reaches: vec![], paths: vec![] };
         let whole: serde_json::Value = first.ask(Method::POST, "/v1/poll", &poll).await.unwrap();
         let size = serde_json::to_vec(&whole).unwrap().len();
         let revision = whole["revision"].as_u64().unwrap();
@@ -205,7 +205,7 @@ fn many_nodes() {
                 connected.send(()).unwrap();
                 let mut revision = revision;
                 loop {
-                    let poll = Poll { revision: Some(revision), no_wait: false, reaches: vec![] };
+                    let poll = Poll { revision: Some(revision), no_wait: false, reaches: vec![], paths: vec![] };
                     let wait = Duration::from_secs(60);
                     let answer = match connection.ask_patiently::<Answer>("/v1/poll", &poll, wait).await {
                         Ok(answer) => answer,

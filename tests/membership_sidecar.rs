@@ -9,14 +9,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use meshd::membership::link::{FromMeshd, FromSidecar, Request};
+use meshd::membership::link::{FromMeshd, FromSidecar, Peers, Request};
+use meshd::membership::matrix::{Matrix, Watched};
 use meshd::membership::record::Role;
 use meshd::membership::registry::{GRACE, INTERVAL};
 use meshd::membership::settings::{PurgeAfter, Secret, Settings};
 use meshd::membership::token::Token;
 use tempfile::TempDir;
 
-use self::sidecar::Sidecar;
+use self::sidecar::{PATIENCE, Sidecar};
 
 mod sidecar;
 
@@ -120,6 +121,47 @@ fn a_server_and_an_agent_become_a_cluster_and_a_kill_loses_nothing() {
     }
 }
 
+/// What nodes say of each other is one table, on a server as on an agent.
+#[test]
+fn who_reaches_whom_is_known_at_every_node() {
+    let (s, a) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let settings = server_settings(s.path(), free_port());
+    let mut server = Sidecar::start(&settings, "s", "10.9.0.1:8472");
+    server.until("the server's node joins", |s| s.status.connected && s.nodes.len() == 1);
+    let mut agent = Sidecar::start(&agent_settings(a.path(), Some(&mint(&mut server))), "a", "10.9.0.2:8472");
+    agent.until("the agent joins", |s| s.status.connected && s.nodes.len() == 2);
+    let id = |name: &str| agent.nodes.iter().find(|node| node.name == name).unwrap().id.clone();
+    let [of_s, of_a] = ["s", "a"].map(id);
+    let watched = |to: &str, up| Watched { to: to.to_owned(), up, rtt_us: Some(800), loss_permille: Some(20) };
+    // somebody who is no member any more is in nobody's row
+    server.say(&FromMeshd::Peers(Peers { heard: vec![], paths: vec![watched(&of_a, false), watched("gone", true)] }));
+    agent.say(&FromMeshd::Peers(Peers { heard: vec![], paths: vec![watched(&of_s, true)] }));
+    let begun = Instant::now();
+    let told = |matrix: &Matrix| matrix.rows.len() == 2 && matrix.rows.iter().all(|row| row.to.len() == 1);
+    let [there, here] = [&mut agent, &mut server].map(|node| {
+        loop {
+            let matrix: Matrix = serde_json::from_value(node.ask(Request::ClusterMatrix).unwrap()).unwrap();
+            if told(&matrix) {
+                break matrix;
+            }
+            assert!(begun.elapsed() < 2 * PATIENCE, "{matrix:?}");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    });
+    for matrix in [&there, &here] {
+        assert_eq!((&matrix.nodes, &matrix.silent, &matrix.missing), (&vec!["a".into(), "s".into()], &vec![], &vec![]));
+        assert_eq!(matrix.rows[0].to, [watched("s", true)]);
+        assert_eq!(matrix.rows[1].to, [watched("a", false)]);
+    }
+    // without a server the agent says what is missing, and not that all is well
+    server.kill();
+    agent.until("the agent notices", |s| !s.status.connected);
+    let matrix: Matrix = serde_json::from_value(agent.ask(Request::ClusterMatrix).unwrap()).unwrap();
+    assert_eq!((matrix.rows.len(), matrix.silent.len(), matrix.missing.len()), (0, 2, 1), "{matrix:?}");
+    assert!(matrix.missing[0].server.contains("127.0.0.1"), "{matrix:?}");
+    agent.kill();
+}
+
 /// What `meshd` says of its peers reaches the servers with the next heartbeat.
 #[test]
 #[ignore = "takes more than a minute"]
@@ -135,7 +177,7 @@ fn who_is_heard_by_a_ready_node_is_not_purged() {
     let mut two = Sidecar::start(&agent_settings(b.path(), Some(&for_b)), "b", "10.9.0.3:8472");
     two.until("joins", |s| s.status.connected && s.nodes.len() == 3);
     let id = two.nodes.iter().find(|node| node.name == "b").unwrap().id.clone();
-    one.say(&FromMeshd::Peers { heard: vec![id] });
+    one.say(&FromMeshd::Peers(Peers { heard: vec![id], paths: vec![] }));
     one.say(&FromMeshd::Ping);
     while !matches!(one.hear(), FromSidecar::Pong) {}
     two.kill();
@@ -149,7 +191,7 @@ fn who_is_heard_by_a_ready_node_is_not_purged() {
         (3, &"b".into(), &"not-ready".into()),
         "{nodes:?}"
     );
-    one.say(&FromMeshd::Peers { heard: vec![] });
+    one.say(&FromMeshd::Peers(Peers::default()));
     let nodes = quiet(&mut server, INTERVAL * 2 + Duration::from_secs(5));
     assert_eq!(nodes.len(), 2, "positive control: {nodes:?}");
     server.kill();

@@ -102,7 +102,11 @@ impl Request {
             Request::Peers | Request::Stats | Request::Status | Request::Nodes | Request::Keys => false,
             Request::Why { .. } | Request::NodeCommands { .. } | Request::Survey => false,
             Request::Cluster {
-                ask: link::Request::Nodes | link::Request::TokenList | link::Request::ClusterStatus,
+                ask:
+                    link::Request::Nodes
+                    | link::Request::TokenList
+                    | link::Request::ClusterStatus
+                    | link::Request::ClusterMatrix,
             } => false,
             Request::Capture { .. } | Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }

@@ -27,6 +27,11 @@ pub fn explain(reason: &str) -> Option<&'static str> {
         "truncated_datagram" => "too short for its headers: something other than VXLAN sends to the port",
         "bad_vxlan_header" => "no VXLAN (RFC 7348): something else sends to the port, or a peer is misconfigured",
         "wrong_vni" => "another VXLAN network: give all nodes the same `vni`",
+        "bfd_not_authentic" => {
+            "BFD without authentication, or by a key that is not known here: give all nodes in the clear the same keys in \
+             `bfd-auth-key-file`; if they have, somebody forges"
+        }
+        "bfd_replayed" => "a BFD packet again, or one out of its window: a duplicating network, or a replay",
         "bad_inner_mac" => {
             "for another VTEP's MAC: a kernel peer's FDB or ARP entry is stale, or `mac` in the nodes-file is wrong"
         }

@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod doctor;
+pub mod matrix;
 pub mod test;
 pub mod why;
 

@@ -22,6 +22,7 @@ use meshd::admin::render::{self, Before, Look};
 use meshd::admin::{DEFAULT_SOCKET, units};
 use meshd::doctor;
 use meshd::membership::link;
+use meshd::membership::matrix::Matrix;
 use meshd::membership::record::Role;
 use meshd::node::DEFAULT_PORT;
 use meshd::pcap;
@@ -321,6 +322,8 @@ enum TokenAction {
 enum ClusterAction {
     /// Servers, datastore, how many may fail
     Status,
+    /// Who reaches whom, with round trip and loss, as the nodes themselves say
+    Matrix,
 }
 
 /// How long a token lives; `None` is for ever.
@@ -471,6 +474,10 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
             let status: Value = client.cluster(link::Request::ClusterStatus)?;
             screen.print(&status, || render::cluster::status(&status, screen.look))?;
             return Ok(render::cluster::is_good(&status));
+        }
+        Command::Cluster(ClusterAction::Matrix) => {
+            let matrix: Matrix = client.cluster(link::Request::ClusterMatrix)?;
+            screen.print(&matrix, || render::matrix::matrix(&matrix, screen.look))?;
         }
         Command::Leave { force } => {
             let done = json!({"left": true, "message": client.leave(*force)?});

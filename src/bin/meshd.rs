@@ -12,6 +12,7 @@ use meshd::config::{self, Config, ConfigError, KEYS, NodeIp};
 use meshd::control::nodes_file::{self, NoOwnEntry};
 use meshd::control::source::{NodesFile, NodesFileError};
 use meshd::daemon::{Join, ask, launcher};
+use meshd::key::file::{BfdKeysError, load_bfd};
 use meshd::key::{MAX_LANES, SecretKey};
 use meshd::membership::record::Role;
 use meshd::membership::settings::{Datastore, Secret};
@@ -336,6 +337,9 @@ fn check(loader: Loader) -> anyhow::Result<()> {
         println!("{file}: ok");
     }
     println!("  {}", summary(&config));
+    if let Some(path) = &config.bfd_auth_key_file {
+        println!("{}: ok, with the keys {}", path.display(), load_bfd(path)?);
+    }
     let Some(path) = &config.nodes_file else {
         println!("  no nodes-file, which `meshd run` needs; `meshd server` and `meshd agent` need none");
         return Ok(());
@@ -391,6 +395,7 @@ fn code(error: &anyhow::Error) -> u8 {
         || error.is::<NodesFileError>()
         || error.is::<NoOwnEntry>()
         || error.is::<TokenError>()
+        || error.is::<BfdKeysError>()
         || error.is::<DatastoreError>()
         || error.is::<Missing>();
     if theirs { USAGE } else { FAILED }

@@ -72,6 +72,13 @@ pub const KEYS: &[Key] = &[
         "Liveness: how often peers are asked, how many answers may be missing, and the VXLAN network for that",
         "interval=150,multiplier=6,vni=4095",
     ),
+    live(
+        "bfd-auth-key-file",
+        "FILE",
+        "What authenticates liveness in the clear (RFC 5880, SHA1): lines of `ID KEY`, the first is sent, all are taken; \
+         read again at SIGHUP",
+        "none",
+    ),
     key("workers", "auto|1-64", "Worker threads; auto is one for each core", "auto"),
     key("io", "auto|mmsg|uring|tokio", "I/O back end", "auto"),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),

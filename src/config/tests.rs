@@ -317,8 +317,9 @@ proptest! {
 }
 
 /// The keys of `meshd server` and `meshd agent`, each with a value that is not the default.
-const OTHERS: [(&str, &str); 22] = [
+const OTHERS: [(&str, &str); 23] = [
     ("bfd", "off"),
+    ("bfd-auth-key-file", "/b"),
     ("server", "a"),
     ("token", "t"),
     ("token-file", "/t"),

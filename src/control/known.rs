@@ -12,6 +12,7 @@ use crate::engine::tunnel::{Identity, MAX_SLOTS, Policy, Tunnel};
 use crate::health::peer::{Liveness, Settings};
 use crate::key::{PresharedKey, PublicKey};
 use crate::node::NodeName;
+use crate::wire::bfd::auth::Keys;
 
 /// The peers that there were in the last list.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub struct Known {
     former_identity: Option<Arc<Identity>>,
     /// How peers' lives are watched; nobody does without.
     bfd: Option<Settings>,
+    bfd_keys: Option<Arc<Keys>>,
     /// The next session's.
     discriminator: u32,
     peers: HashMap<NodeName, Peer>,
@@ -84,6 +86,7 @@ impl Known {
             identity,
             former_identity: None,
             bfd: None,
+            bfd_keys: None,
             discriminator: 0,
             peers: HashMap::new(),
             free_slots: Vec::new(),
@@ -108,6 +111,16 @@ impl Known {
         });
         liveness.set_neighbour(neighbour);
         Some(liveness.clone())
+    }
+
+    /// What BFD packets in the clear are authenticated by.
+    pub fn bfd_keys(&self) -> Option<&Arc<Keys>> {
+        self.bfd_keys.as_ref()
+    }
+
+    /// Perhaps others than before: sessions go on with them.
+    pub fn set_bfd_keys(&mut self, keys: Option<Arc<Keys>>) {
+        self.bfd_keys = keys;
     }
 
     /// This node's keys.

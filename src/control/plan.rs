@@ -161,6 +161,7 @@ pub fn plan(
         mtu: mtu as u16,
         identity,
         former_identity,
+        bfd_keys: known.bfd_keys().cloned(),
     };
     // the other side knows no more of our lanes than our entry says
     let own_lanes = own.public_keys.len().max(1);

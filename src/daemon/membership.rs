@@ -24,7 +24,8 @@ use super::{Daemon, Source, carriers, shortened, told};
 use crate::config::{self, Config};
 use crate::control::plan::plan;
 use crate::control::records::Records;
-use crate::membership::link::{FromSidecar, Hello, Status};
+use crate::membership::link::{FromSidecar, Hello, Peers, Status};
+use crate::membership::matrix::most_telling;
 use crate::membership::record::Role;
 use crate::membership::settings::{Datastore, LogFormat, Secret, Settings};
 use crate::node::NodeList;
@@ -34,8 +35,8 @@ const CONFIRMED_AFTER: Duration = Duration::from_secs(60);
 /// How long a gap in the changes may last before the sidecar is started anew.
 const GAP: Duration = Duration::from_secs(1);
 
-/// Which peers are heard that the servers miss is told this often at most.
-const TELL_HEARD: Duration = Duration::from_secs(10);
+/// What is known of peers is told this often at most.
+const TELL_PEERS: Duration = Duration::from_secs(5);
 /// Something of theirs came so recently.
 const HEARD: Duration = Duration::from_secs(30);
 /// So many at most; other nodes tell of others.
@@ -86,8 +87,8 @@ pub(super) struct Membership {
     offered: Arc<Records>,
     /// What is held back, and since when.
     held: Option<(Arc<Records>, Instant)>,
-    /// When the sidecar was last told whom the data path hears.
-    told_heard: Option<Instant>,
+    /// When the sidecar was last told what the data path knows of others.
+    told_peers: Option<Instant>,
 }
 
 /// The channels of a member that is about to start.
@@ -122,7 +123,7 @@ impl Membership {
             gap: None,
             offered: Arc::default(),
             held: None,
-            told_heard: None,
+            told_peers: None,
         })
     }
 
@@ -369,12 +370,14 @@ impl Daemon {
     /// Tries again what waits for better times, and tells of peers that the servers miss.
     pub(super) async fn tick_membership(&mut self) {
         let Source::Members(members) = &mut self.source else { return };
-        if members.told_heard.is_none_or(|at| at.elapsed() >= TELL_HEARD) {
-            members.told_heard = Some(Instant::now());
+        if members.told_peers.is_none_or(|at| at.elapsed() >= TELL_PEERS) {
+            members.told_peers = Some(Instant::now());
             let missed = members.view.records.load().missed(&self.config.node_name);
             // most of the time nobody is
             let heard = if missed.is_empty() { missed } else { self.shared.heard_of(missed, HEARD) };
-            members.sidecar.heard(heard.into_values().take(MAX_HEARD).collect());
+            let heard = heard.into_values().take(MAX_HEARD).collect();
+            let paths = most_telling(self.shared.paths(&members.view.records.load()));
+            members.sidecar.peers(Peers { heard, paths });
         }
         if members.gap.is_some_and(|since| since.elapsed() > GAP) {
             members.gap = None;

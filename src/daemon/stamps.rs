@@ -16,6 +16,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::kept;
 use super::view::{Concern, Shared};
 use crate::config::load::read_regular;
+use crate::health::machine::NUMBERS_A_SECOND;
 
 const FIRST_STEP_MS: u64 = 2_000;
 const LAST_STEP_MS: u64 = 64_000;
@@ -39,7 +40,7 @@ impl Stamps {
     /// Reads the clock and the floor, and writes the next one.
     pub(super) fn start(data_dir: &Path, started: Instant) -> Self {
         let path = data_dir.join("handshake-time");
-        let wall_ms = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
+        let wall_ms = wall_ms();
         let floor_ms = load(&path).unwrap_or_else(|why| {
             tracing::warn!("{}: {why}; handshakes carry the time of the clock", path.display());
             0
@@ -110,6 +111,16 @@ impl Stamps {
             spawn_blocking(move || write(&path, now_ms)).await.ok();
         }
     }
+}
+
+/// What sequence numbers of BFD follow (`health::machine`): the clock when meshd started, in their steps, in a circle.
+pub(super) fn bfd_epoch(started: Instant) -> u32 {
+    let since_ms = wall_ms().saturating_sub(started.elapsed().as_millis() as u64);
+    (since_ms * u64::from(NUMBERS_A_SECOND) / 1000) as u32
+}
+
+fn wall_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 fn load(path: &Path) -> Result<u64, String> {

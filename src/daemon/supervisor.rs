@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
 use super::launcher::{Launching, PATIENCE, PROGRAM};
-use crate::membership::link::{FromMeshd, FromSidecar, Hello, Refusal, Request};
+use crate::membership::link::{FromMeshd, FromSidecar, Hello, Peers, Refusal, Request};
 use crate::membership::settings::Settings;
 
 /// The first pause before a new start, which doubles up to [`LAST_PAUSE`].
@@ -53,7 +53,7 @@ pub(super) struct Ask {
 pub(super) struct Sidecar {
     settings: watch::Sender<Settings>,
     hello: watch::Sender<Option<Hello>>,
-    heard: watch::Sender<Vec<String>>,
+    peers: watch::Sender<Peers>,
     task: JoinHandle<Launching>,
 }
 
@@ -77,9 +77,9 @@ impl Sidecar {
     ) -> Self {
         let (settings, given) = watch::channel(settings);
         let (hello, said) = watch::channel(None);
-        let (heard, peers) = watch::channel(Vec::new());
-        let supervisor = Supervisor { launcher, settings: given, hello: said, heard: peers, asks, news, ping };
-        Sidecar { settings, hello, heard, task: tokio::spawn(supervisor.supervise()) }
+        let (peers, known) = watch::channel(Peers::default());
+        let supervisor = Supervisor { launcher, settings: given, hello: said, peers: known, asks, news, ping };
+        Sidecar { settings, hello, peers, task: tokio::spawn(supervisor.supervise()) }
     }
 
     /// Says who this node is, now and to each new sidecar. The first time lets the sidecar begin.
@@ -87,11 +87,11 @@ impl Sidecar {
         self.hello.send_if_modified(|former| former.replace(hello.clone()).as_ref() != Some(&hello));
     }
 
-    /// Says whom the data path hears of those that the servers do not.
-    pub(super) fn heard(&self, heard: Vec<String>) {
-        self.heard.send_if_modified(|former| {
-            let other = *former != heard;
-            *former = heard;
+    /// Says what the data path knows of others.
+    pub(super) fn peers(&self, peers: Peers) {
+        self.peers.send_if_modified(|former| {
+            let other = *former != peers;
+            *former = peers;
             other
         });
     }
@@ -112,8 +112,8 @@ impl Sidecar {
 
     /// Ends it, and waits until it has. The launcher is free then.
     pub(super) async fn stop(self) -> Option<Launching> {
-        let Sidecar { settings, hello, heard, task } = self;
-        drop((settings, hello, heard));
+        let Sidecar { settings, hello, peers, task } = self;
+        drop((settings, hello, peers));
         let ended = timeout(PATIENCE + Duration::from_secs(1), task).await;
         if ended.is_err() {
             tracing::warn!("{PROGRAM} does not end");
@@ -126,7 +126,7 @@ struct Supervisor {
     launcher: Launching,
     settings: watch::Receiver<Settings>,
     hello: watch::Receiver<Option<Hello>>,
-    heard: watch::Receiver<Vec<String>>,
+    peers: watch::Receiver<Peers>,
     asks: mpsc::Receiver<Ask>,
     news: mpsc::Sender<News>,
     /// Between two questions whether it is there.
@@ -215,8 +215,8 @@ impl Supervisor {
             return End::Stop;
         }
         self.hello.mark_changed();
-        if !self.heard.borrow_and_update().is_empty() {
-            self.heard.mark_changed();
+        if *self.peers.borrow_and_update() != Peers::default() {
+            self.peers.mark_changed();
         }
         let mut ping = interval_at(Instant::now() + self.ping, self.ping);
         // after a standstill it gets its time to answer like everybody
@@ -237,9 +237,9 @@ impl Supervisor {
                     (Ok(()), None) => continue,
                     (Ok(()), Some(hello)) => FromMeshd::Hello(hello),
                 },
-                changed = self.heard.changed() => match changed {
+                changed = self.peers.changed() => match changed {
                     Err(_) => break End::Stop,
-                    Ok(()) => FromMeshd::Peers { heard: self.heard.borrow_and_update().clone() },
+                    Ok(()) => FromMeshd::Peers(self.peers.borrow_and_update().clone()),
                 },
                 _ = ping.tick() => {
                     if unanswered == UNANSWERED {

@@ -1,6 +1,6 @@
 //! What the admin socket shows, read out of what the daemon shares.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +22,7 @@ use crate::admin::protocol::{
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
+use crate::control::records::Records;
 use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
@@ -31,6 +32,7 @@ use crate::health::path::State;
 use crate::health::peer::{Liveness, Verdict};
 use crate::io::tap::Tap;
 use crate::membership::link;
+use crate::membership::matrix::Watched;
 use crate::node::{NodeList, NodeName};
 use crate::sys::udp;
 
@@ -159,6 +161,24 @@ impl Shared {
             .collect();
         names.retain(|name, _| heard.contains(name.as_str()));
         names
+    }
+
+    /// How well those are reached that are watched, by the ids of their records.
+    pub(super) fn paths(&self, records: &Records) -> Vec<Watched> {
+        let tables = self.tables.load();
+        let ids: HashMap<&str, &str> =
+            records.nodes.values().map(|record| (record.name.as_str(), record.id.as_str())).collect();
+        let watched = tables.peers().iter().filter_map(|peer| {
+            let liveness = peer.spec.liveness.as_deref()?;
+            let up = match liveness.verdict() {
+                Verdict::Unknown => return None,
+                verdict => verdict == Verdict::Up,
+            };
+            let loss_permille = if up { liveness.measured().0.lost_permille() } else { None };
+            let to = (*ids.get(peer.spec.name.as_str())?).to_owned();
+            Some(Watched { to, up, rtt_us: liveness.round_trip_us(), loss_permille })
+        });
+        watched.collect()
     }
 
     pub(super) fn peer(&self, peer: &Peer, now_ms: u64) -> PeerView {

@@ -82,6 +82,10 @@ drops! {
     BadVxlanHeader = "bad_vxlan_header", Inbound;
     /// Another VXLAN network.
     WrongVni = "wrong_vni", Inbound;
+    /// A BFD packet in the clear without authentication, or by another key than ours.
+    BfdNotAuthentic = "bfd_not_authentic", Inbound;
+    /// An authenticated BFD packet that came already, or whose number is too far ahead.
+    BfdReplayed = "bfd_replayed", Inbound;
     /// The inner frame is addressed to another VTEP.
     BadInnerMac = "bad_inner_mac", Inbound;
     /// The inner frame carries neither IPv4 nor IPv6.

@@ -21,7 +21,7 @@ use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
 use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, SourceLimit};
-use crate::wire::bfd::{self, Message};
+use crate::wire::bfd::{self, Message, Refused};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
 
@@ -217,7 +217,7 @@ impl Inbound {
             return Err(Drop::ClearFromEncryptedPeer);
         }
         let packet = match open_vxlan(tables, datagram) {
-            Err(Drop::WrongVni) if self.is_bfd_frame(tables, now_ms, peer, datagram) => return Ok(None),
+            Err(Drop::WrongVni) => return self.bfd_frame(tables, now_ms, peer, datagram).map(|()| None),
             opened => opened?,
         };
         let inner = Inner { peer, start: at + ENCAPSULATION, packet, authentic: false };
@@ -396,31 +396,42 @@ impl Inbound {
 
     /// Takes a frame of the management network (RFC 8971 §6).
     #[cold]
-    fn is_bfd_frame(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, datagram: &[u8]) -> bool {
-        let Some(liveness) = tables.liveness(peer) else { return false };
-        let Ok((vxlan, frame)) = vxlan::Header::ref_from_prefix(datagram) else { return false };
-        let Ok((ethernet, _)) = ethernet::Header::ref_from_prefix(frame) else { return false };
+    fn bfd_frame(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, datagram: &[u8]) -> Result<(), Drop> {
+        let liveness = tables.liveness(peer).ok_or(Drop::WrongVni)?;
+        let (vxlan, frame) = vxlan::Header::ref_from_prefix(datagram).map_err(|_| Drop::WrongVni)?;
+        let (ethernet, _) = ethernet::Header::ref_from_prefix(frame).map_err(|_| Drop::WrongVni)?;
         let for_us = [bfd::MANAGEMENT_MAC, tables.local().mac.0].contains(&ethernet.destination);
         if vxlan.vni() != liveness.settings().vni || !for_us {
-            return false;
+            return Err(Drop::WrongVni);
         }
-        let Some((destination, message)) = bfd::read_frame(datagram) else { return false };
-        let ours = bfd::is_loopback(destination) || tables.local().addresses.contains(&destination);
-        ours && self.take(tables, now_ms, peer, &message)
+        let (destination, message) =
+            bfd::read_frame(datagram, tables.local().bfd_keys.as_deref()).map_err(|refused| match refused {
+                Refused::Another => Drop::WrongVni,
+                Refused::NotAuthentic => Drop::BfdNotAuthentic,
+            })?;
+        if !bfd::is_loopback(destination) && !tables.local().addresses.contains(&destination) {
+            return Err(Drop::WrongVni);
+        }
+        self.take(tables, now_ms, peer, &message)
     }
 
-    /// Takes a packet that came through the tunnel to one of this node's own addresses. Where it comes from is admitted.
+    /// Takes a packet that came through the tunnel, which has authenticated it, to one of this node's own addresses. Where
+    /// it comes from is admitted.
     #[cold]
     fn is_bfd_packet(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, bytes: &[u8]) -> bool {
-        let Some((destination, message)) = bfd::read_packet(bytes) else { return false };
-        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &message)
+        let Ok((destination, message)) = bfd::read_packet(bytes, None) else { return false };
+        tables.local().addresses.contains(&destination) && self.take(tables, now_ms, peer, &message).is_ok()
     }
 
-    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, message: &Message) -> bool {
-        let Some(liveness) = tables.liveness(peer) else { return false };
+    fn take(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, message: &Message) -> Result<(), Drop> {
+        let liveness = tables.liveness(peer).ok_or(Drop::WrongVni)?;
         let now_us = self.received_us.max(now_ms * 1000);
         match message {
-            Message::Control(control) => liveness.heard(self.worker, now_us, control),
+            Message::Control(control) => {
+                if !liveness.heard(self.worker, now_us, control) {
+                    return Err(Drop::BfdReplayed);
+                }
+            }
             Message::Echo(echo, size) => liveness.heard_echo(now_us, echo, *size),
             Message::Ask(_) | Message::Report(_) => liveness.heard_survey(self.worker, message),
         }
@@ -428,7 +439,7 @@ impl Inbound {
             self.heard.push(peer);
         }
         self.seen(tables, now_ms, &Tally { peer, packets: 0, bytes: 0 });
-        true
+        Ok(())
     }
 }
 

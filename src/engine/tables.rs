@@ -19,7 +19,7 @@ use crate::health::peer::Liveness;
 use crate::key::PublicKey;
 use crate::node::{Mac, NodeName, Vni};
 use crate::wire::transport::UDP_LEN;
-use crate::wire::{ethernet, ip, vxlan};
+use crate::wire::{bfd, ethernet, ip, vxlan};
 
 /// Bytes that VXLAN puts before an inner IP packet: its own header and the inner Ethernet header.
 pub const ENCAPSULATION: usize = vxlan::HEADER_LEN + ethernet::HEADER_LEN;
@@ -76,6 +76,8 @@ pub struct Local {
     pub identity: Option<Arc<Identity>>,
     /// The keys before the last change, while a peer may still use them.
     pub former_identity: Option<Arc<Identity>>,
+    /// What BFD packets in the clear are authenticated by; `None`: by nothing.
+    pub bfd_keys: Option<Arc<bfd::auth::Keys>>,
 }
 
 /// A peer in the table.
@@ -367,6 +369,7 @@ mod tests {
             mtu: 1450,
             identity: None,
             former_identity: None,
+            bfd_keys: None,
         }
     }
 

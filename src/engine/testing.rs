@@ -58,6 +58,7 @@ pub fn mesh_with_mtu(own: u8, mtu: u16) -> Tables {
         mtu,
         identity: None,
         former_identity: None,
+        bfd_keys: None,
     };
     let spec = |n: u8| PeerSpec {
         name: format!("n{n}").parse().unwrap(),
@@ -98,7 +99,7 @@ pub fn encrypted_mesh(own: u8, lanes: usize, policy: Policy) -> Tables {
 /// The same peers, whose lives are watched.
 pub fn watched(tables: &Tables) -> Tables {
     let timers = Timers { interval_us: 150_000, multiplier: 6 };
-    let settings = Settings { enabled: true, timers, vni: Vni::MANAGEMENT.get() };
+    let settings = Settings { enabled: true, timers, vni: Vni::MANAGEMENT.get(), epoch: 0 };
     let spec = |(peer, number): (&Peer, u32)| {
         let liveness = Some(Arc::new(Liveness::new(settings, number)));
         PeerSpec { liveness, ..peer.spec.clone() }
@@ -164,6 +165,7 @@ pub fn big_mesh(peers: usize) -> Tables {
         mtu: MTU,
         identity: None,
         former_identity: None,
+        bfd_keys: None,
     };
     Tables::new(local, (1..=peers).map(big_peer_spec).collect())
 }

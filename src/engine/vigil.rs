@@ -184,7 +184,10 @@ impl Vigil {
         let peer = turn.tables.peer(index)?;
         let liveness = peer.spec.liveness.as_deref().filter(|liveness| self.owns(index, liveness))?;
         let stats = &peer.spec.stats;
-        let last_seen_us = stats.last_seen().map(|ms| ms * 1000);
+        let sealed = peer.spec.tunnel.as_deref().is_some_and(Tunnel::seals);
+        let keys = turn.tables.local().bfd_keys.as_deref().filter(|keys| !sealed && !keys.accept_none());
+        // what anybody could have sent proves nothing where BFD has to be authentic
+        let last_seen_us = stats.last_seen().map(|ms| ms * 1000).filter(|_| keys.is_none());
         let moment = Moment { now_us: turn.now_us, settled_us: turn.settled_us, last_seen_us };
         let sent_bytes = || stats.sum(|flow| flow.tx_bytes.get());
         let ways = match peer.spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
@@ -231,12 +234,13 @@ impl Vigil {
         self.room.clear();
         if let Some(tunnel) = spec.tunnel.as_deref().filter(|tunnel| tunnel.seals()) {
             let Some(theirs) = spec.underlay.iter().find(same_family).copied() else { return };
-            bfd::write_packet(message, Ends { source: own, destination: theirs, source_port }, &mut self.room);
+            bfd::write_packet(message, Ends { source: own, destination: theirs, source_port }, None, &mut self.room);
             let lane = usize::from(way.unwrap_or(0));
             tunnel.originate(index, lane, &self.room, turn.now_us / 1000, turn.data_socket, turn.outbox);
         } else {
             let vni = liveness.settings().vni;
-            bfd::write_frame(message, vni, local.mac.0, own, source_port, &mut self.room);
+            let keys = local.bfd_keys.as_deref();
+            bfd::write_frame(message, vni, local.mac.0, (own, source_port), keys, &mut self.room);
             let socket = way.unwrap_or(spread) % turn.data_socket.max(1);
             turn.outbox.originate(&self.room, spec.endpoint, socket, bfd::TOS);
         }

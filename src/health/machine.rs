@@ -1,9 +1,10 @@
-//! One BFD session (RFC 5880 §6): asynchronous mode, without authentication. That echo packets are answered it says; they
-//! are not its own matter.
+//! One BFD session (RFC 5880 §6): asynchronous mode. That echo packets are answered it says; they are not its own matter.
+//! Where packets are authenticated, by whatever keys, it numbers them and holds theirs to their window.
 //!
 //! Owns the state machine and its timers; every call takes `now` in microseconds, and [`Session::next_deadline`] says when
 //! the next one is due. Does not know what carries packets, whom the session is with, and what a death means.
 
+use crate::wire::bfd::auth::Sequence;
 use crate::wire::bfd::{Control, Diagnostic, State};
 
 /// How often packets are sent while the session is not up, at most (RFC 5880 §6.8.3).
@@ -67,6 +68,37 @@ pub struct Session {
     poll: Poll,
     flaps: Flaps,
     random: u32,
+    numbers: Numbers,
+    received: Option<Received>,
+}
+
+/// The sequence numbers of what is sent (bfd.XmitAuthSeq).
+#[derive(Debug, Clone, Copy)]
+struct Numbers {
+    /// What a session has that begins at 0 µs.
+    epoch: u32,
+    next: Option<u32>,
+}
+
+/// So many a second pass from one start of a session to a later one: more than are ever sent, and half a circle is two years.
+pub const NUMBERS_A_SECOND: u32 = 32;
+
+impl Numbers {
+    fn take(&mut self, now_us: u64) -> u32 {
+        let begun = || (now_us / (1_000_000 / u64::from(NUMBERS_A_SECOND))) as u32;
+        let number = self.next.unwrap_or_else(|| self.epoch.wrapping_add(begun()));
+        self.next = Some(number.wrapping_add(1));
+        number
+    }
+}
+
+/// The last sequence number of the other side (bfd.RcvAuthSeq), and whose it was.
+#[derive(Debug, Clone, Copy)]
+struct Received {
+    number: u32,
+    meticulous: bool,
+    discriminator: u32,
+    at_us: u64,
 }
 
 /// What the other side said last.
@@ -130,8 +162,14 @@ pub enum Event {
     Stray,
     /// Both sides hear each other.
     Up,
-    /// The session was up, and the other side says that it is not any more, for this reason.
-    Down(Diagnostic),
+    /// The session was up, and the other side says that it is not any more.
+    Down {
+        /// Its reason.
+        diagnostic: Diagnostic,
+        /// It is the one that the session was up with: it names our discriminator, or has the same as before. Who hears
+        /// nothing any more has forgotten ours (RFC 5880 §6.8.1).
+        known: bool,
+    },
     /// The other side holds its session down on purpose.
     AdminDown,
 }
@@ -160,7 +198,15 @@ impl Session {
             poll: Poll::Next { at_us: 0 },
             flaps: Flaps::default(),
             random: discriminator | 1,
+            numbers: Numbers { epoch: discriminator, next: None },
+            received: None,
         }
+    }
+
+    /// The same where sequence numbers follow a clock, which read `epoch` at 0 µs in steps of [`NUMBERS_A_SECOND`]: those of
+    /// a later run are ahead of all before.
+    pub fn numbered_from(self, epoch: u32) -> Self {
+        Session { numbers: Numbers { epoch, next: None }, ..self }
     }
 
     /// The state.
@@ -204,6 +250,29 @@ impl Session {
         }
     }
 
+    /// Whether an authentic packet is none that came before (RFC 5880 §6.7.4); to be asked once for each, before
+    /// [`Session::receive`]. What is not authenticated has no number and passes, since whoever read it has agreed to that.
+    ///
+    /// Other than in the RFC a new run of the other side, which has another discriminator, may be anywhere ahead: a meshd
+    /// starts where its clock is, so that its restart need not last until the old number is forgotten, and the packets of
+    /// its former runs are behind.
+    pub fn admits(&mut self, now_us: u64, packet: &Control) -> bool {
+        let Some(Sequence { number, meticulous }) = packet.sequence else { return true };
+        let forgotten = 2 * self.detection_us();
+        if let Some(last) = self.received.filter(|last| now_us < last.at_us + forgotten) {
+            let another_run = packet.mine != last.discriminator;
+            let furthest = if another_run { u32::MAX / 2 } else { 3 * u32::from(packet.multiplier) };
+            if !(u32::from(meticulous)..=furthest).contains(&number.wrapping_sub(last.number)) {
+                return false;
+            }
+        }
+        // what is for another session moves no window of this one
+        if packet.yours == 0 || packet.yours == self.mine {
+            self.received = Some(Received { number, meticulous, discriminator: packet.mine, at_us: now_us });
+        }
+        true
+    }
+
     /// Takes a packet (RFC 5880 §6.8.6; what can be seen in it alone `wire` has checked).
     pub fn receive(&mut self, now_us: u64, packet: &Control) -> Outcome {
         let mut outcome = Outcome { event: Event::Nothing, round_trip_us: None };
@@ -211,6 +280,7 @@ impl Session {
             outcome.event = Event::Stray;
             return outcome;
         }
+        let known = packet.yours != 0 || packet.mine == self.remote.discriminator;
         self.remote = Remote {
             state: packet.state,
             discriminator: packet.mine,
@@ -249,8 +319,12 @@ impl Session {
                 Event::Up
             }
             (State::Up, State::Down) => {
+                // what one side's timer ends flaps for both
+                if known && packet.diagnostic == Diagnostic::EXPIRED {
+                    self.flaps.died = Some(packet.mine);
+                }
                 self.become_down(now_us, Diagnostic::NEIGHBOR_DOWN);
-                Event::Down(packet.diagnostic)
+                Event::Down { diagnostic: packet.diagnostic, known }
             }
             _ => Event::Nothing,
         };
@@ -288,7 +362,7 @@ impl Session {
     /// The packet that is due, if any; to be called until there is none.
     pub fn send(&mut self, now_us: u64) -> Option<Control> {
         if std::mem::take(&mut self.answer) {
-            return Some(Control { last: true, ..self.packet() });
+            return Some(Control { last: true, ..self.packet(now_us) });
         }
         if self.next_tx_us.is_none_or(|at| now_us < at) {
             return None;
@@ -299,7 +373,7 @@ impl Session {
         }
         let poll = self.state == State::Up && self.ask(now_us);
         self.next_tx_us = self.interval_us().map(|interval| now_us + self.jittered(interval));
-        Some(Control { poll, ..self.packet() })
+        Some(Control { poll, ..self.packet(now_us) })
     }
 
     /// When [`Session::send`] or [`Session::expire`] has something to do.
@@ -370,7 +444,10 @@ impl Session {
         interval_us * 3 / 4 + interval_us * most * u64::from(self.random % 1024) / (100 * 1024)
     }
 
-    fn packet(&self) -> Control {
+    fn packet(&mut self, now_us: u64) -> Control {
+        // one who does without has a session of that type, and takes no other (RFC 5880 §6.7.4)
+        let meticulous = self.received.is_none_or(|last| last.meticulous);
+        let sequence = Some(Sequence { number: self.numbers.take(now_us), meticulous });
         Control {
             diagnostic: self.diagnostic,
             state: self.state,
@@ -383,6 +460,7 @@ impl Session {
             desired_tx_us: self.desired_tx_us(),
             required_rx_us: self.timers.interval_us,
             required_echo_rx_us: ECHO_US,
+            sequence,
         }
     }
 }

@@ -37,6 +37,9 @@ pub struct Settings {
     pub timers: Timers,
     /// The VXLAN network of BFD packets.
     pub vni: u32,
+    /// What the sequence numbers of authenticated packets follow: the clock at 0 µs, in steps of
+    /// [`machine::NUMBERS_A_SECOND`](super::machine::NUMBERS_A_SECOND).
+    pub epoch: u32,
 }
 
 /// What is thought of a peer.
@@ -129,7 +132,7 @@ impl Liveness {
     /// Nothing is known yet. `discriminator` is no other session's.
     pub fn new(settings: Settings, discriminator: u32) -> Self {
         let inner = Inner {
-            session: Session::new(settings.timers, discriminator),
+            session: Session::new(settings.timers, discriminator).numbered_from(settings.epoch),
             wanted_until_us: 0,
             traffic: None,
             died_us: 0,
@@ -240,13 +243,17 @@ impl Liveness {
         (self.owner.load(Ordering::Relaxed) as usize).checked_sub(1).unwrap_or(first)
     }
 
-    /// Takes a packet of the peer's that `worker` received.
-    pub fn heard(&self, worker: usize, now_us: u64, packet: &Control) {
+    /// Takes a packet of the peer's that `worker` received. Returns whether it was none that came before.
+    #[must_use]
+    pub fn heard(&self, worker: usize, now_us: u64, packet: &Control) -> bool {
         self.own(worker);
         let mut inner = self.lock();
+        if !inner.session.admits(now_us, packet) {
+            return false;
+        }
         inner.heard_us = now_us;
         if inner.session.state() == State::AdminDown && !self.wakes(&mut inner, now_us, packet) {
-            return;
+            return true;
         }
         let outcome = inner.session.receive(now_us, packet);
         if let Some(took) = outcome.round_trip_us {
@@ -259,18 +266,19 @@ impl Liveness {
                 inner.wanted_until_us = inner.wanted_until_us.max(now_us + WANTED_US);
                 self.set(Verdict::Up);
             }
-            // one way only: the other side does not hear us. What does not know our discriminator may be anybody's
-            Event::Down(Diagnostic::EXPIRED) if packet.yours != 0 => {
+            // one way only: the other side does not hear us. What knows neither discriminator may be anybody's
+            Event::Down { diagnostic: Diagnostic::EXPIRED, known: true } => {
                 inner.died_us = now_us;
                 self.set(Verdict::Down);
             }
             // it began anew, and packets reach it
-            Event::Down(_) => self.set(Verdict::Unknown),
+            Event::Down { .. } => self.set(Verdict::Unknown),
             Event::AdminDown => {
                 self.set(Verdict::Unknown);
                 inner.wanted_until_us = 0;
             }
         }
+        true
     }
 
     /// Takes an echo packet of the peer's, whichever worker received it: they take all the ways there are. Its IP packet had
@@ -516,7 +524,7 @@ mod tests {
 
     const MS: u64 = 1_000;
     const SETTINGS: Settings =
-        Settings { enabled: true, timers: Timers { interval_us: 150_000, multiplier: 6 }, vni: 4095 };
+        Settings { enabled: true, timers: Timers { interval_us: 150_000, multiplier: 6 }, vni: 4095, epoch: 0 };
 
     const BOUNDS: Bounds = Bounds { min: 526, base: 1230, max: 1450, overhead: 50 };
 
@@ -536,7 +544,7 @@ mod tests {
                 match (message, sides[to]) {
                     (Message::Control(packet), side) => {
                         sent += 1;
-                        side.inspect(|side| side.heard(0, now, &packet));
+                        side.inspect(|side| assert!(side.heard(0, now, &packet)));
                     }
                     (Message::Echo(echo, size), Some(side)) => side.heard_echo(now, &echo, size),
                     _ => {}
@@ -579,6 +587,42 @@ mod tests {
         let reborn = Liveness::new(SETTINGS, 5000);
         talk([Some(&a), Some(&reborn)], 200_000, 201_100, None);
         assert_eq!((a.verdict(), reborn.verdict()), (Verdict::Up, Verdict::Up));
+    }
+
+    #[test]
+    fn one_way_is_dead_on_both_sides_and_a_stranger_kills_nobody() {
+        let [a, b] = pair();
+        a.set_neighbour(true);
+        a.look(0, 0);
+        talk([Some(&a), Some(&b)], 0, 3_000, None);
+        let turn = |of: &Liveness, ms: u64| {
+            let moment = Moment { now_us: ms * MS, settled_us: Some(ms * MS), last_seen_us: None };
+            let mut said = Vec::new();
+            of.turn(moment, BOUNDS, 1, || 0, |message, _| said.extend(control(message)));
+            said
+        };
+        // a hears b; b does not hear a
+        for ms in 3_000..4_000 {
+            turn(&a, ms);
+            for packet in turn(&b, ms) {
+                assert!(a.heard(0, ms * MS, &packet));
+            }
+        }
+        assert_eq!((a.verdict(), b.verdict()), (Verdict::Down, Verdict::Down));
+        talk([Some(&a), Some(&b)], 4_000, 6_000, None);
+        assert_eq!((a.verdict(), b.verdict()), (Verdict::Up, Verdict::Up));
+        let said = (6_000..6_200).find_map(|ms| turn(&b, ms).pop()).unwrap();
+        let stranger = Control { mine: 77, yours: 0, ..said };
+        let forged = Control { state: State::Down, diagnostic: Diagnostic::EXPIRED, ..stranger };
+        assert!(a.heard(0, 6_200 * MS, &forged));
+        assert_eq!(a.verdict(), Verdict::Unknown, "which ends a session, and no traffic");
+    }
+
+    fn control(message: &Message) -> Option<Control> {
+        match message {
+            Message::Control(control) => Some(*control),
+            _ => None,
+        }
     }
 
     #[test]

@@ -481,6 +481,7 @@ mod tests {
             mtu: 1440,
             identity: Some(identity.clone()),
             former_identity: None,
+            bfd_keys: None,
         };
         let tables = Tables::new(local, (1..=100).map(spec).collect());
         let (mut clockwork, mut outbox, mut sent) = (Clockwork::new(0, 1), Outbox::default(), Vec::new());

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 
 use super::{PresharedKey, SecretKey};
 use crate::config::load::{ReadError, read_regular};
+use crate::wire::bfd::auth::{BadKeys, Keys};
 
 /// A key that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -102,6 +103,41 @@ pub fn load_preshared(path: &Path) -> Result<PresharedKey, PresharedFileError> {
     text.ok_or_else(|| PresharedFileError::NoKey(path.to_owned()))
 }
 
+/// Keys of BFD that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BfdKeysError {
+    /// The file cannot be read.
+    #[error("cannot read the bfd-auth-key-file")]
+    Read(#[source] ReadError),
+    /// Others may read it.
+    #[error("{}: others may read the keys of BFD (mode {mode:o}); `chmod 600` it, and make new ones if somebody did", path.display())]
+    Exposed {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// It holds something else.
+    #[error("{}: {problem}", path.display())]
+    NoKeys {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: BadKeys,
+    },
+}
+
+/// Reads the keys of BFD in `path`.
+pub fn load_bfd(path: &Path) -> Result<Keys, BfdKeysError> {
+    let (content, metadata) = read_regular(path, MAX_BYTES).map_err(BfdKeysError::Read)?;
+    let content = Zeroizing::new(content);
+    if metadata.mode() & 0o077 != 0 {
+        return Err(BfdKeysError::Exposed { path: path.to_owned(), mode: metadata.mode() & 0o777 });
+    }
+    let keys = std::str::from_utf8(&content).map_err(|_| BadKeys::Empty).and_then(Keys::parse);
+    keys.map_err(|problem| BfdKeysError::NoKeys { path: path.to_owned(), problem })
+}
+
 /// A key is 44 bytes; whoever edited the file may have left some lines behind.
 const MAX_BYTES: u64 = 4096;
 
@@ -157,6 +193,25 @@ mod tests {
         fs::write(&path, "hSDw").unwrap();
         let error = load_preshared(&path).unwrap_err();
         assert!(error.to_string().contains("wg genpsk") && !error.to_string().contains("hSDw"), "{error}");
+    }
+
+    #[test]
+    fn keys_of_bfd_are_their_readers_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bfd.keys");
+        assert!(matches!(load_bfd(&path), Err(BfdKeysError::Read(_))));
+        fs::write(&path, "1 hunter22\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let error = load_bfd(&path).unwrap_err();
+        assert!(
+            error.to_string().contains("bfd.keys: others may read") && error.to_string().contains("640"),
+            "{error}"
+        );
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(load_bfd(&path).unwrap().to_string(), "1");
+        fs::write(&path, "hunter22\n").unwrap();
+        let error = load_bfd(&path).unwrap_err().to_string();
+        assert!(error.contains("bfd.keys: line 1 is no key") && !error.contains("hunter"), "{error}");
     }
 
     #[test]

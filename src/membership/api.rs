@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::address::ServerAddress;
 use super::authority::Kept;
+use super::matrix::Watched;
 use super::record::{Mode, NodeRecord, Role};
 use super::settings::Secret;
 
@@ -142,6 +143,9 @@ pub struct Poll {
     /// Ids of nodes that its data path reaches: they are not purged.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reaches: Vec<String>,
+    /// How well it reaches those that it watches; of more than 16 the first count.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<Watched>,
 }
 
 /// The answer to it.

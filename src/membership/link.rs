@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::matrix::Watched;
 use super::record::{Mode, NodeRecord};
 
 /// A message from `meshd`.
@@ -25,13 +26,20 @@ pub enum FromMeshd {
         /// What is asked.
         request: Request,
     },
-    /// Whom the data path hears of those that the servers do not: they are not to be purged. Holds until it is said again.
-    Peers {
-        /// Ids of their records.
-        heard: Vec<String>,
-    },
+    /// What the data path knows of others. Holds until it is said again.
+    Peers(Peers),
     /// Is anybody there? [`FromSidecar::Pong`] says so.
     Ping,
+}
+
+/// What the data path knows of other nodes.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Peers {
+    /// Ids of nodes that it hears, and the servers do not: they are not to be purged.
+    pub heard: Vec<String>,
+    /// How well it reaches those that it watches.
+    #[serde(default)]
+    pub paths: Vec<Watched>,
 }
 
 /// What the data plane knows of this node, and the servers should.
@@ -103,6 +111,8 @@ pub enum Request {
     },
     /// `meshctl cluster status`
     ClusterStatus,
+    /// `meshctl cluster matrix`: the answer is a [`Matrix`](super::matrix::Matrix).
+    ClusterMatrix,
 }
 
 /// A message from the sidecar.

@@ -12,6 +12,7 @@ pub mod clock;
 pub mod etcd;
 pub mod files;
 pub mod link;
+pub mod matrix;
 pub mod pake;
 pub mod privileges;
 pub mod random;

@@ -6,10 +6,11 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -19,13 +20,14 @@ use tokio::task::JoinSet;
 
 use super::address::{BadServerAddress, ServerAddress};
 use super::agent::keep::KeepError;
-use super::agent::{Agent, AgentError, Command, Heard, View, forward, local};
+use super::agent::{Agent, AgentError, Command, Heard, View, forward, local, matrix_of};
 use super::clock::Now;
 use super::etcd::{Managed, ManagedError};
 use super::files::{self, FileError};
-use super::link::{FromMeshd, FromSidecar, Hello, Refusal, Request, Status};
+use super::link::{FromMeshd, FromSidecar, Hello, Peers, Refusal, Request, Status};
+use super::matrix::{Matrix, Missing, whole};
 use super::random;
-use super::record::Role;
+use super::record::{NodeRecord, Role};
 use super::registry::{OpenError, Proof, Refused, Registry, Setup};
 use super::server::{Server, ServerError};
 use super::settings::{Datastore, Settings};
@@ -124,7 +126,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
     let mut orders = Some(orders);
     let (serving, registry) = watch::channel::<Option<Arc<Registry>>>(None);
     let mut hello: Option<watch::Sender<Hello>> = None;
-    let reached = watch::Sender::new(Vec::new());
+    let reached = watch::Sender::new(Peers::default());
     let mut tasks: JoinSet<Result<(), SidecarError>> = JoinSet::new();
     tasks.spawn(tell_status(view.clone(), out.clone()));
     if let Some(port) = settings.lb_server_port {
@@ -134,7 +136,8 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
             Ok(())
         });
     }
-    let desk = Desk { role: settings.role, view: view.clone(), registry, commands };
+    let data_dir = settings.data_dir.clone();
+    let desk = Desk { role: settings.role, data_dir, view: view.clone(), registry, commands };
     let mut line = Vec::new();
     loop {
         // `line` keeps what was read so far when another branch wins.
@@ -160,7 +163,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
                             }
                         }
                     },
-                    FromMeshd::Peers { heard } => drop(reached.send_replace(heard)),
+                    FromMeshd::Peers(peers) => drop(reached.send_replace(peers)),
                     FromMeshd::Ping => {
                         // a meshd that reads nothing gets none, and is not waited for
                         let _ = out.try_send(FromSidecar::Pong);
@@ -486,6 +489,7 @@ async fn tell_status(view: View, out: mpsc::Sender<FromSidecar>) -> Result<(), S
 #[derive(Clone)]
 struct Desk {
     role: Role,
+    data_dir: PathBuf,
     view: View,
     registry: watch::Receiver<Option<Arc<Registry>>>,
     commands: mpsc::Sender<Command>,
@@ -499,6 +503,9 @@ impl Desk {
             let gone = || refusal("this node is no member, so it cannot leave".to_owned());
             self.commands.send(Command::Leave(answer)).await.map_err(|_| gone())?;
             return left.await.unwrap_or_else(|_| Err(gone())).map(|()| json!({ "left": true }));
+        }
+        if request == Request::ClusterMatrix {
+            return Ok(json!(self.matrix().await));
         }
         if self.role == Role::Server {
             let registry = self.registry.borrow().clone();
@@ -528,5 +535,28 @@ impl Desk {
                 Err(refusal(format!("only servers may do this: run it on a server{there}")))
             }
         }
+    }
+
+    /// Each server knows what was told to it: all are asked, on a server's node as on an agent's.
+    async fn matrix(&self) -> Matrix {
+        let registry = self.registry.borrow().clone();
+        let (servers, records) = match &registry {
+            Some(registry) => (registry.servers(), registry.records()),
+            None => {
+                let servers = self.view.status.borrow().servers.clone();
+                (servers.iter().filter_map(|server| server.parse().ok()).collect(), self.view.nodes())
+            }
+        };
+        let asked = servers.iter().map(|server| async move { (server, matrix_of(&self.data_dir, server).await) });
+        let mut parts: Vec<_> = registry.iter().map(|registry| registry.matrix(Now::read())).collect();
+        let mut missing = Vec::new();
+        for (server, part) in join_all(asked).await {
+            match part {
+                Ok(part) => parts.push(part),
+                Err(problem) => missing.push(Missing { server: server.to_string(), problem }),
+            }
+        }
+        let watches = |record: &NodeRecord| record.role != Role::Foreign;
+        whole(parts, records.into_iter().filter(watches).map(|record| record.name), missing)
     }
 }

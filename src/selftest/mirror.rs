@@ -191,6 +191,7 @@ fn tables(own: [IpAddr; 2], theirs: [IpAddr; 2], underlay: SocketAddr, mtu: u16)
         mtu,
         identity: None,
         former_identity: None,
+        bfd_keys: None,
     };
     let peer = PeerSpec {
         name: "mirror".parse()?,

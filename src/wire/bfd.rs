@@ -10,14 +10,17 @@
 //! |                 Required Min Echo RX Interval                 |
 //! ```
 //!
-//! Without authentication: inside a tunnel the tunnel authenticates, and clear VXLAN has none anyway. Probes of the path
-//! (`wire::echo`) travel the same way, to BFD's echo port.
+//! Behind it stands an authentication section ([`auth`]) where this node has keys and packets go in the clear; inside a
+//! tunnel the tunnel authenticates. Probes of the path (`wire::echo`) travel the same way, to BFD's echo port.
+
+pub mod auth;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use zerocopy::byteorder::network_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use self::auth::{Keys, Sequence};
 use super::checksum::Sum;
 use super::echo::Echo;
 use super::ip::{self, Packet, protocol};
@@ -26,6 +29,8 @@ use super::{ethernet, survey, udp, vxlan};
 
 /// Bytes of a control packet without authentication.
 pub const LEN: usize = 24;
+/// The same with it.
+pub const SEALED_LEN: usize = LEN + auth::LEN;
 /// The UDP destination port of control packets (RFC 5881 §4).
 pub const PORT: u16 = 3784;
 /// The UDP destination port of echo packets, whose contents are the sender's matter (RFC 5881 §4).
@@ -91,6 +96,8 @@ pub struct Control {
     pub required_rx_us: u32,
     /// The shortest interval at which it answers echo packets; 0: it does not.
     pub required_echo_rx_us: u32,
+    /// Its place among the sender's packets, which it has where it is authenticated.
+    pub sequence: Option<Sequence>,
 }
 
 /// What comes in packets of this kind.
@@ -124,9 +131,18 @@ pub enum Malformed {
     /// It has no discriminator, or lacks ours where it has to know it.
     #[error("a discriminator is missing")]
     Discriminator,
-    /// It is authenticated, which nobody here agreed to.
-    #[error("authenticated, which no session here is")]
-    Authenticated,
+    /// It is not authenticated as agreed: not at all, by another key, or although nobody agreed to it.
+    #[error("not authenticated by a key that is known here")]
+    NotAuthentic,
+}
+
+/// Why an IP packet gives no message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    /// It is none, or damaged.
+    Another,
+    /// [`Malformed::NotAuthentic`].
+    NotAuthentic,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -151,8 +167,9 @@ const DEMAND: u8 = 0x02;
 const MULTIPOINT: u8 = 0x01;
 
 impl Control {
-    /// Reads what a UDP datagram to [`PORT`] carries.
-    pub fn parse(bytes: &[u8]) -> Result<Control, Malformed> {
+    /// Reads what a UDP datagram to [`PORT`] carries; with `keys` it has to be authentic by one of them, without it must
+    /// not say that it is (RFC 5880 §6.8.6).
+    pub fn parse(bytes: &[u8], keys: Option<&Keys>) -> Result<Control, Malformed> {
         let (raw, _) = Raw::ref_from_prefix(bytes).map_err(|_| Malformed::Length)?;
         if raw.version_diagnostic >> 5 != VERSION {
             return Err(Malformed::Version);
@@ -176,9 +193,13 @@ impl Control {
         if raw.mine.get() == 0 || (raw.yours.get() == 0 && must_know_us) {
             return Err(Malformed::Discriminator);
         }
-        if raw.state_flags & AUTHENTICATED != 0 {
-            return Err(Malformed::Authenticated);
-        }
+        let whole = bytes.get(..usize::from(raw.length)).ok_or(Malformed::Length)?;
+        let sequence = match (raw.state_flags & AUTHENTICATED != 0, keys) {
+            (true, Some(keys)) => Some(keys.check(whole).ok_or(Malformed::NotAuthentic)?),
+            (true, None) => return Err(Malformed::NotAuthentic),
+            (false, Some(keys)) if !keys.accept_none() => return Err(Malformed::NotAuthentic),
+            (false, _) => None,
+        };
         Ok(Control {
             diagnostic: Diagnostic(raw.version_diagnostic & 0x1f),
             state,
@@ -191,10 +212,25 @@ impl Control {
             desired_tx_us: raw.desired_tx.get(),
             required_rx_us: raw.required_rx.get(),
             required_echo_rx_us: raw.required_echo_rx.get(),
+            sequence,
         })
     }
 
-    /// Its bytes.
+    /// Its bytes, and how many of them count: with an authentication section where `keys` have one to send.
+    pub fn sealed_bytes(&self, keys: Option<&Keys>) -> ([u8; SEALED_LEN], usize) {
+        let mut sealed = [0; SEALED_LEN];
+        let (packet, section) = sealed.split_at_mut(LEN);
+        packet.copy_from_slice(&self.bytes());
+        let Some((key, sequence)) = keys.and_then(Keys::first).zip(self.sequence) else { return (sealed, LEN) };
+        if let [_, state_flags, _, length, ..] = packet {
+            *state_flags |= AUTHENTICATED;
+            *length = SEALED_LEN as u8;
+        }
+        key.seal(packet, sequence, section);
+        (sealed, SEALED_LEN)
+    }
+
+    /// Its bytes without authentication.
     pub fn bytes(&self) -> [u8; LEN] {
         let flag = |set, bit| if set { bit } else { 0 };
         let raw = Raw {
@@ -227,15 +263,15 @@ pub struct Ends {
 }
 
 /// Appends the IP packet that carries `message` to `out`; addresses of two families give nothing. An echo packet is filled
-/// up with zeros to the bytes that its message says.
-pub fn write_packet(message: &Message, ends: Ends, out: &mut Vec<u8>) {
+/// up with zeros to the bytes that its message says. `keys` authenticate a control packet.
+pub fn write_packet(message: &Message, ends: Ends, keys: Option<&Keys>, out: &mut Vec<u8>) {
     let Ends { source, destination, source_port } = ends;
     let ip_len = if source.is_ipv4() { ip::V4_MIN_LEN } else { ip::V6_LEN };
     let (control, echo, survey);
     let (bytes, port, padded): (&[u8], u16, usize) = match message {
         Message::Control(message) => {
-            control = message.bytes();
-            (&control, PORT, 0)
+            control = message.sealed_bytes(keys);
+            (control.0.get(..control.1).unwrap_or_default(), PORT, 0)
         }
         Message::Echo(message, size) => {
             echo = message.bytes();
@@ -262,7 +298,15 @@ pub const TOS: u8 = 0xc0;
 ///
 /// As RFC 8971 §5 has it: a MAC that belongs to no tenant, and an inner destination from 127/8 or ::ffff:127.0.0.0/104,
 /// which no tenant can have either.
-pub fn write_frame(message: &Message, vni: u32, mac: [u8; 6], source: IpAddr, source_port: u16, out: &mut Vec<u8>) {
+pub fn write_frame(
+    message: &Message,
+    vni: u32,
+    mac: [u8; 6],
+    from: (IpAddr, u16),
+    keys: Option<&Keys>,
+    out: &mut Vec<u8>,
+) {
+    let (source, source_port) = from;
     let (destination, ether_type) = match source {
         IpAddr::V4(_) => (IpAddr::V4(Ipv4Addr::LOCALHOST), ethernet::IPV4),
         IpAddr::V6(_) => (IpAddr::V6(Ipv4Addr::LOCALHOST.to_ipv6_mapped()), ethernet::IPV6),
@@ -270,13 +314,30 @@ pub fn write_frame(message: &Message, vni: u32, mac: [u8; 6], source: IpAddr, so
     let frame = ethernet::Header { destination: MANAGEMENT_MAC, source: mac, ether_type: ether_type.into() };
     out.extend_from_slice(vxlan::Header::new(vni).as_bytes());
     out.extend_from_slice(frame.as_bytes());
-    write_packet(message, Ends { source, destination, source_port }, out);
+    write_packet(message, Ends { source, destination, source_port }, keys, out);
 }
 
-/// The message in an IP packet and where it was sent to; `None` for anything else, and for what did not start with
-/// [`TTL`] or is damaged.
-pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Message)> {
-    let packet = Packet::parse(bytes).ok()?;
+/// The message in an IP packet and where it was sent to; refuses anything else, and what did not start with [`TTL`] or is
+/// damaged. `keys`: as for [`Control::parse`].
+pub fn read_packet(bytes: &[u8], keys: Option<&Keys>) -> Result<(IpAddr, Message), Refused> {
+    let packet = Packet::parse(bytes).map_err(|_| Refused::Another)?;
+    let (port, payload) = read_udp(&packet, bytes).ok_or(Refused::Another)?;
+    let destination = packet.destination;
+    if port == PORT {
+        return match Control::parse(payload, keys) {
+            Ok(control) => Ok((destination, Message::Control(control))),
+            Err(Malformed::NotAuthentic) => Err(Refused::NotAuthentic),
+            Err(_) => Err(Refused::Another),
+        };
+    }
+    let echo = Echo::parse(payload).map(|echo| Message::Echo(echo, packet.total_len));
+    let ask = || survey::Ask::parse(payload).map(Message::Ask);
+    let message = echo.or_else(ask).or_else(|| survey::Report::parse(payload).map(Message::Report));
+    message.map(|message| (destination, message)).ok_or(Refused::Another)
+}
+
+/// The port that the datagram goes to, and what it carries.
+fn read_udp<'b>(packet: &Packet, bytes: &'b [u8]) -> Option<(u16, &'b [u8])> {
     let ttl = if packet.is_v6() { bytes.get(7) } else { bytes.get(8) };
     if packet.protocol != protocol::UDP || packet.fragment || ttl != Some(&TTL) {
         return None;
@@ -297,21 +358,12 @@ pub fn read_packet(bytes: &[u8]) -> Option<(IpAddr, Message)> {
     if !matches!(port, PORT | ECHO_PORT) || !(unsummed || unfinished || pseudo.bytes(datagram).is_valid()) {
         return None;
     }
-    let payload = datagram.get(UDP_LEN..)?;
-    let message = match port {
-        PORT => Message::Control(Control::parse(payload).ok()?),
-        _ => {
-            let echo = Echo::parse(payload).map(|echo| Message::Echo(echo, packet.total_len));
-            let ask = || survey::Ask::parse(payload).map(Message::Ask);
-            echo.or_else(ask).or_else(|| survey::Report::parse(payload).map(Message::Report))?
-        }
-    };
-    Some((packet.destination, message))
+    Some((port, datagram.get(UDP_LEN..)?))
 }
 
 /// Reads a VXLAN datagram of the management network, whose VNI the caller knows to be that.
-pub fn read_frame(datagram: &[u8]) -> Option<(IpAddr, Message)> {
-    read_packet(datagram.get(vxlan::HEADER_LEN + ethernet::HEADER_LEN..)?)
+pub fn read_frame(datagram: &[u8], keys: Option<&Keys>) -> Result<(IpAddr, Message), Refused> {
+    read_packet(datagram.get(vxlan::HEADER_LEN + ethernet::HEADER_LEN..).ok_or(Refused::Another)?, keys)
 }
 
 /// Whether it is one of those addresses that frames of the management network go to.
@@ -323,135 +375,4 @@ pub fn is_loopback(ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// State Up, P, multiplier 6, 1 and 2, 150 ms both ways.
-    const BYTES: &[u8; LEN] =
-        b"\x21\xe0\x06\x18\x00\x00\x00\x01\x00\x00\x00\x02\x00\x02\x49\xf0\x00\x02\x49\xf0\0\0\0\0";
-
-    fn control() -> Control {
-        Control {
-            diagnostic: Diagnostic::EXPIRED,
-            state: State::Up,
-            poll: true,
-            last: false,
-            demand: false,
-            multiplier: 6,
-            mine: 1,
-            yours: 2,
-            desired_tx_us: 150_000,
-            required_rx_us: 150_000,
-            required_echo_rx_us: 0,
-        }
-    }
-
-    fn message() -> Message {
-        Message::Control(control())
-    }
-
-    fn changed(at: usize, byte: u8) -> Result<Control, Malformed> {
-        let mut bytes = *BYTES;
-        bytes[at] = byte;
-        Control::parse(&bytes)
-    }
-
-    #[test]
-    fn literal_bytes() {
-        assert_eq!(Control::parse(BYTES), Ok(control()));
-        assert_eq!(&control().bytes(), BYTES);
-        let last = Control { last: true, poll: false, demand: true, ..control() };
-        assert_eq!(last.bytes()[1], 0xd2);
-        assert_eq!(Control::parse(&last.bytes()), Ok(last));
-    }
-
-    #[test]
-    fn what_rfc_5880_says_to_discard_is_discarded() {
-        assert_eq!(changed(0, 0x01), Err(Malformed::Version));
-        assert_eq!(changed(0, 0x41), Err(Malformed::Version));
-        assert_eq!(changed(3, 23), Err(Malformed::Length));
-        assert_eq!(changed(3, 25), Err(Malformed::Length), "longer than what carries it");
-        assert_eq!(changed(2, 0), Err(Malformed::Multiplier));
-        assert_eq!(changed(1, 0xe1), Err(Malformed::Multipoint));
-        assert_eq!(changed(7, 0), Err(Malformed::Discriminator));
-        assert_eq!(changed(11, 0), Err(Malformed::Discriminator), "up, and does not know us");
-        assert_eq!(changed(1, 0xe4), Err(Malformed::Authenticated));
-        assert_eq!(Control::parse(&BYTES[..23]), Err(Malformed::Length));
-        let mut down = *BYTES;
-        (down[1], down[11]) = (0x40, 0);
-        assert_eq!(Control::parse(&down).map(|c| (c.state, c.yours)), Ok((State::Down, 0)));
-        assert!(changed(0, 0x3f).is_ok(), "an unknown diagnostic is no reason");
-    }
-
-    #[test]
-    fn literal_frame() {
-        let mut out = Vec::new();
-        write_frame(&message(), 4095, [2, 0, 0, 0, 0, 7], "10.9.0.1".parse().unwrap(), 49152, &mut out);
-        assert_eq!(&out[..22], b"\x08\0\0\0\0\x0f\xff\0\0\0\x5e\0\x52\x02\x02\0\0\0\0\x07\x08\0");
-        assert_eq!(&out[22..32], b"\x45\xc0\0\x34\0\0\x40\0\xff\x11");
-        assert_eq!(&out[34..42], b"\x0a\x09\0\x01\x7f\0\0\x01");
-        assert_eq!(&out[42..48], b"\xc0\0\x0e\xc8\0\x20");
-        assert_eq!(&out[50..], BYTES);
-        assert!(Sum::default().bytes(&out[22..42]).is_valid());
-        assert_eq!(read_frame(&out), Some(("127.0.0.1".parse().unwrap(), message())));
-    }
-
-    #[test]
-    fn both_families_come_back_and_nothing_damaged_or_from_afar_does() {
-        for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
-            let (a, b): (IpAddr, IpAddr) = (a.parse().unwrap(), b.parse().unwrap());
-            let mut out = Vec::new();
-            write_packet(&message(), Ends { source: a, destination: b, source_port: 50_000 }, &mut out);
-            assert!(etherparse::SlicedPacket::from_ip(&out).is_ok());
-            assert_eq!(read_packet(&out), Some((b, message())));
-            for at in 0..out.len() {
-                assert_eq!(read_packet(&out[..at]), None);
-            }
-            let (last, at) = (out.len() - 1, out.len() - LEN - 2);
-            out[last] ^= 1;
-            assert_eq!(read_packet(&out), None, "damaged");
-            let sum = [out[at], out[at + 1]];
-            let pseudo = Packet::parse(&out).unwrap().pseudo_sum((UDP_LEN + LEN) as u16).finish();
-            out[at..at + 2].copy_from_slice(&pseudo.map(|byte| !byte));
-            assert!(read_packet(&out).is_some(), "left unfinished by a kernel");
-            out[at..at + 2].copy_from_slice(&sum);
-            out[last] ^= 1;
-            let ttl = if a.is_ipv4() { 8 } else { 7 };
-            out[ttl] = 254;
-            assert_eq!(read_packet(&out), None, "forwarded");
-        }
-        let mut out = Vec::new();
-        let ends =
-            Ends { source: "10.9.0.1".parse().unwrap(), destination: "fd00::2".parse().unwrap(), source_port: 1 };
-        write_packet(&message(), ends, &mut out);
-        assert!(out.is_empty());
-        assert!(is_loopback("127.3.2.1".parse().unwrap()) && is_loopback("::ffff:127.0.0.1".parse().unwrap()));
-        assert!(!is_loopback("10.9.0.1".parse().unwrap()) && !is_loopback("fd00::1".parse().unwrap()));
-    }
-
-    #[test]
-    fn a_probe_has_the_size_that_it_says() {
-        let echo = Echo { answer: false, yours: 7, number: 9, size: 0 };
-        for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
-            let ends = Ends { source: a.parse().unwrap(), destination: b.parse().unwrap(), source_port: 50_000 };
-            for size in [0, 60, 100, 1450, 8950] {
-                let mut out = Vec::new();
-                write_packet(&Message::Echo(echo, size), ends, &mut out);
-                assert!(etherparse::SlicedPacket::from_ip(&out).is_ok());
-                let least = if a.contains(':') { 72 } else { 52 };
-                assert_eq!(out.len(), usize::from(size).max(least));
-                let length = out.len() as u16;
-                assert_eq!(read_packet(&out), Some((ends.destination, Message::Echo(echo, length))));
-            }
-        }
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_bytes_panic(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..120)) {
-            _ = Control::parse(&bytes);
-            _ = read_packet(&bytes);
-            _ = read_frame(&bytes);
-        }
-    }
-}
+mod tests;

@@ -241,7 +241,7 @@ mod tests {
             let mut datagram = Vec::new();
             let ends = crate::wire::bfd::Ends { source, destination, source_port: 8472 };
             let echo = crate::wire::echo::Echo { answer: false, yours: 1, number: 1, size: 0 };
-            crate::wire::bfd::write_packet(&crate::wire::bfd::Message::Echo(echo, 1500), ends, &mut datagram);
+            crate::wire::bfd::write_packet(&crate::wire::bfd::Message::Echo(echo, 1500), ends, None, &mut datagram);
             let (mut out, v6) = ([0; MAX_LEN], source.is_ipv6());
             let packet = Packet::parse(&datagram).unwrap();
             let len = too_big(&packet, &datagram, 1280, &mut out).unwrap();

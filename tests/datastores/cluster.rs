@@ -2,7 +2,7 @@
 //! nothing that it acknowledged.
 
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use meshd::membership::address::ServerAddress;
 use meshd::membership::link::{FromMeshd, Request};
@@ -83,10 +83,22 @@ pub(crate) fn two_servers(server: &Server) {
     let mut b = Sidecar::start(&b_settings, "b", "10.9.0.2:8472");
     b.until("b is back, without a token", |s| s.status.connected && s.nodes.len() == 4);
     told("the killed server is back");
+    // who reaches whom: each server has rows of its own, and either of them shows all
+    let matrix = |of: &mut Sidecar| of.ask(Request::ClusterMatrix).unwrap();
+    let begun = Instant::now();
+    while matrix(&mut a)["silent"].as_array().unwrap().len() + matrix(&mut b)["silent"].as_array().unwrap().len() > 0 {
+        assert!(begun.elapsed() < PATIENCE, "{} {}", matrix(&mut a), matrix(&mut b));
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(matrix(&mut a)["missing"], serde_json::json!([]));
+    b.kill();
+    let left = matrix(&mut a);
+    let b_address = ServerAddress::from(b_settings.bind_address).to_string();
+    assert_eq!(left["missing"][0]["server"], b_address, "{left}");
+    told("the matrix is whole, and says when it is not");
     for agent in [agent, one, other] {
         agent.kill();
     }
-    b.kill();
 
     // Somebody empties the database: nobody goes on as if nothing were, and nobody makes another cluster in it.
     block_on(server.admin("cluster", "DELETE FROM meshd_kv"));

@@ -7,13 +7,13 @@ use crate::mesh::{Builder, MESHCTL, Node, Run, V4, V6, skipped};
 use crate::namespace::{Process, until};
 use crate::traffic::{ping, tcp};
 
-fn has_tshark() -> bool {
+pub(crate) fn has_tshark() -> bool {
     Command::new("tshark").arg("-v").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
 }
 
 /// What tshark says: these fields of each packet that the filter lets through, one packet a line.
 #[track_caller]
-fn tshark(file: &Path, filter: &str, fields: &[&str]) -> Vec<String> {
+pub(crate) fn tshark(file: &Path, filter: &str, fields: &[&str]) -> Vec<String> {
     read_as("vxlan", file, filter, fields)
 }
 
@@ -30,7 +30,7 @@ fn read_as(protocol: &str, file: &Path, filter: &str, fields: &[&str]) -> Vec<St
 }
 
 /// A capture that runs.
-fn capture(node: &Node, file: &Path, args: &[&str]) -> Process {
+pub(crate) fn capture(node: &Node, file: &Path, args: &[&str]) -> Process {
     let mut command = Command::new(MESHCTL);
     command.arg("--socket").arg(node.socket()).arg("capture").arg("-w").arg(file).args(args);
     let capture = Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
@@ -40,7 +40,7 @@ fn capture(node: &Node, file: &Path, args: &[&str]) -> Process {
 }
 
 #[track_caller]
-fn ends(mut capture: Process) {
+pub(crate) fn ends(mut capture: Process) {
     capture.signal(nix::sys::signal::Signal::SIGINT);
     assert_eq!(capture.wait(), 0);
 }

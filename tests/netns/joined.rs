@@ -42,6 +42,41 @@ pub(crate) fn has_peers(node: &Node, peers: usize) {
     });
 }
 
+/// Servers know who reaches whom, and every node shows it.
+#[test]
+fn who_is_dead_for_whom_is_seen_at_every_node() {
+    let story = "who_is_dead_for_whom_is_seen_at_every_node";
+    let Some(mesh) = cluster(story) else { return };
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    let of = |node: &Node, from: &str, to: &str| {
+        let matrix = node.json(&["cluster", "matrix"]);
+        let row = matrix["rows"].as_array().unwrap().iter().find(|row| row["from"] == from).cloned();
+        row.and_then(|row| row["to"].as_array().unwrap().iter().find(|path| path["to"] == to).cloned())
+    };
+    let pairs = [("a", "b"), ("a", "c"), ("b", "a"), ("b", "c"), ("c", "a"), ("c", "b")];
+    for node in [a, b] {
+        for (from, to) in pairs {
+            until("all pairs are up, and measured", || {
+                of(node, from, to).is_some_and(|path| path["up"] == true && path["rtt_us"].as_u64() > Some(0))
+            });
+        }
+    }
+    let shown = b.ctl(&["cluster", "matrix"]);
+    println!("{}", shown.out);
+    assert!(shown.code == 0 && shown.out.contains("3 nodes, 6 pairs up, 0 down"), "{shown:?}");
+    c.kill();
+    for node in [a, b] {
+        until("c is dead for both", || {
+            ["a", "b"].iter().all(|from| of(node, from, "c").is_some_and(|path| path["up"] == false))
+        });
+    }
+    assert!(of(b, "a", "b").is_some_and(|path| path["up"] == true));
+    // without a server: what is known is nothing, and that is said
+    a.kill();
+    let shown = b.ctl(&["cluster", "matrix"]);
+    assert!(shown.code == 0 && shown.out.contains("what nodes told this server is not here"), "{shown:?}");
+}
+
 #[test]
 fn a_server_and_agents_are_a_mesh() {
     let story = "a_server_and_agents_are_a_mesh";

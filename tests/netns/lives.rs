@@ -2,11 +2,11 @@
 
 use std::io::ErrorKind;
 use std::net::TcpStream;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::mesh::{Builder, Mesh, Node, V4, V6, has_kernel_vxlan, skipped};
+use crate::mesh::{Builder, Mesh, Node, V4, V6, has, has_kernel_vxlan, skipped};
 use crate::namespace::{Process, until};
 use crate::traffic::ping;
 
@@ -169,9 +169,35 @@ fn who_is_busy_on_a_bad_network_is_not_dead() {
     let story = "who_is_busy_on_a_bad_network_is_not_dead";
     let Some(mesh) = Builder::new(story) else { return };
     let mesh = mesh.node("a").node("b").node("c").start();
-    let [a, b, c] = mesh.three(["a", "b", "c"]);
-    let nodes = [a, b, c];
-    all_up(&mesh, &["a", "b", "c"]);
+    busy_on_a_bad_network(story, &mesh, Duration::from_secs(20));
+}
+
+/// The same for half an hour, or `MESHD_BAD_SECONDS`, with TCP between all pairs besides; prints how many deaths were false.
+#[test]
+#[ignore = "takes half an hour"]
+fn half_an_hour_on_a_bad_network() {
+    let story = "half_an_hour_on_a_bad_network";
+    let seconds = std::env::var("MESHD_BAD_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_800);
+    let Some(mesh) = Builder::new(story) else { return };
+    if !has("iperf3") {
+        return skipped(story, "`iperf3` is not installed");
+    }
+    let mesh = mesh.node("a").node("b").node("c").start();
+    let nodes = mesh.three(["a", "b", "c"]);
+    let quiet = |command: &mut Command| Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    let _servers = nodes.map(|node| quiet(node.ns.command("iperf3").args(["-s", "-p", "5201"])));
+    sleep(Duration::from_millis(500));
+    let _clients = [(0, 1), (1, 2), (2, 0)].map(|(from, to): (usize, usize)| {
+        let mut client = nodes[from].ns.command("iperf3");
+        client.args(["-t", &(seconds + 60).to_string(), "-c", &nodes[to].overlay(V4).to_string()]);
+        quiet(&mut client)
+    });
+    busy_on_a_bad_network(story, &mesh, Duration::from_secs(seconds));
+}
+
+fn busy_on_a_bad_network(story: &str, mesh: &Mesh, for_so_long: Duration) {
+    let nodes = mesh.three(["a", "b", "c"]);
+    all_up(mesh, &["a", "b", "c"]);
     for node in nodes {
         node.ns.sh("nft add table inet f; nft 'add chain inet f in { type filter hook input priority 0; }'; \
              nft add rule inet f in udp dport 8472 numgen random mod 100 lt 2 counter drop");
@@ -180,7 +206,9 @@ fn who_is_busy_on_a_bad_network_is_not_dead() {
     let burn = || Process::spawn(Command::new("sh").args(["-c", "while :; do :; done"]));
     let burners: Vec<Process> = (0..2 * cores).map(|_| burn()).collect();
     let start = Instant::now();
-    while start.elapsed() < Duration::from_secs(20) {
+    let mut looks = 0;
+    while start.elapsed() < for_so_long {
+        looks += 1;
         for node in nodes {
             let peers = node.json(&["peers"]);
             let states: Vec<_> = peers.as_array().unwrap().iter().map(|peer| peer["state"].clone()).collect();
@@ -189,7 +217,9 @@ fn who_is_busy_on_a_bad_network_is_not_dead() {
         sleep(Duration::from_millis(100));
     }
     drop(burners);
+    println!("{story}: {:?}, looked at {looks} times", start.elapsed());
     for node in nodes {
+        println!("{story}: {} false deaths", node.log().matches("does not answer").count());
         assert!(!node.log().contains("does not answer"), "{}", node.log());
         let dropped = node.ns.sh("nft list chain inet f in");
         println!("{story}: {}", dropped.lines().find(|line| line.contains("counter")).unwrap_or_default().trim());
@@ -218,4 +248,62 @@ fn a_hundred_kills() {
     let at = |percent: usize| took[(took.len() - 1) * percent / 100];
     println!("{story}: {} kills, p50 {:?}, p99 {:?}, most {:?}", took.len(), at(50), at(99), at(100));
     assert!(at(100) < Duration::from_millis(1_500));
+}
+
+/// A link that comes and goes costs a few deaths, and not one change of a route; it is up again with the first good round.
+#[test]
+fn a_link_that_flaps_is_not_believed_for_long() {
+    let story = "a_link_that_flaps_is_not_believed_for_long";
+    let Some(mesh) = Builder::new(story) else { return };
+    let mesh = mesh.node("a").node("b").node("c").start();
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    all_up(&mesh, &["a", "b", "c"]);
+    let routes = mesh.dir().join("routes");
+    let file = std::fs::File::create(&routes).unwrap();
+    let monitor = Process::spawn(a.ns.command("ip").args(["monitor", "route"]).stdout(file));
+    let changes = || std::fs::read_to_string(&routes).unwrap().lines().count();
+    // that it is heard, and how it looks when a route does change
+    a.ns.sh("ip route add 10.99.0.0/24 dev mesh0; ip route del 10.99.0.0/24 dev mesh0");
+    until("the monitor sees changes", || changes() >= 2);
+    let before = changes();
+
+    b.ns.sh("nft add table inet f; nft 'add chain inet f in { type filter hook input priority 0; }'");
+    let cut = || _ = b.ns.sh("nft add rule inet f in ip saddr 10.9.0.1 udp dport 8472 drop");
+    let mend = || _ = b.ns.sh("nft flush chain inet f in");
+    let (mut deaths, mut last) = (Vec::new(), "up".to_owned());
+    let mut look_for = |ms| {
+        let (since, before) = (Instant::now(), deaths.len());
+        while since.elapsed() < Duration::from_millis(ms) {
+            let now = state(a, "b");
+            if now == "down" && last != "down" {
+                deaths.push(Instant::now());
+            }
+            last = now;
+            sleep(Duration::from_millis(20));
+        }
+        deaths.len() - before
+    };
+    let flaps: Vec<usize> = (0..9)
+        .map(|_| {
+            cut();
+            let seen = look_for(1_200);
+            mend();
+            seen + look_for(1_200)
+        })
+        .collect();
+    println!("{story}: deaths of each flap {flaps:?}, {} lines about b", a.log().matches("b at 10.9.0.2").count());
+    assert!(flaps[0] == 1 && flaps.iter().sum::<usize>() <= 4, "{flaps:?}");
+    assert!(a.log().matches("does not answer any more").count() <= 4, "{}", a.log());
+    assert_eq!(changes(), before, "{}", std::fs::read_to_string(&routes).unwrap());
+    assert_eq!(state(a, "c"), "up");
+    until("up again", || state(a, "b") == "up" && state(b, "a") == "up");
+    ping(&a.ns, b.overlay(V4));
+    // and a death is a death
+    let killed = Instant::now();
+    c.kill();
+    println!("{story}: another one's death is seen after {:?}", dies(a, "c", killed));
+    let killed = Instant::now();
+    b.kill();
+    println!("{story}: and b's after {:?}", dies(a, "b", killed));
+    drop(monitor);
 }

@@ -18,6 +18,7 @@
 //! /dev/net/tun or a tool that is needed a story prints SKIPPED and the reason. Nothing is measured here: waiting ends
 //! when what is waited for is so.
 
+mod authentic;
 mod captured;
 mod carried;
 mod clock;

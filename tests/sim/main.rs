@@ -13,6 +13,7 @@
 #[path = "../reference/mod.rs"]
 mod reference;
 
+mod lives;
 mod model;
 mod node;
 mod world;

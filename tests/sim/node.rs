@@ -85,6 +85,7 @@ impl Node {
             mtu: 1450,
             identity: None,
             former_identity: None,
+            bfd_keys: None,
         };
         let view = View { mac: name.derived_mac().0, vni, mtu: 1450, ..View::default() };
         let mut node = Node {

@@ -1,12 +1,14 @@
 use super::*;
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use crate::engine::coalesce::Accepts;
 use crate::engine::drop::Drop;
 use crate::engine::inbound::{Inbound, Received};
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::Stats;
+use crate::engine::tables::{Local, PeerSpec};
 use crate::engine::testing::{connect, encrypted_mesh, mesh, watched};
 use crate::engine::tunnel::Policy;
 use crate::health::peer::Verdict;
@@ -107,6 +109,114 @@ fn in_the_clear_they_find_each_other_in_the_management_network() {
     assert_eq!(bytes.len(), 22 + 20 + 8 + 24);
 }
 
+fn with_keys(tables: &Tables, text: &str) -> Tables {
+    let bfd_keys = Some(Arc::new(bfd::auth::Keys::parse(text).unwrap()));
+    let specs = tables.peers().iter().map(|peer| peer.spec.clone()).collect();
+    Tables::new(Local { bfd_keys, ..tables.local().clone() }, specs)
+}
+
+impl Node {
+    fn knows(&mut self, keys: &str) {
+        self.tables = with_keys(&self.tables, keys);
+    }
+
+    fn drops(&self, reason: Drop) -> u64 {
+        self.stats.sum(|worker| worker.drops(reason))
+    }
+}
+
+#[test]
+fn with_a_key_nobody_without_is_heard() {
+    let [mut a, mut b] = [1, 2].map(|own| Node::new(watched(&mesh(own))));
+    a.knows("1 correct-horse");
+    b.knows("1 correct-horse");
+    a.tables.liveness(a.peer(&b)).unwrap().set_neighbour(true);
+    talk(&mut a, &mut b, 1_000, 4_000);
+    assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up));
+    assert_eq!((a.drops(Drop::BfdNotAuthentic), a.drops(Drop::BfdReplayed)), (0, 0));
+    assert!(a.tables.liveness(a.peer(&b)).unwrap().path_mtu().is_some(), "probes go on");
+
+    // what is said again is not heard again
+    let source = SocketAddr::new(b.tables.local().addresses[0], 8472);
+    let to_a = a.tables.local().addresses[0];
+    let is_control = |bytes: &[u8]| bytes.len() == 22 + 28 + bfd::SEALED_LEN;
+    let said = (4_000..4_400).flat_map(|ms| b.turn(ms * 1000)).find(|(to, bytes)| to.ip() == to_a && is_control(bytes));
+    let (_, said) = said.unwrap();
+    let consumed = a.consumed();
+    a.receive(4_200_000, source, said.clone());
+    assert_eq!((a.consumed(), a.drops(Drop::BfdReplayed)), (consumed + 1, 0));
+    a.receive(4_200_001, source, said.clone());
+    assert_eq!((a.consumed(), a.drops(Drop::BfdReplayed)), (consumed + 1, 1));
+    let mut changed = said;
+    *changed.last_mut().unwrap() ^= 1;
+    a.receive(4_200_002, source, changed);
+    assert_eq!(a.drops(Drop::WrongVni), 1, "its checksum is wrong");
+
+    b.knows("2 battery-staple");
+    talk(&mut a, &mut b, 4_400, 6_400);
+    assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Down, Verdict::Down));
+    let [by_a, by_b] = [&a, &b].map(|node| node.drops(Drop::BfdNotAuthentic));
+    assert!(by_a > 0 && by_b > 0);
+    b.tables = watched(&mesh(2));
+    b.tables.liveness(b.peer(&a)).unwrap().set_neighbour(true);
+    talk(&mut a, &mut b, 6_400, 9_400);
+    assert!(a.drops(Drop::BfdNotAuthentic) > by_a && b.drops(Drop::BfdNotAuthentic) > by_b, "and none is none");
+    assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Down, Verdict::Unknown));
+}
+
+#[test]
+fn a_key_comes_changes_and_goes_without_a_flap() {
+    let [mut a, mut b] = up(false);
+    let stages = [
+        "none\n1 old",
+        "1 old\nnone",
+        "1 old",
+        "1 old\n2 new",
+        "2 new\n1 old",
+        "2 new",
+        "2 new\nnone",
+        "none\n2 new",
+        "none",
+    ];
+    for (at, stage) in (4_000..).step_by(4_000).zip(stages) {
+        for (node, ms) in [(true, at), (false, at + 2_000)] {
+            if node { &mut a } else { &mut b }.knows(stage);
+            for ms in (ms..ms + 2_000).step_by(50) {
+                talk(&mut a, &mut b, ms, ms + 50);
+                assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up), "{stage} at {ms}");
+            }
+        }
+    }
+    for node in [&a, &b] {
+        assert_eq!((node.drops(Drop::BfdNotAuthentic), node.drops(Drop::BfdReplayed)), (0, 0));
+    }
+}
+
+#[test]
+fn a_quick_restart_with_a_key_is_no_death() {
+    let [mut a, mut b] = [1, 2].map(|own| Node::new(watched(&mesh(own))));
+    a.knows("1 correct-horse");
+    b.knows("1 correct-horse");
+    a.tables.liveness(a.peer(&b)).unwrap().set_neighbour(true);
+    talk(&mut a, &mut b, 1_000, 4_000);
+    for at in [4_000, 8_000] {
+        let Node { tables, .. } = Node::new(watched(&mesh(2)));
+        let specs = tables.peers().iter().map(|peer| {
+            let liveness = peer.spec.liveness.as_deref().unwrap();
+            let settings = liveness.settings();
+            let liveness = Some(Arc::new(Liveness::new(settings, 500 + at as u32 + liveness.discriminator())));
+            PeerSpec { liveness, ..peer.spec.clone() }
+        });
+        b = Node::new(Tables::new(tables.local().clone(), specs.collect()));
+        b.knows("1 correct-horse");
+        for ms in (at + 300..at + 4_000).step_by(50) {
+            talk(&mut a, &mut b, ms, ms + 50);
+            assert_ne!(a.verdict(&b), Verdict::Down, "at {ms}");
+        }
+        assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up));
+    }
+}
+
 #[test]
 fn an_encrypted_pair_talks_through_its_tunnel() {
     let [mut a, mut b] = up(true);
@@ -116,6 +226,9 @@ fn an_encrypted_pair_talks_through_its_tunnel() {
     }
     assert!(a.stats.sum(|worker| worker.drops(Drop::ClearFromEncryptedPeer)) > 0, "nobody speaks for it in the clear");
     assert!(talk(&mut a, &mut b, 4_200, 5_200) > 10);
+    a.knows("1 correct-horse");
+    assert!(talk(&mut a, &mut b, 5_200, 8_200) > 30);
+    assert_eq!((a.verdict(&b), b.verdict(&a)), (Verdict::Up, Verdict::Up), "the tunnel has authenticated it");
 }
 
 #[test]

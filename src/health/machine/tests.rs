@@ -70,11 +70,12 @@ impl Pair {
             });
             for (_, to, packet) in due {
                 let side = &mut self.sides[to];
+                assert!(side.session.admits(next, &packet), "what is lost closes no window");
                 let outcome = side.session.receive(next, &packet);
                 side.round_trips.extend(outcome.round_trip_us);
                 let happened = match outcome.event {
                     Event::Up => Happened::Up,
-                    Event::Down(diagnostic) => Happened::Told(diagnostic),
+                    Event::Down { diagnostic, .. } => Happened::Told(diagnostic),
                     Event::AdminDown => Happened::AdminDown,
                     Event::Nothing | Event::Stray => continue,
                 };
@@ -117,6 +118,7 @@ fn packet(state: State) -> Control {
         desired_tx_us: 150_000,
         required_rx_us: 150_000,
         required_echo_rx_us: 0,
+        sequence: None,
     }
 }
 
@@ -153,7 +155,7 @@ fn every_arrow_of_the_diagram() {
         let mut session = session_in(from);
         assert!(!session.expire(899_999));
         assert_eq!(session.expire(900_000), up);
-        assert_eq!((session.state(), session.packet().diagnostic), (Down, Diagnostic::EXPIRED));
+        assert_eq!((session.state(), session.diagnostic), (Down, Diagnostic::EXPIRED));
     }
 }
 
@@ -324,6 +326,79 @@ fn no_false_death_at_two_percent_of_loss_in_six_hours() {
     // two times 165,000 windows of six packets, each lost with 6.4e-11
     pair.run(6 * 3_600_000 * MS);
     assert!(pair.sides.iter().all(|side| side.events.is_empty()), "{:?}", pair.sides[0].events);
+}
+
+fn numbered(number: u32, meticulous: bool) -> Control {
+    Control { sequence: Some(Sequence { number, meticulous }), ..packet(State::Up) }
+}
+
+#[test]
+fn a_number_is_taken_once_and_within_its_window() {
+    let mut session = session_in(State::Up);
+    assert!(session.admits(0, &numbered(u32::MAX - 3, true)), "the first one says where they are");
+    for (number, taken) in [
+        (u32::MAX - 3, false),
+        (u32::MAX - 4, false),
+        (u32::MAX - 2, true),
+        (u32::MAX - 2, false),
+        (15, true), // 18 ahead, past the end of the circle
+        (34, false),
+        (14, false),
+        (33, true),
+    ] {
+        assert_eq!(session.admits(1, &numbered(number, true)), taken, "{number}");
+    }
+    // Keyed SHA1 need not count each packet
+    for (number, taken) in [(33, true), (33, true), (32, false), (51, true), (70, false)] {
+        assert_eq!(session.admits(2, &numbered(number, false)), taken, "{number}");
+    }
+    assert!(!session.send(200_000).unwrap().sequence.unwrap().meticulous, "and is answered in kind");
+    assert!(!session.admits(3, &numbered(51, true)), "a meticulous one does");
+    let unnumbered = packet(State::Up);
+    assert!(session.admits(3, &unnumbered), "whoever read it agreed to that");
+}
+
+#[test]
+fn a_number_is_forgotten_after_twice_the_detection_time() {
+    let mut session = session_in(State::Up);
+    session.receive(0, &packet(State::Up));
+    assert!(session.admits(0, &numbered(1_000, true)));
+    assert!(!session.admits(1_799_999, &numbered(7, true)));
+    assert!(session.admits(1_800_000, &numbered(7, true)));
+}
+
+#[test]
+fn a_new_run_is_ahead_and_its_former_packets_are_behind() {
+    let mut session = session_in(State::Up);
+    let run = |number, mine, yours| Control { mine, yours, ..numbered(number, true) };
+    assert!(session.admits(0, &run(1_000, 9, 7)));
+    assert!(!session.admits(1, &run(990, 8, 0)), "a replay of the run before");
+    assert!(!session.admits(1, &run(5_000, 9, 7)), "this run is not so far");
+    assert!(session.admits(1, &run(5_000, 10, 0)), "started anew");
+    assert!(!session.admits(2, &run(1_001, 9, 7)), "a replay again");
+    assert!(session.admits(2, &run(5_001, 10, 7)));
+    assert!(session.admits(3, &run(5_010, 10, 6)), "for another session of ours");
+    assert!(session.admits(3, &run(5_002, 10, 7)), "which moves nothing");
+}
+
+#[test]
+fn numbers_follow_the_clock_over_a_restart_and_each_packet_within_a_run() {
+    let first = |session: &mut Session, now_us| session.send(now_us).unwrap().sequence.unwrap();
+    let mut session = Session::new(TIMERS, 7).numbered_from(1_000);
+    session.start(10_000_000);
+    assert_eq!(first(&mut session, 10_000_000), Sequence { number: 1_320, meticulous: true });
+    assert_eq!(first(&mut session, 12_000_000).number, 1_321);
+    let most = Timers { interval_us: 50_000, multiplier: 3 };
+    let mut session = Session::new(most, 7).numbered_from(0);
+    session.start(0);
+    session.receive(0, &Control { required_rx_us: 50_000, ..packet(State::Init) });
+    let mut last = 0;
+    for now_us in (0..3_600_000_000).step_by(1_000) {
+        while let Some(packet) = session.send(now_us) {
+            last = packet.sequence.unwrap().number;
+        }
+    }
+    assert!(last > 3_600 * 20 && last < 3_600 * NUMBERS_A_SECOND, "{last}: a later start is always ahead");
 }
 
 proptest! {

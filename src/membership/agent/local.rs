@@ -111,8 +111,8 @@ pub async fn run(
         }
         tokio::select! {
             _ = beat.tick() => {
-                let reaches = reached.borrow().clone();
-                registry.beat(Now::read(), &id, None, reaches);
+                let peers = reached.borrow().clone();
+                registry.beat(Now::read(), &id, None, peers);
             },
             _ = news.changed() => {}
             () = out.closed() => return Ok(()),

@@ -9,6 +9,7 @@ pub mod keep;
 pub mod local;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use hyper::Method;
 use ipnet::IpNet;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 use self::balancer::Balancer;
 use self::keep::{Keep, KeepError, KeptList, Membership};
@@ -26,7 +28,8 @@ use super::api::{JoinAnswer, JoinRequest, Myself, News, Poll, PollAnswer, RenewA
 use super::authority;
 use super::client::{ClientError, Connection};
 use super::clock::Now;
-use super::link::{FromSidecar, Hello, Refusal, Status};
+use super::link::{FromSidecar, Hello, Peers, Refusal, Status};
+use super::matrix::Part;
 use super::random;
 use super::record::NodeRecord;
 use super::registry::INTERVAL;
@@ -70,13 +73,16 @@ pub enum Command {
     Leave(oneshot::Sender<Result<(), Refusal>>),
 }
 
+/// A server that has not told what it knows of the matrix within this time is missing from it.
+const PART: Duration = Duration::from_secs(3);
+
 /// What `meshd` says, as it is now.
 #[derive(Clone)]
 pub struct Heard {
     /// Who this node is.
     pub hello: watch::Receiver<Hello>,
-    /// Ids of nodes that its data path hears, though the servers do not.
-    pub reached: watch::Receiver<Vec<String>>,
+    /// What its data path knows of others.
+    pub reached: watch::Receiver<Peers>,
 }
 
 /// What the agent knows, for who answers questions meanwhile.
@@ -432,8 +438,8 @@ impl Agent {
         self.tolerate(told)?;
         let mut at_once = true;
         loop {
-            let reaches = self.heard.reached.borrow().clone();
-            let ask = Poll { revision: relay.revision, no_wait: at_once, reaches };
+            let Peers { heard: reaches, paths } = self.heard.reached.borrow().clone();
+            let ask = Poll { revision: relay.revision, no_wait: at_once, reaches, paths };
             let poll = connection.ask_patiently::<PollAnswer>("/v1/poll", &ask, INTERVAL);
             tokio::pin!(poll);
             let answer = loop {
@@ -606,6 +612,18 @@ pub(super) async fn ask_to_join(
 fn renew_at(certificate: &str) -> i64 {
     let certificate = STANDARD.decode(certificate).unwrap_or_default();
     authority::validity(&certificate).map_or(0, |(from, to)| from + (to - from) / 3 * 2)
+}
+
+/// What a server knows of who reaches whom; asked by this node's certificate.
+pub async fn matrix_of(data_dir: &Path, server: &ServerAddress) -> Result<Part, String> {
+    let keep = Keep::open(data_dir).map_err(|error| error.to_string())?;
+    let member = keep.membership().map_err(|error| error.to_string())?.ok_or("this node is no member")?;
+    let identity = Some(keep.client_identity(&member));
+    let ask = async { Connection::open(server, trust(&member), identity).await?.get("/v1/matrix").await };
+    match timeout(PART, ask).await {
+        Ok(answer) => answer.map_err(|error: ClientError| error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", PART.as_secs())),
+    }
 }
 
 fn trust(member: &Membership) -> Trust {

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::membership::clock::Now;
+use crate::membership::matrix::Watched;
 
 /// A node is asked to heartbeat this often.
 pub const INTERVAL: Duration = Duration::from_secs(10);
@@ -23,6 +24,7 @@ pub(super) struct Beat {
     pub(super) at: Now,
     pub(super) observed: Option<IpAddr>,
     pub(super) reaches: Vec<String>,
+    pub(super) paths: Vec<Watched>,
 }
 
 /// A node, as far as health is concerned.
@@ -186,7 +188,7 @@ mod tests {
                 if second % 10 == 0 {
                     for id in alive {
                         let reaches = reaches.iter().map(|r| (*r).to_owned()).collect();
-                        self.health.beat(id, Beat { at: self.now, observed: None, reaches });
+                        self.health.beat(id, Beat { at: self.now, observed: None, reaches, paths: vec![] });
                     }
                 }
                 self.tick();

@@ -44,6 +44,8 @@ use super::api::{JoinAnswer, JoinRequest, Myself, News, PollAnswer};
 use super::authority::{self, Authority, AuthorityError};
 use super::clock::Now;
 use super::etcd::Members;
+use super::link::Peers;
+use super::matrix::MAX_PATHS;
 use super::pake;
 use super::random;
 use super::record::{NodeRecord, Role};
@@ -396,7 +398,7 @@ impl Registry {
         };
         self.counters.joins.fetch_add(1, Ordering::Relaxed);
         let id = row.record.id;
-        self.beat(now, &id, from, vec![]);
+        self.beat(now, &id, from, Peers::default());
         let certificate = self.authority.node_leaf(&request, &id, now.date())?;
         Ok(JoinAnswer {
             id,
@@ -454,10 +456,12 @@ impl Registry {
     }
 
     /// A heartbeat.
-    pub fn beat(&self, now: Now, id: &str, observed: Option<IpAddr>, mut reaches: Vec<String>) {
+    pub fn beat(&self, now: Now, id: &str, observed: Option<IpAddr>, peers: Peers) {
+        let Peers { heard: mut reaches, mut paths } = peers;
         reaches.truncate(16);
+        paths.truncate(MAX_PATHS);
         self.counters.beats.fetch_add(1, Ordering::Relaxed);
-        self.health().beat(id, Beat { at: now, observed, reaches });
+        self.health().beat(id, Beat { at: now, observed, reaches, paths });
         if self.shared && self.others().via.get(id) != Some(&self.me) {
             self.moved.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
         }

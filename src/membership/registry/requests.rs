@@ -4,12 +4,14 @@ use std::sync::atomic::Ordering;
 
 use serde_json::{Value, json};
 
+use super::health::GRACE;
 use super::refused::{Refused, role};
 use super::rows::How;
 use super::{Registry, with_health};
 use crate::membership::api::ServerMember;
 use crate::membership::clock::{Now, rfc3339};
 use crate::membership::link::Request;
+use crate::membership::matrix::{self, Part, Row, Watched};
 use crate::membership::record::{NodeRecord, Role, State as Readiness};
 use crate::membership::token::TokenId;
 
@@ -54,6 +56,7 @@ impl Registry {
                 Ok(json!({ "id": id.to_string(), "revoked": true }))
             }
             Request::ClusterStatus => Ok(self.cluster_status()),
+            Request::ClusterMatrix => Ok(json!(self.matrix(now))),
         }
     }
 
@@ -64,6 +67,25 @@ impl Registry {
         let mut records: Vec<_> = known.state.nodes.values().map(|row| with_health(&row.record, &health)).collect();
         records.sort_by(|a, b| a.name.cmp(&b.name));
         records
+    }
+
+    /// What the nodes that heartbeat here say of others. Who is no member any more is not in it.
+    pub fn matrix(&self, now: Now) -> Part {
+        let known = self.known();
+        let name = |id: &str| known.state.nodes.get(id).map(|row| row.record.name.clone());
+        let health = self.health();
+        let rows = health.beats.iter().filter_map(|(id, beat)| {
+            let named = beat.paths.iter().filter_map(|path| Some(Watched { to: name(&path.to)?, ..path.clone() }));
+            let mut to: Vec<Watched> = named.collect();
+            to.sort_by(|a, b| a.to.cmp(&b.to));
+            let age = now.mono.saturating_sub(beat.at.mono);
+            // who is silent for so long is not-ready, and what it said then is no news
+            (age < GRACE).then_some(())?;
+            Some(Row { from: name(id)?, age_ms: age.as_millis() as u64, to })
+        });
+        let mut part = Part { rows: rows.collect() };
+        part.rows.sort_by(|a, b| a.from.cmp(&b.from));
+        part
     }
 
     fn token_list(&self) -> Value {
@@ -166,6 +188,7 @@ impl Registry {
         let revision = *self.published.borrow();
         text.push_str("# HELP meshd_list_revision Revision of the node list.\n# TYPE meshd_list_revision gauge\n");
         text.push_str(&format!("meshd_list_revision {revision}\n"));
+        text.push_str(&matrix::metrics(&self.matrix(Now::read())));
         text
     }
 }

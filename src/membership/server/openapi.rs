@@ -22,8 +22,12 @@ pub(super) fn document() -> Value {
             "/v1/poll": { "post": operation("Heartbeat; answered when the node list changes, or after ten seconds.",
                 object(&[], &[("revision", json!({ "type": ["integer", "null"], "minimum": 0 })),
                     ("no_wait", json!({ "type": "boolean" })),
-                    ("reaches", json!({ "type": "array", "items": text() }))])) },
+                    ("reaches", json!({ "type": "array", "items": text() })),
+                    ("paths", json!({ "type": "array", "maxItems": 16, "items": path() }))])) },
             "/v1/nodes": { "get": { "responses": responses() } },
+            "/v1/matrix": { "get": { "summary": "Who reaches whom, as the nodes say that heartbeat at this server.",
+                "responses": { "200": { "description": "A row for each of them.",
+                    "content": { "application/json": { "schema": object(&[("rows", rows())], &[]) } } } } } },
             "/v1/audit": { "get": { "responses": responses() } },
             "/v1/self": { "put": operation("Say what changed about this node.", myself()) },
             "/v1/renew": { "post": operation("A certificate for the time to come.", object(&[("request", text())], &[])) },
@@ -55,6 +59,21 @@ fn responses() -> Value {
         "4XX": { "description": "Refused, and why.", "content": error },
         "5XX": { "description": "Not done, and why.", "content": error },
     })
+}
+
+fn rows() -> Value {
+    let age = json!({ "type": "integer", "minimum": 0 });
+    let to = json!({ "type": "array", "items": path() });
+    json!({ "type": "array", "items": object(&[("from", text()), ("age_ms", age), ("to", to)], &[]) })
+}
+
+/// In a heartbeat `to` is a node's id, in a row its name.
+fn path() -> Value {
+    let count = json!({ "type": "integer", "minimum": 0 });
+    object(
+        &[("to", text()), ("up", json!({ "type": "boolean" }))],
+        &[("rtt_us", count.clone()), ("loss_permille", count)],
+    )
 }
 
 fn join() -> Value {

@@ -56,6 +56,7 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/rejoin", post(rejoin))
         .route("/v1/poll", post(poll))
         .route("/v1/nodes", get(nodes))
+        .route("/v1/matrix", get(matrix))
         .route("/v1/audit", get(audit))
         .route("/v1/self", put(update))
         .route("/v1/renew", post(renew))
@@ -169,7 +170,8 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
     let (peer, member) = app.member(&request)?;
     let poll: Poll = body(request).await?;
     let registry = &app.registry;
-    registry.beat(Now::read(), &member.id, Some(peer.address.ip()), poll.reaches);
+    let peers = link::Peers { heard: poll.reaches, paths: poll.paths };
+    registry.beat(Now::read(), &member.id, Some(peer.address.ip()), peers);
     if let Some(from) = poll.revision.filter(|_| !poll.no_wait) {
         let mut news = registry.watch();
         let _ = timeout(INTERVAL, news.wait_for(|revision| *revision != from && *revision > from)).await;
@@ -183,6 +185,11 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
 async fn nodes(State(app): App, request: Request) -> Result<Response, Failure> {
     app.member(&request)?;
     Ok(json(StatusCode::OK, &app.registry.records()))
+}
+
+async fn matrix(State(app): App, request: Request) -> Result<Response, Failure> {
+    app.member(&request)?;
+    Ok(json(StatusCode::OK, &app.registry.matrix(Now::read())))
 }
 
 async fn audit(State(app): App, request: Request) -> Result<Response, Failure> {
