@@ -42,6 +42,7 @@ mod nested;
 mod path;
 mod pods;
 mod preshared;
+mod quorum;
 mod refused;
 mod reload;
 mod scale;

@@ -13,7 +13,7 @@ use crate::traffic::{Probe, ping};
 
 const SIDECAR: &str = env!("CARGO_BIN_EXE_mesh-sidecar");
 
-fn builder(story: &'static str) -> Option<Builder> {
+pub(crate) fn builder(story: &'static str) -> Option<Builder> {
     if !has("etcd") {
         skipped(story, "there is no `etcd` (Debian: etcd-server)");
         return None;
@@ -22,7 +22,7 @@ fn builder(story: &'static str) -> Option<Builder> {
 }
 
 /// Servers a, b and c, of which b and c join at once.
-fn three(story: &'static str) -> Option<Mesh> {
+pub(crate) fn three(story: &'static str) -> Option<Mesh> {
     let mesh =
         builder(story)?.server("a").set("cluster-init", true).server("b").server("c").agent("d").agent("e").build();
     let [a, b, c] = mesh.three(["a", "b", "c"]);
@@ -42,13 +42,13 @@ fn three(story: &'static str) -> Option<Mesh> {
 }
 
 #[track_caller]
-fn patiently_ready(node: &Node) {
+pub(crate) fn patiently_ready(node: &Node) {
     let wait = node.ctl(&["status", "--wait", "60s"]);
     assert_eq!(wait.code, 0, "{}: {wait:?}\n{}", node.name, node.log());
 }
 
 #[track_caller]
-fn good(node: &Node, summary: &str) {
+pub(crate) fn good(node: &Node, summary: &str) {
     until_slowly(&format!("{}: {summary}", node.name), node, || {
         let status = node.ctl(&["cluster", "status", "--json"]);
         let json: Value = serde_json::from_str(&status.out).unwrap_or_default();
@@ -58,7 +58,7 @@ fn good(node: &Node, summary: &str) {
 
 /// What takes an election, or several.
 #[track_caller]
-fn until_slowly(what: &str, node: &Node, good: impl Fn() -> bool) {
+pub(crate) fn until_slowly(what: &str, node: &Node, good: impl Fn() -> bool) {
     let start = Instant::now();
     while !good() {
         assert!(
@@ -88,7 +88,7 @@ fn leader(node: &Node) -> String {
 }
 
 /// The process ids of what the sidecar runs.
-fn children(node: &Node) -> Vec<u32> {
+pub(crate) fn children(node: &Node) -> Vec<u32> {
     let Some(sidecar) = node.sidecar() else { return vec![] };
     let mut pids = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{sidecar}/task")).into_iter().flatten().flatten() {
@@ -108,7 +108,7 @@ fn etcd_is_replaced(node: &Node, signal: Signal) {
 }
 
 /// All at once, as a machine that loses its power.
-fn power_off(node: &Node) {
+pub(crate) fn power_off(node: &Node) {
     for pid in children(node).into_iter().chain(node.sidecar()) {
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
     }

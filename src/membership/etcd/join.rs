@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use hyper::Method;
 use rustls::pki_types::CertificateDer;
 
@@ -79,14 +81,20 @@ impl Joiner {
         Ok(self.any::<Promoted>(Method::POST, "/v1/servers/promote", &()).await?.promoted)
     }
 
-    /// Whether the other servers think that this one is a member. `None`: nobody answers.
+    /// Whether the other servers think that this one is a member; all are asked at once. `None`: nobody answers.
     pub(super) async fn is_member(&self, name: &str) -> Option<bool> {
-        for server in &self.servers {
+        let asked = self.servers.iter().map(|server| async move {
             let asked = self.one::<ServersAnswer>(server, Method::POST, "/v1/servers", &());
             match tokio::time::timeout(LOOK, asked).await {
-                Ok(Ok(answer)) => return Some(answer.members.iter().any(|member| member == name)),
-                Ok(Err(ClientError::Refused { code, .. })) if code == "removed" => return Some(false),
-                _ => {}
+                Ok(Ok(answer)) => Some(answer.members.iter().any(|member| member == name)),
+                Ok(Err(ClientError::Refused { code, .. })) if code == "removed" => Some(false),
+                _ => None,
+            }
+        });
+        let mut answers: FuturesUnordered<_> = asked.collect();
+        while let Some(answer) = answers.next().await {
+            if answer.is_some() {
+                return answer;
             }
         }
         None

@@ -11,6 +11,7 @@ use super::CLIENT_PORT;
 use super::join::{self, Joiner};
 use super::kept::{Kept, KeptError, Member, Phase};
 use super::members::Members;
+use super::outlook::Outlook;
 use super::process::{self, Process};
 use crate::membership::agent::AgentError;
 use crate::membership::agent::keep::{Keep, KeepError};
@@ -29,6 +30,8 @@ use crate::membership::token::Credential;
 
 /// A member that does not become a full one within so long asks anew.
 const CATCH_UP: Duration = Duration::from_secs(120);
+/// Its own etcd is waited for so long before the reason is looked for.
+const ANSWER: Duration = Duration::from_secs(10);
 /// The others are looked at this often.
 const LOOK: Duration = Duration::from_secs(2);
 /// Who leaves waits so long for the others to let it go.
@@ -129,6 +132,16 @@ impl Managed {
     /// Whether this server came to others, whose cluster it is.
     pub fn joined(&self) -> bool {
         self.member.as_ref().is_some_and(|member| member.joined)
+    }
+
+    /// Whether it has been a full member, with a store that other servers share.
+    pub fn is_member(&self) -> bool {
+        self.member.as_ref().is_some_and(|member| member.phase == Phase::Member)
+    }
+
+    /// For who wants to know why the store does not answer, while it is being opened.
+    pub fn outlook(&self) -> Option<Outlook> {
+        Some(Outlook::new(self.kept.clone(), self.member.clone()?))
     }
 
     /// The cluster that it joined.
@@ -391,7 +404,8 @@ impl Managed {
     async fn connect(&self, member: &Member) -> Result<Gateway, ManagedError> {
         let endpoints = vec![(member.address.to_string(), CLIENT_PORT)];
         let gateway = Gateway::new(Access { endpoints, tls: Some(self.kept.client()?), user: None });
-        for _ in 0..50 {
+        let start = Instant::now();
+        while start.elapsed() < ANSWER {
             if gateway.answers().await {
                 return Ok(gateway);
             }

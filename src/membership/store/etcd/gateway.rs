@@ -149,6 +149,23 @@ impl Gateway {
         )
     }
 
+    /// Whether an etcd's HTTP server is there, be it only for other members; else why not. Unlike everything else this is
+    /// answered by a member that has not found its quorum yet.
+    pub async fn is_there(&self) -> Result<(), String> {
+        let asked = async {
+            let mut wire = self.wire().await?;
+            let request = Request::get("/version").header("host", wire.endpoint.to_string());
+            let request = request.body(Full::default()).map_err(|e| CallError::Unreached(e.to_string()))?;
+            wire.sender.send_request(request).await.map_err(|e| CallError::Lost(e.to_string()))
+        };
+        match timeout(CONNECT, asked).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(CallError::Unreached(why) | CallError::Lost(why) | CallError::Stranger(why))) => Err(why),
+            Ok(Err(CallError::Refused { message, .. })) => Err(message),
+            Err(_) => Err(format!("{} does not answer", self.place())),
+        }
+    }
+
     /// What errors call it: its members, and nothing secret.
     pub fn place(&self) -> String {
         let all: Vec<String> = self.endpoints().iter().map(ToString::to_string).collect();
