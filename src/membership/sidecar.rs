@@ -284,7 +284,7 @@ async fn maintain(
         }
     }
     match (managed, registry.members()) {
-        (Some(managed), Ok(members)) => managed.maintain(registry, members).await.into(),
+        (Some(managed), Ok(members)) => managed.maintain(registry, members, &hello).await.into(),
         _ => std::future::pending().await,
     }
 }

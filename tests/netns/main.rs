@@ -36,6 +36,7 @@ mod left;
 mod lifecycle;
 mod lives;
 mod mesh;
+mod moved;
 mod mtu;
 mod namespace;
 mod nested;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
+use tokio::sync::watch;
 
 use super::CLIENT_PORT;
 use super::join::{self, Joiner};
@@ -154,6 +155,7 @@ impl Managed {
         let address = hello.underlay.first().map(|address| address.ip()).ok_or(ManagedError::NoAddress)?;
         let program = process::find().ok_or(ManagedError::NoProgram)?;
         let member = match self.member.clone() {
+            Some(member) if member.address != address => self.moved(member, address).await?,
             Some(member) => member,
             None => self.begin(settings, address)?,
         };
@@ -172,15 +174,33 @@ impl Managed {
         };
         let authority = self.kept.authority()?.ok_or(ManagedError::Authority(AuthorityError::Damaged))?;
         let members = Members::new(store.clone(), authority, member.token.clone());
+        if let Err(error) = members.readdress(&member.name, &member.peer_url()).await {
+            tracing::warn!("{error}");
+        }
         self.gateway = Some(store.gateway().clone());
         Ok((store, Arc::new(members)))
     }
 
-    /// Looks after it: members whose server is gone, certificates. Ends with what ends this member.
-    pub async fn maintain(&mut self, registry: &Registry, members: &Members) -> ManagedError {
+    /// Looks after it: members whose server is gone, certificates, this server's address. Ends with what ends this member.
+    pub async fn maintain(
+        &mut self,
+        registry: &Registry,
+        members: &Members,
+        hello: &watch::Receiver<Hello>,
+    ) -> ManagedError {
         let mut last = String::new();
+        let mut seen = None;
         loop {
             tokio::time::sleep(LOOK).await;
+            // seen twice: an interface may be without its first address for a moment
+            let address = hello.borrow().underlay.first().map(|address| address.ip());
+            let before = std::mem::replace(&mut seen, address);
+            let moved = address.filter(|_| before == address).zip(self.member.clone());
+            if let Some((address, member)) = moved.filter(|(address, member)| *address != member.address)
+                && let Err(error) = self.restart_at(member, address).await
+            {
+                return error;
+            }
             let Some((member, process)) = self.member.as_ref().zip(self.process.as_ref()) else {
                 return ManagedError::Removed;
             };
@@ -196,7 +216,7 @@ impl Managed {
             }
             let gone = |name: &str| matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
             let looked = match self.kept.client() {
-                Ok(tls) => members.look(tls, &member.name, gone).await.map_err(ManagedError::from),
+                Ok(tls) => members.look(tls, member, gone).await.map_err(ManagedError::from),
                 Err(error) => Err(error.into()),
             };
             // Whom to ask when this server comes back, and the others have gone on without it.
@@ -236,6 +256,30 @@ impl Managed {
         self.kept.forget()?;
         self.member = self.kept.member()?;
         Ok(())
+    }
+
+    /// This server has another address now. Other members reach this one there as soon as it has told them, which it can,
+    /// since it reaches them.
+    async fn moved(&mut self, mut member: Member, address: IpAddr) -> Result<Member, ManagedError> {
+        tracing::info!("the etcd member moves from {} to {address}", member.address);
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+        member.address = address;
+        let url = member.peer_url();
+        for (name, known) in &mut member.cluster {
+            if *name == member.name {
+                known.clone_from(&url);
+            }
+        }
+        self.keep(&member)?;
+        Ok(member)
+    }
+
+    async fn restart_at(&mut self, member: Member, address: IpAddr) -> Result<(), ManagedError> {
+        let program = process::find().ok_or(ManagedError::NoProgram)?;
+        let member = self.moved(member, address).await?;
+        self.run(program, &member)
     }
 
     fn begin(&mut self, settings: &Settings, address: IpAddr) -> Result<Member, ManagedError> {
