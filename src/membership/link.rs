@@ -30,6 +30,11 @@ pub enum FromMeshd {
         /// Ids of their records.
         heard: Vec<String>,
     },
+    /// `tls-san` is another now, and everything else of the settings as it was.
+    Names {
+        /// The whole list.
+        tls_san: Vec<String>,
+    },
     /// Is anybody there? [`FromSidecar::Pong`] says so.
     Ping,
 }

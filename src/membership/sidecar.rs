@@ -125,6 +125,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
     let (serving, registry) = watch::channel::<Option<Arc<Registry>>>(None);
     let mut hello: Option<watch::Sender<Hello>> = None;
     let reached = watch::Sender::new(Vec::new());
+    let named = watch::Sender::new(settings.tls_san.clone());
     let mut tasks: JoinSet<Result<(), SidecarError>> = JoinSet::new();
     tasks.spawn(tell_status(view.clone(), out.clone()));
     if let Some(port) = settings.lb_server_port {
@@ -155,12 +156,14 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
                             if let Some(orders) = orders.take() {
                                 let (settings, view) = (settings.clone(), view.clone());
                                 let heard = Heard { hello: said, reached: reached.subscribe() };
-                                let life = live(settings, heard, orders, view, serving.clone(), out.clone());
+                                let named = named.subscribe();
+                                let life = live(settings, heard, named, orders, view, serving.clone(), out.clone());
                                 tasks.spawn(life);
                             }
                         }
                     },
                     FromMeshd::Peers { heard } => drop(reached.send_replace(heard)),
+                    FromMeshd::Names { tls_san } => drop(named.send_replace(tls_san)),
                     FromMeshd::Ping => {
                         // a meshd that reads nothing gets none, and is not waited for
                         let _ = out.try_send(FromSidecar::Pong);
@@ -193,6 +196,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
 async fn live(
     settings: Settings,
     heard: Heard,
+    named: watch::Receiver<Vec<String>>,
     orders: mpsc::Receiver<Command>,
     view: View,
     serving: watch::Sender<Option<Arc<Registry>>>,
@@ -241,7 +245,7 @@ async fn live(
         }
     };
     serving.send_replace(Some(registry.clone()));
-    let names = keep_names(&settings, hello.clone(), registry.clone(), &server);
+    let names = keep_names(&settings, hello.clone(), named, registry.clone(), &server);
     let copy = settings.data_dir.join(COPY);
     tokio::select! {
         () = names => {}

@@ -97,3 +97,47 @@ fn servers_change_their_addresses_one_by_one() {
     let servers = |token: &str| token.parse::<meshd::membership::token::Token>().unwrap().servers;
     assert!(servers(&token).iter().all(|server| server.host() != "10.9.0.101"));
 }
+
+/// Whether the server's certificate names this host, by a client that knows the cluster's CA and nothing else.
+fn names(node: &Node, host: &str) -> bool {
+    let member: serde_json::Value = serde_json::from_str(&membership(node)).unwrap();
+    let ca: PathBuf = node.dir.join("ca.pem");
+    let der = member["ca"].as_str().unwrap();
+    let lines: Vec<&str> = der.as_bytes().chunks(64).map(|line| std::str::from_utf8(line).unwrap()).collect();
+    std::fs::write(&ca, format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", lines.join("\n")))
+        .unwrap();
+    node.ns.succeeds(&format!(
+        "curl -s -o /dev/null -m 5 --cacert {} --resolve {host}:9345:127.0.0.1 https://{host}:9345/livez",
+        ca.display()
+    ))
+}
+
+#[test]
+fn names_of_three_servers_change_live() {
+    let Some(mesh) = three_and_an_agent("names_of_three_servers_change_live") else { return };
+    let servers = mesh.three(["a", "b", "c"]);
+    let d = mesh.node("d");
+    let before: Vec<_> = servers.iter().map(|node| (node.sidecar(), children(node))).collect();
+    let host = |node: &Node| format!("{}.example.org", node.name);
+    for node in servers {
+        assert!(names(node, node.name) && !names(node, &host(node)), "control");
+        node.set("tls-san", Some(&format!("[{}]", host(node))));
+        node.signal(Signal::SIGHUP);
+    }
+    for node in servers {
+        until_slowly("its certificate has the name", node, || names(node, &host(node)));
+        for other in servers.iter().filter(|other| other.name != node.name) {
+            assert!(!names(node, &host(other)), "and that of nobody else");
+        }
+    }
+    until_slowly("the agent is told", d, || servers.iter().all(|node| membership(d).contains(&host(node))));
+    for node in servers {
+        node.set("tls-san", None);
+        node.signal(Signal::SIGHUP);
+        until_slowly("it is gone again", node, || !names(node, &host(node)));
+        good(node, "3 servers, 1 may fail");
+    }
+    let after: Vec<_> = servers.iter().map(|node| (node.sidecar(), children(node))).collect();
+    assert_eq!(before, after, "neither the sidecars nor their etcds were started anew");
+    assert_eq!(d.log().matches("joined through").count(), 1, "{}", d.log());
+}

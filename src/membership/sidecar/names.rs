@@ -18,24 +18,31 @@ use crate::membership::server::Server;
 use crate::membership::settings::Settings;
 use crate::membership::token::Token;
 
-/// Follows the node's addresses: what the certificate names, and where servers are said to be.
+/// Follows the node's addresses and `tls-san`: what the certificate names, and where servers are said to be.
 pub(super) async fn keep_names(
     settings: &Settings,
     mut hello: watch::Receiver<Hello>,
+    mut named: watch::Receiver<Vec<String>>,
     registry: Arc<Registry>,
     server: &Server,
 ) {
+    // what came while the server was starting
+    named.mark_changed();
     loop {
-        let changed = hello.changed().await;
-        let said = hello.borrow_and_update().clone();
+        let changed = tokio::select! {
+            changed = hello.changed() => changed,
+            changed = named.changed() => changed,
+        };
         if changed.is_err() {
             return std::future::pending().await;
         }
-        registry.set_servers(addresses(settings, &said, server.address()));
-        if let Err(error) = server.set_names(&names(settings, &said)) {
+        let said = hello.borrow_and_update().clone();
+        let settings = Settings { tls_san: named.borrow_and_update().clone(), ..settings.clone() };
+        registry.set_servers(addresses(&settings, &said, server.address()));
+        if let Err(error) = server.set_names(&names(&settings, &said)) {
             tracing::error!("{error}");
         }
-        if let Err(error) = refresh_node_token(settings, &registry).await {
+        if let Err(error) = refresh_node_token(&settings, &registry).await {
             tracing::warn!("{error}");
         }
     }
