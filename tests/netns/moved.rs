@@ -141,3 +141,40 @@ fn names_of_three_servers_change_live() {
     assert_eq!(before, after, "neither the sidecars nor their etcds were started anew");
     assert_eq!(d.log().matches("joined through").count(), 1, "{}", d.log());
 }
+
+#[test]
+fn certificates_of_the_servers_etcd_are_renewed_under_way() {
+    use meshd::membership::clock::Now;
+    use meshd::membership::etcd::Kept;
+    let Some(mesh) = three_and_an_agent("certificates_of_the_servers_etcd_are_renewed_under_way") else { return };
+    let servers = mesh.three(["a", "b", "c"]);
+    let a = servers[0];
+    let before: Vec<_> = servers.iter().map(|node| children(node)).collect();
+    let enters = |node: &Node, pem: &std::path::Path| {
+        let folder = node.dir.join("data/server/etcd");
+        let files = format!("--cacert {}/ca.pem --cert {pem} --key {pem}", folder.display(), pem = pem.display());
+        node.ns.succeeds(&format!("curl -s -m 5 -o /dev/null {files} https://10.9.0.{}:2379/version", node.number))
+    };
+    // made a year ago, they end in a moment
+    let year_ago = Now { unix: Now::read().unix - 365 * 86_400 + 3, ..Now::read() };
+    for node in servers {
+        let kept = Kept::new(&node.dir.join("data"));
+        let address = format!("10.9.0.{}", node.number).parse().unwrap();
+        let pem = kept.certificate();
+        kept.certify(address, year_ago.date()).unwrap();
+        std::fs::copy(&pem, node.dir.join("old.pem")).unwrap();
+        until_slowly("it is renewed", node, || kept.renew_at() > Now::read().unix);
+        until_slowly("the old one has ended", node, || !enters(node, &node.dir.join("old.pem")));
+        assert!(enters(node, &pem), "{}", node.log());
+    }
+    // new connections between the members, by the new certificates, wherever this kernel can end those that are there
+    for node in servers {
+        node.ns.sh("ss -K dport = 2380 >/dev/null 2>&1 || true; ss -K dport = 2379 >/dev/null 2>&1 || true");
+    }
+    create(a, &[]);
+    for node in servers {
+        good(node, "3 servers, 1 may fail");
+        assert!(node.log().contains("the etcd member's certificate was renewed"), "{}", node.log());
+    }
+    assert_eq!(before, servers.iter().map(|node| children(node)).collect::<Vec<_>>(), "no etcd was started anew");
+}

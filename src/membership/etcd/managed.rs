@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use super::CLIENT_PORT;
@@ -108,7 +107,6 @@ pub struct Managed {
     member: Option<Member>,
     process: Option<Process>,
     gateway: Option<Gateway>,
-    renew_at: OffsetDateTime,
 }
 
 impl Managed {
@@ -126,8 +124,7 @@ impl Managed {
         if member.is_none() && joins && database.exists() {
             return Err(ManagedError::OwnCluster(database));
         }
-        let renew_at = Now::read().date();
-        Ok(Some(Managed { kept, database, member, process: None, gateway: None, renew_at }))
+        Ok(Some(Managed { kept, database, member, process: None, gateway: None }))
     }
 
     /// Whether this server came to others, whose cluster it is.
@@ -207,13 +204,7 @@ impl Managed {
             if process.fare().removed {
                 return ManagedError::Removed;
             }
-            if Now::read().date() >= self.renew_at {
-                match self.certify(&member.clone()) {
-                    Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
-                    Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),
-                }
-                continue;
-            }
+            self.renew(member);
             let gone = |name: &str| matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
             let looked = match self.kept.client() {
                 Ok(tls) => members.look(tls, member, gone).await.map_err(ManagedError::from),
@@ -430,15 +421,27 @@ impl Managed {
 
     /// Starts it, if it does not run.
     fn run(&mut self, program: PathBuf, member: &Member) -> Result<(), ManagedError> {
-        if self.process.is_none() {
+        if self.process.is_some() {
+            self.renew(member);
+        } else {
             self.certify(member)?;
             self.process = Some(Process::start(program, self.kept.clone(), member.clone()));
         }
         Ok(())
     }
 
-    fn certify(&mut self, member: &Member) -> Result<(), ManagedError> {
-        self.renew_at = self.kept.certify(member.address, Now::read().date())?;
+    /// A new certificate in good time. etcd reads it for each handshake, so nothing is interrupted.
+    fn renew(&self, member: &Member) {
+        if Now::read().unix >= self.kept.renew_at() {
+            match self.certify(member) {
+                Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
+                Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),
+            }
+        }
+    }
+
+    fn certify(&self, member: &Member) -> Result<(), ManagedError> {
+        self.kept.certify(member.address, Now::read().date())?;
         if let Some(gateway) = &self.gateway {
             gateway.set_tls(self.kept.client()?);
         }
