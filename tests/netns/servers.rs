@@ -9,14 +9,17 @@ use serde_json::Value;
 
 use crate::joined::{create, has_peers};
 use crate::mesh::{Builder, Mesh, Node, has, skipped};
+use crate::quorum::asked;
 use crate::traffic::{Probe, ping};
 
 const SIDECAR: &str = env!("CARGO_BIN_EXE_mesh-sidecar");
 
 pub(crate) fn builder(story: &'static str) -> Option<Builder> {
-    if !has("etcd") {
-        skipped(story, "there is no `etcd` (Debian: etcd-server)");
-        return None;
+    for (tool, package) in [("etcd", "etcd-server"), ("curl", "curl")] {
+        if !has(tool) {
+            skipped(story, &format!("there is no `{tool}` (Debian: {package})"));
+            return None;
+        }
     }
     Builder::new(story)
 }
@@ -224,7 +227,19 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     until_slowly("nothing can be changed", a, || a.ctl(&["token", "create"]).code == 1);
     assert!(!a.ns.succeeds(&format!("{SIDECAR} cluster-reset --data-dir {data}")), "not while it runs");
     assert_eq!(a.stop(), 0);
-    tool("cluster-reset", "");
+    // one that is there, without a quorum, goes on to say whose it is
+    b.token(None);
+    b.spawn();
+    until_slowly("it listens", b, || asked(b, "/livez").0 == 200);
+    let refused = a.ns.output(&format!("{SIDECAR} cluster-reset --data-dir {data}"));
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && told.contains("still answer: https://10.9.0.2:9345") && told.contains("--force")
+    );
+    let kept = std::fs::read_to_string(a.dir.join("data/server/etcd/member.json")).unwrap();
+    assert!(kept.contains(r#""phase": "member""#), "nothing has changed: {kept}");
+    tool("cluster-reset", "--force");
+    power_off(b);
     a.spawn();
     patiently_ready(a);
     good(a, "1 server, none may fail");
@@ -240,7 +255,9 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     has_peers(d, 3);
 
     // d joined after the backup: it comes back by its certificate
-    for node in [a, b, c] {
+    assert_eq!(a.stop(), 0);
+    assert!(!a.ns.succeeds(&format!("{SIDECAR} restore --data-dir {data} {copy}")), "while others serve the cluster");
+    for node in [b, c] {
         assert_eq!(node.stop(), 0);
     }
     tool("restore", &copy);

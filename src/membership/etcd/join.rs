@@ -1,5 +1,6 @@
 //! A further server on its way into the cluster: a node like any other first, then a member of the cluster's etcd.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::membership::api::{Promoted, ServerJoin, ServerJoined, ServersAnswer};
 use crate::membership::client::{ClientError, Connection};
 use crate::membership::link::Hello;
 use crate::membership::record::Role;
-use crate::membership::settings::Settings;
+use crate::membership::settings::{SERVER_PORT, Settings};
 use crate::membership::tls::Trust;
 use crate::membership::token::Credential;
 
@@ -41,14 +42,9 @@ impl Joiner {
         let mut servers: Vec<ServerAddress> =
             settings.servers.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(AgentError::Address)?;
         if let Some(member) = keep.membership()? {
-            let port = settings.bind_address.port();
-            let peers =
-                own.cluster.iter().filter_map(|(_, url)| url.strip_prefix("https://")?.parse::<SocketAddr>().ok());
-            servers.extend(peers.map(|peer| ServerAddress::from(SocketAddr::new(peer.ip(), port))));
-            servers.extend(member.servers.iter().cloned());
-            let here = own.address.to_string();
-            let mut seen = std::collections::BTreeSet::new();
-            servers.retain(|server| server.host() != here && seen.insert(server.clone()));
+            servers.extend(known_servers(own, &member));
+            let mut seen = BTreeSet::new();
+            servers.retain(|server| *server.host() != own.address.to_string() && seen.insert(server.clone()));
             return Ok(Joiner { keep, member, servers });
         }
         let token = settings.token.as_ref().ok_or(AgentError::NoToken)?;
@@ -129,6 +125,16 @@ impl Joiner {
         let identity = Some(self.keep.client_identity(&self.member));
         Connection::open(server, Trust::Ca(ca), identity).await?.ask(method, path, body).await
     }
+}
+
+/// Where the other servers are, as far as this one knows: where their etcds are, and what it was told last.
+pub(super) fn known_servers(own: &Member, member: &Membership) -> BTreeSet<ServerAddress> {
+    // all listen on one port, as a rule
+    let port = member.servers.first().map_or(SERVER_PORT, ServerAddress::port);
+    let peers = own.cluster.iter().filter_map(|(_, url)| url.strip_prefix("https://")?.parse::<SocketAddr>().ok());
+    let peers = peers.map(|peer| ServerAddress::from(SocketAddr::new(peer.ip(), port)));
+    let here = own.address.to_string();
+    peers.chain(member.servers.iter().cloned()).filter(|server| server.host() != here).collect()
 }
 
 /// This node is a member of the cluster no longer.

@@ -80,6 +80,14 @@ pub enum ManagedError {
     /// Where it is.
     #[error("this node says no underlay address that its etcd could have; set `node-ip`")]
     NoAddress,
+    /// Others run on.
+    #[error(
+        "other servers of this cluster still answer: {}. They would go on with what they have, and not know of this one. Stop meshd on \
+         them first; they join this server again when they are started after it. `--force` goes on nevertheless: for a server \
+         that can never be stopped, and that nobody will reach again",
+        .0.join(", ")
+    )]
+    OthersAnswer(Vec<String>),
     /// It was a member.
     #[error("{0}")]
     Expelled(String),
