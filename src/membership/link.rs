@@ -168,6 +168,9 @@ pub struct Status {
     pub servers: Vec<String>,
     /// What is wrong, and what to do.
     pub problem: Option<String>,
+    /// What a server that is joining waits for, while nothing is wrong.
+    #[serde(default)]
+    pub progress: Option<String>,
 }
 
 /// Why a request was refused.

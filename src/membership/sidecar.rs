@@ -210,7 +210,13 @@ async fn live(
     let mut managed = Managed::find(&settings, DATABASE)?;
     let (registry, server, standby) = loop {
         let said = hello.borrow().clone();
-        match serve(&settings, &said, &mut managed).await {
+        let progress = managed.as_ref().map(Managed::progress);
+        let opening = serve(&settings, &said, &mut managed);
+        let served = tokio::select! {
+            served = opening => served,
+            () = tell_progress(progress, &view) => return Ok(()),
+        };
+        match served {
             Ok(started) => break started,
             // What may pass by itself is waited for; the rest is for a person, and ends the process with the reason.
             Err(
@@ -226,7 +232,9 @@ async fn live(
             }
             Err(SidecarError::Managed(error)) if error.may_pass() => {
                 let problem = error.to_string();
-                if view.status.borrow().problem.as_ref() != Some(&problem) {
+                if error.is_later() {
+                    view.status.send_modify(|status| (status.problem, status.progress) = (None, Some(problem)));
+                } else if view.status.borrow().problem.as_ref() != Some(&problem) {
                     tracing::warn!("{problem}");
                     view.status.send_modify(|status| status.problem = Some(problem));
                 }
@@ -270,6 +278,21 @@ async fn live(
     Ok(())
 }
 
+/// Passes on what a joining server waits for. Runs for ever.
+async fn tell_progress(progress: Option<watch::Receiver<Option<String>>>, view: &View) {
+    let Some(mut progress) = progress else { return std::future::pending().await };
+    while progress.changed().await.is_ok() {
+        let now = progress.borrow_and_update().clone();
+        view.status.send_modify(|status| {
+            if now.is_some() {
+                status.problem = None;
+            }
+            status.progress = now;
+        });
+    }
+    std::future::pending().await
+}
+
 /// Sees to it that there is a store, and goes on to be one.
 async fn maintain(
     settings: &Settings,
@@ -283,6 +306,9 @@ async fn maintain(
             return error;
         }
         tracing::info!("the datastore answers");
+        if let Err(error) = Known::write(&settings.data_dir, registry.cluster(), &settings.datastore) {
+            tracing::warn!("{error}");
+        }
         if let Err(error) = refresh_node_token(settings, registry).await {
             tracing::warn!("{error}");
         }

@@ -4,20 +4,15 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use base64::Engine as _;
 use nix::sys::signal::Signal;
 
 use crate::joined::{create, has_peers};
-use crate::mesh::{Mesh, Node, has, skipped};
+use crate::mesh::{Mesh, Node};
 use crate::servers::{children, good, patiently_ready, three, until_slowly};
 use crate::traffic::ping;
 
 /// Three servers and an agent that has joined them.
 fn three_and_an_agent(story: &'static str) -> Option<Mesh> {
-    if !has("curl") {
-        skipped(story, "there is no `curl`");
-        return None;
-    }
     let mesh = three(story)?;
     let d = mesh.node("d");
     d.token(Some(&create(mesh.node("a"), &[])));

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::joined::{create, has_peers};
-use crate::mesh::{Node, has, skipped};
+use crate::mesh::Node;
 use crate::servers::{good, patiently_ready, power_off, three, until_slowly};
 
 /// What a server answers at this path: HTTP status and body. 0: nothing listens.
@@ -17,9 +17,6 @@ pub(crate) fn asked(node: &Node, path: &str) -> (u16, String) {
 #[test]
 fn a_server_that_comes_back_alone_says_what_is_missing() {
     let story = "a_server_that_comes_back_alone_says_what_is_missing";
-    if !has("curl") {
-        return skipped(story, "there is no `curl`");
-    }
     let Some(mesh) = three(story) else { return };
     let [a, b, c] = mesh.three(["a", "b", "c"]);
     let d = mesh.node("d");

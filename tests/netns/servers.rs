@@ -35,9 +35,13 @@ pub(crate) fn three(story: &'static str) -> Option<Mesh> {
         node.token(Some(&token));
         node.spawn();
     }
-    for node in [b, c] {
-        patiently_ready(node);
+    // in seconds: of two, one lets the other go first, and etcd waits a while in between
+    let waits: Vec<_> = [b, c].into_iter().map(|node| node.ctl(&["status", "--wait", "60s"])).collect();
+    for (node, wait) in [b, c].into_iter().zip(&waits) {
+        assert_eq!(wait.code, 0, "{}: {wait:?}\n{}", node.name, node.log());
+        assert!(node.log().contains("the other servers let this one's etcd in"), "{}", node.log());
     }
+    assert!(waits.iter().any(|wait| wait.err.contains("waiting: not a full server yet")), "{waits:?}");
     for node in [a, b, c] {
         good(node, "3 servers, 1 may fail");
     }

@@ -86,7 +86,14 @@ pub async fn run(
     };
     let servers: Vec<String> = registry.servers().iter().map(ToString::to_string).collect();
     view.say(|status| {
-        *status = Status { joined: true, connected: true, server: servers.first().cloned(), servers, problem: None };
+        *status = Status {
+            joined: true,
+            connected: true,
+            server: servers.first().cloned(),
+            servers,
+            problem: None,
+            progress: None,
+        };
     });
     let mut refused = None;
     let mut relay = Relay {

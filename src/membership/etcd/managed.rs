@@ -97,6 +97,11 @@ pub enum ManagedError {
 }
 
 impl ManagedError {
+    /// Whether it is only not this server's turn.
+    pub fn is_later(&self) -> bool {
+        matches!(self, ManagedError::Client(error) if error.code() == Some("later"))
+    }
+
     /// Whether it may pass by itself.
     pub fn may_pass(&self) -> bool {
         match self {
@@ -115,6 +120,7 @@ pub struct Managed {
     member: Option<Member>,
     process: Option<Process>,
     gateway: Option<Gateway>,
+    progress: watch::Sender<Option<String>>,
 }
 
 impl Managed {
@@ -132,7 +138,7 @@ impl Managed {
         if member.is_none() && joins && database.exists() {
             return Err(ManagedError::OwnCluster(database));
         }
-        Ok(Some(Managed { kept, database, member, process: None, gateway: None }))
+        Ok(Some(Managed { kept, database, member, process: None, gateway: None, progress: watch::Sender::new(None) }))
     }
 
     /// Whether this server came to others, whose cluster it is.
@@ -143,6 +149,15 @@ impl Managed {
     /// Whether it has been a full member, with a store that other servers share.
     pub fn is_member(&self) -> bool {
         self.member.as_ref().is_some_and(|member| member.phase == Phase::Member)
+    }
+
+    /// What a server that joins others waits for, for people.
+    pub fn progress(&self) -> watch::Receiver<Option<String>> {
+        self.progress.subscribe()
+    }
+
+    fn tell(&self, progress: &str) {
+        self.progress.send_replace(Some(progress.to_owned()));
     }
 
     /// For who wants to know why the store does not answer, while it is being opened.
@@ -350,7 +365,12 @@ impl Managed {
         settings: &Settings,
         hello: &Hello,
     ) -> Result<Member, ManagedError> {
+        self.tell("this server's node joins the cluster");
         let joiner = Joiner::open(settings, hello, &member).await?;
+        self.tell(
+            "the other servers let this one's etcd in, one server at a time; etcd itself waits until five seconds after the last \
+             one",
+        );
         let answer = match joiner.ask(member.address).await {
             Err(ManagedError::Client(ClientError::Refused { code, message })) if code == "removed" => {
                 self.forget().await?;
@@ -368,6 +388,7 @@ impl Managed {
         (member.token, member.cluster, member.joined) = (answer.token, answer.members, true);
         self.keep(&member)?;
         self.run(program, &member)?;
+        self.tell("this server's etcd fetches what the others have");
         let start = Instant::now();
         loop {
             tokio::time::sleep(Duration::from_millis(300)).await;
@@ -384,6 +405,7 @@ impl Managed {
         }
         member.phase = Phase::Member;
         self.keep(&member)?;
+        self.progress.send_replace(None);
         tracing::info!("this server's etcd is a full member");
         Ok(member)
     }
