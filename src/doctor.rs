@@ -113,6 +113,17 @@ pub struct FileFact {
     pub uid: u32,
 }
 
+/// A port of the etcd that servers run themselves.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EtcdPort {
+    /// Which.
+    pub port: u16,
+    /// Who has it and is not the sidecar's own etcd.
+    pub others: Vec<Holder>,
+    /// Whether the sidecar's own has it.
+    pub own: bool,
+}
+
 /// Everything that the checks look at.
 #[derive(Debug, Clone, Default)]
 pub struct Facts {
@@ -136,6 +147,8 @@ pub struct Facts {
     pub udp: Vec<Holder>,
     /// Who holds the servers' TCP port.
     pub tcp: Vec<Holder>,
+    /// The TCP ports of an etcd that servers run themselves, where this node is such a server or is to be one.
+    pub etcd: Vec<EtcdPort>,
     /// `nft -j list ruleset`.
     pub nft: Option<String>,
     /// `iptables-save` (the legacy tables are in there alone).

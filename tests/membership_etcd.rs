@@ -5,6 +5,8 @@ mod etcds;
 #[path = "membership/harness.rs"]
 #[allow(dead_code)]
 mod harness;
+#[path = "membership/secured.rs"]
+mod secured;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -116,8 +118,11 @@ async fn a_user_and_a_password_are_needed_where_etcd_says_so() {
     open(Some(("root", "pw"))).await.expect("positive control");
 
     // the same before a server starts, in so many words
-    for (user, ok, hint) in [("other:pw@", false, "grant-permission"), ("root:pw@", true, ""), ("", false, "USER@HOST")]
-    {
+    for (user, ok, hint) in [
+        ("other:pw@", false, "role grant-permission --prefix=true meshd readwrite meshd/"),
+        ("root:pw@", true, ""),
+        ("", false, "USER@HOST"),
+    ] {
         let (host, port) = etcds.access().endpoints[0].clone();
         let endpoint = Some(Secret::new(format!("etcd://{user}{host}:{port}")));
         let look = check::check(&Datastore { endpoint, ..Datastore::default() }, Path::new("x")).await;

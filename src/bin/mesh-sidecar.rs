@@ -41,6 +41,9 @@ enum Verb {
         /// The server's data-dir
         #[arg(long, default_value = "/var/lib/meshd")]
         data_dir: PathBuf,
+        /// Also while other servers of the cluster still answer
+        #[arg(long)]
+        force: bool,
     },
     /// Runs etcd, for as long as the sidecar runs
     #[command(hide = true)]
@@ -54,6 +57,9 @@ enum Verb {
         /// The server's data-dir
         #[arg(long, default_value = "/var/lib/meshd")]
         data_dir: PathBuf,
+        /// Also while other servers of the cluster still answer
+        #[arg(long)]
+        force: bool,
         /// The copy
         file: PathBuf,
     },
@@ -70,12 +76,12 @@ fn main() -> ExitCode {
         None => run(),
         Some(Verb::RunEtcd { command }) => run_etcd(&command),
         Some(Verb::Manual { folder }) => meshd::manual::write(Cli::command(), &folder).map_err(Into::into),
-        Some(Verb::ClusterReset { data_dir }) => cluster_reset(&data_dir),
+        Some(Verb::ClusterReset { data_dir, force }) => cluster_reset(&data_dir, force),
         Some(Verb::Backup { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
             block_on(async { Ok(etcd::tools::backup(&data_dir, &file).await?) })
         }
-        Some(Verb::Restore { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
-            block_on(async { Ok(etcd::tools::restore(&data_dir, &file).await?) }).and_then(|()| {
+        Some(Verb::Restore { data_dir, file, force }) if etcd::tools::is_here(&data_dir) => {
+            block_on(async { Ok(etcd::tools::restore(&data_dir, &file, force).await?) }).and_then(|()| {
                 eprintln!("mesh-sidecar: start meshd here and, once `meshctl cluster status` answers, on the other servers: they join this one again");
                 give(&data_dir.join("server"))
             })
@@ -92,7 +98,7 @@ fn main() -> ExitCode {
         Some(Verb::Backup { data_dir, file }) => {
             block_on(async { Ok(sqlite::backup(&data_dir.join(sidecar::DATABASE), &file).await?) })
         }
-        Some(Verb::Restore { data_dir, file }) => restore(&data_dir.join(sidecar::DATABASE), &file),
+        Some(Verb::Restore { data_dir, file, .. }) => restore(&data_dir.join(sidecar::DATABASE), &file),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -141,8 +147,8 @@ fn give(folder: &std::path::Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn cluster_reset(data_dir: &std::path::Path) -> anyhow::Result<()> {
-    etcd::tools::reset(data_dir)?;
+fn cluster_reset(data_dir: &std::path::Path, force: bool) -> anyhow::Result<()> {
+    block_on(async { Ok(etcd::tools::reset(data_dir, force).await?) })?;
     eprintln!(
         "mesh-sidecar: start meshd here and, once `meshctl cluster status` answers, on the other servers: they join this one again"
     );

@@ -708,12 +708,18 @@ fn token(client: &Client, screen: &Screen, action: &TokenAction) -> anyhow::Resu
 fn status(client: &Client, screen: &Screen, wait: Option<Duration>) -> anyhow::Result<bool> {
     let started = Instant::now();
     let left = || wait.map(|wait| wait.saturating_sub(started.elapsed())).filter(|left| !left.is_zero());
+    let mut told = Vec::new();
     let status = loop {
         // The last question is asked when the time is up: what is shown then is what is true then.
         let last = left().is_none();
         match client.status() {
             Ok(status) if status.ready || last => break status,
             Err(error) if last || !error.may_pass() => return Err(error.into()),
+            Ok(status) if !screen.json && status.reasons != told => {
+                let waits = status.reasons.iter().map(|reason| reason.escape_debug().to_string()).collect::<Vec<_>>();
+                let _ = writeln!(io::stderr(), "meshctl: waiting: {}", waits.join("; "));
+                told = status.reasons;
+            }
             _ => std::thread::sleep(left().unwrap_or_default().min(WAIT_EVERY)),
         }
     };

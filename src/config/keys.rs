@@ -117,8 +117,8 @@ pub const KEYS: &[Key] = &[
     secret(
         "datastore-endpoint",
         "URL",
-        "`meshd server`: where state is stored: sqlite://PATH, mysql://USER@HOST/DATABASE or postgres://USER@HOST/DATABASE, \
-         the last two for several servers",
+        "`meshd server`: where state is stored: sqlite://PATH, mysql://USER@HOST/DATABASE, postgres://USER@HOST/DATABASE or \
+         etcd://HOST,HOST, the last three for several servers",
         "SQLite in data-dir",
     ),
     live("datastore-password-file", "FILE", "`meshd server`: the database's password", "the endpoint's"),

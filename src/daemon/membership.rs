@@ -309,7 +309,7 @@ impl Daemon {
     /// How membership fares, for `status` and the log.
     fn fares(&mut self, status: Status) {
         let Source::Members(members) = &self.source else { return };
-        let problem = status.problem.clone();
+        let (problem, progress) = (status.problem.clone(), status.progress.clone());
         let servers = shortened(&status.servers);
         let (joined, connected) = (status.joined, status.connected);
         *lock(&members.view.status) = status;
@@ -331,6 +331,10 @@ impl Daemon {
         }
         let asked = if servers == "nothing" { String::new() } else { format!(" of {servers}") };
         match (problem, joined) {
+            (None, _) if progress.is_some() => {
+                let progress = progress.unwrap_or_default();
+                self.shared.waits(Concern::Joining, format!("not a full server yet: {progress}"));
+            }
             (Some(problem), true) => {
                 self.shared.problem(Concern::Joining, format!("waiting for the node list{asked}: {problem}"));
             }

@@ -96,7 +96,7 @@ impl Sidecar {
         });
     }
 
-    /// Other settings are another sidecar.
+    /// Other settings are another sidecar, but for a server's names.
     pub(super) fn configure(&self, settings: Settings) {
         self.settings.send_if_modified(|former| {
             let other = *former != settings;
@@ -203,14 +203,13 @@ impl Supervisor {
         end
     }
 
-    async fn converse(&mut self, settings: Settings, link: UnixStream) -> End {
+    async fn converse(&mut self, mut settings: Settings, link: UnixStream) -> End {
         let (read, mut write) = link.into_split();
         let (said, mut lines) = mpsc::channel(16);
         let reader = Reader(tokio::spawn(read_lines(read, said)));
         if let Err(why) = say(&mut write, &settings).await {
             return End::Failed(why);
         }
-        drop(settings);
         if self.news.send(News::Up).await.is_err() {
             return End::Stop;
         }
@@ -229,7 +228,10 @@ impl Supervisor {
                 // in this order: who this node is comes before what is asked, and a sidecar that talks without end comes last
                 biased;
                 changed = self.settings.changed() => match changed {
-                    Ok(()) => break End::Configured,
+                    Ok(()) => match names_alone(&mut settings, &self.settings.borrow_and_update()) {
+                        Some(names) => names,
+                        None => break End::Configured,
+                    },
                     Err(_) => break End::Stop,
                 },
                 changed = self.hello.changed() => match (changed, self.hello.borrow_and_update().clone()) {
@@ -280,6 +282,16 @@ impl Supervisor {
         drop(reader);
         end
     }
+}
+
+/// What a running sidecar is told, where its settings differ by what may change under way: a server's names. A restart would
+/// take its etcd along.
+fn names_alone(settings: &mut Settings, new: &Settings) -> Option<FromMeshd> {
+    if settings.tls_san == new.tls_san {
+        return None;
+    }
+    settings.tls_san.clone_from(&new.tls_san);
+    (settings == new).then(|| FromMeshd::Names { tls_san: new.tls_san.clone() })
 }
 
 /// Ends the reading with whoever reads.

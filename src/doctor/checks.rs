@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use self::firewall::{Fate, Probe};
-use super::{Check, Facts, Holder, Level};
+use super::{Check, EtcdPort, Facts, Holder, Level};
 use crate::admin::protocol::{Encryption, Role};
 
 /// All checks, in the order in which they should be mended.
@@ -30,7 +30,7 @@ pub fn all(facts: &Facts) -> Vec<Check> {
         duplicate_addresses,
         receive_buffer,
     ];
-    let many: &[fn(&Facts) -> Vec<Check>] = &[firewall_input, leftovers];
+    let many: &[fn(&Facts) -> Vec<Check>] = &[etcd_ports, firewall_input, leftovers];
     one.iter().map(|check| check(facts)).chain(many.iter().flat_map(|check| check(facts))).collect()
 }
 
@@ -115,6 +115,42 @@ pub fn server_port(facts: &Facts) -> Check {
     }
 }
 
+/// Whether the ports of the etcd that servers run are that etcd's.
+pub fn etcd_ports(facts: &Facts) -> Vec<Check> {
+    let name = "etcd_port";
+    let look = |at: &EtcdPort| {
+        let port = at.port;
+        match (at.others.first(), at.own, &facts.daemon) {
+            (Some(other), own, _) => {
+                let service = other.process.as_ref().is_some_and(|(_, process)| process.starts_with("etcd"));
+                let also = if own {
+                    ", and so does the servers' own etcd"
+                } else {
+                    ", so that the servers' own etcd has none"
+                };
+                let found = format!("TCP {port} on {} belongs to {}{also}", shown(other.ip), other.text);
+                let fix = match service {
+                    true => "systemctl disable --now etcd".to_owned(),
+                    false => other.remedy.clone(),
+                };
+                Check::bad(name, found, fix)
+            }
+            (None, true, _) => Check::ok(name, format!("TCP {port} is the servers' own etcd's")),
+            (None, false, None) => Check::ok(name, format!("TCP {port} is free")),
+            (None, false, Some(_)) => {
+                let found = format!("this server's etcd does not listen on TCP {port}");
+                Check::bad(name, found, "meshctl cluster status; journalctl -u meshd says more")
+            }
+        }
+    };
+    facts.etcd.iter().map(look).collect()
+}
+
+/// The TCP ports that other nodes reach this one on.
+fn tcp_ports(facts: &Facts) -> impl Iterator<Item = u16> {
+    facts.server_port.into_iter().chain(facts.etcd.iter().map(|at| at.port))
+}
+
 /// The kernel cuts a process's name at 15 bytes.
 fn split<'a>(holders: &'a [Holder], name: &str) -> (Vec<&'a Holder>, Vec<&'a Holder>) {
     let is_own = |holder: &&Holder| holder.process.as_ref().is_some_and(|(_, process)| process.starts_with(name));
@@ -131,7 +167,7 @@ pub fn firewall_input(facts: &Facts) -> Vec<Check> {
     if facts.nft.is_none() && facts.iptables.is_none() {
         return vec![Check::skipped(name, "neither nft nor iptables-save answers here")];
     }
-    let wanted = std::iter::once(("udp", facts.port)).chain(facts.server_port.map(|port| ("tcp", port)));
+    let wanted = std::iter::once(("udp", facts.port)).chain(tcp_ports(facts).map(|port| ("tcp", port)));
     let devices: Vec<(String, bool)> =
         match facts.underlay_devices().map(|(d, ip)| (d.name.clone(), ip.is_ipv6())).collect::<Vec<_>>() {
             none if none.is_empty() => vec![("?".to_owned(), false)],
@@ -362,7 +398,7 @@ pub fn firewalld(facts: &Facts) -> Check {
     let name = "firewalld";
     let Some(zones) = &facts.zones else { return Check::ok(name, "it does not run") };
     let wanted =
-        std::iter::once(format!("{}/udp", facts.port)).chain(facts.server_port.map(|port| format!("{port}/tcp")));
+        std::iter::once(format!("{}/udp", facts.port)).chain(tcp_ports(facts).map(|port| format!("{port}/tcp")));
     for port in wanted {
         let closed = |zone: &&super::Zone| zone.target != "ACCEPT" && !zone.ports.contains(&port);
         if let Some(zone) = zones.iter().filter(|zone| zone.device != facts.tun).find(closed) {

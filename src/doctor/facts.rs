@@ -8,12 +8,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Daemon, Facts, FileFact, Zone};
+use super::{Daemon, EtcdPort, Facts, FileFact, Holder, Zone};
 use crate::admin::client::{Client, ClientError};
 use crate::admin::protocol::Role;
 use crate::config::load::Loader;
 use crate::config::{Config, NodeIp};
 use crate::host::{self, Host};
+use crate::membership::etcd::{CLIENT_PORT, PEER_PORT};
 
 /// Where to look.
 #[derive(Debug, Clone, Default)]
@@ -82,13 +83,39 @@ fn host(facts: &mut Facts, config: Option<&Config>) {
         if facts.underlay.is_empty() {
             facts.underlay = underlay(&host, config).await;
         }
-        if let Ok(survey) = host.survey(facts.port, facts.server_port.unwrap_or(9345)).await {
+        let server = facts.server_port.unwrap_or(9345);
+        if let Ok(mut survey) = host.survey(facts.port, &[server, CLIENT_PORT, PEER_PORT]).await {
             facts.devices = Some(survey.devices);
             facts.udp = survey.udp;
-            facts.tcp = survey.tcp;
+            facts.tcp = survey.tcp.remove(&server).unwrap_or_default();
+            if runs_etcd(config) {
+                facts.etcd = survey.tcp.into_iter().map(etcd_port).collect();
+            }
             facts.synchronised = survey.synchronised;
         }
     });
+}
+
+/// Whether servers run an etcd themselves, and this node is one of them or is to be.
+fn runs_etcd(config: Option<&Config>) -> bool {
+    config.is_some_and(|config| {
+        let began = config.data_dir.join("server/etcd/member.json").exists();
+        config.datastore_endpoint.is_none() && (config.cluster_init || began)
+    })
+}
+
+fn etcd_port((port, holders): (u16, Vec<Holder>)) -> EtcdPort {
+    let (own, others): (Vec<_>, Vec<_>) = holders.into_iter().partition(|holder| {
+        holder.process.as_ref().is_some_and(|(pid, name)| name.starts_with("etcd") && parent(*pid) == "mesh-sidecar")
+    });
+    EtcdPort { port, others, own: !own.is_empty() }
+}
+
+/// The name of a process's parent.
+fn parent(pid: u32) -> String {
+    let status = read(format!("/proc/{pid}/status")).unwrap_or_default();
+    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap_or_default().trim();
+    read(format!("/proc/{parent}/comm")).unwrap_or_default()
 }
 
 /// Where meshd would be carried, by the configuration.

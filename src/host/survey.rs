@@ -1,10 +1,12 @@
 //! The machine as a doctor looks at it: links, addresses, who holds a port, the clock. Changes nothing.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use super::facts::Link;
 use super::port::{self, Owner};
 use super::{Host, HostError};
 use crate::sys::clock;
@@ -46,18 +48,18 @@ pub struct Survey {
     pub devices: Vec<Device>,
     /// Who holds the UDP port.
     pub udp: Vec<Holder>,
-    /// Who holds the TCP port.
-    pub tcp: Vec<Holder>,
+    /// Who holds each TCP port.
+    pub tcp: BTreeMap<u16, Vec<Holder>>,
     /// Whether the clock is synchronised, where the kernel says so.
     pub synchronised: Option<bool>,
 }
 
 impl Host {
     /// Looks at all of it.
-    pub async fn survey(&self, udp: u16, tcp: u16) -> Result<Survey, HostError> {
+    pub async fn survey(&self, udp: u16, tcp: &[u16]) -> Result<Survey, HostError> {
         let links = self.netlink.links().await?;
         let addresses = self.netlink.addresses().await?;
-        let device = |link: &super::facts::Link| Device {
+        let device = |link: &Link| Device {
             name: link.name.clone(),
             kind: link.kind.clone(),
             mtu: link.mtu,
@@ -65,24 +67,25 @@ impl Host {
             vxlan_port: link.vxlan_port,
             addresses: addresses.iter().filter(|a| a.index == link.index).filter_map(|a| a.net()).collect(),
         };
-        let holders = |tables: [&str; 2], wanted: u16| {
-            let texts = tables.map(|table| fs::read_to_string(table).unwrap_or_default());
-            let of = |(ip, owner): (IpAddr, Owner)| Holder {
-                ip,
-                text: owner.to_string(),
-                remedy: owner.remedy(wanted),
-                process: match owner {
-                    Owner::Process(pid, name) => Some((pid, name)),
-                    _ => None,
-                },
-            };
-            port::holders(&texts, wanted, &links).into_iter().map(of).collect()
-        };
         Ok(Survey {
             devices: links.iter().map(device).collect(),
-            udp: holders(["/proc/net/udp", "/proc/net/udp6"], udp),
-            tcp: holders(["/proc/net/tcp", "/proc/net/tcp6"], tcp),
+            udp: holders(["/proc/net/udp", "/proc/net/udp6"], udp, &links),
+            tcp: tcp.iter().map(|port| (*port, holders(["/proc/net/tcp", "/proc/net/tcp6"], *port, &links))).collect(),
             synchronised: clock::is_synchronised().ok(),
         })
     }
+}
+
+fn holders(tables: [&str; 2], wanted: u16, links: &[Link]) -> Vec<Holder> {
+    let texts = tables.map(|table| fs::read_to_string(table).unwrap_or_default());
+    let of = |(ip, owner): (IpAddr, Owner)| Holder {
+        ip,
+        text: owner.to_string(),
+        remedy: owner.remedy(wanted),
+        process: match owner {
+            Owner::Process(pid, name) => Some((pid, name)),
+            _ => None,
+        },
+    };
+    port::holders(&texts, wanted, links).into_iter().map(of).collect()
 }

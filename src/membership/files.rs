@@ -57,9 +57,13 @@ pub fn create_new(path: &Path) -> Result<(), FileError> {
 
 /// The content, or `None` where there is no such file. A file over 16 MiB is an error.
 pub fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
-    const MAX: u64 = 16 << 20;
+    read_up_to(path, 16 << 20)
+}
+
+/// The content, or `None` where there is no such file. A file of more bytes is an error.
+pub fn read_up_to(path: &Path, most: u64) -> Result<Option<Vec<u8>>, FileError> {
     match fs::metadata(path) {
-        Ok(meta) if meta.len() > MAX => {
+        Ok(meta) if meta.len() > most => {
             let source = io::Error::new(io::ErrorKind::InvalidData, "larger than any file of this kind");
             Err(FileError { path: path.to_owned(), source })
         }

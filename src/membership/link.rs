@@ -28,6 +28,11 @@ pub enum FromMeshd {
     },
     /// What the data path knows of others. Holds until it is said again.
     Peers(Peers),
+    /// `tls-san` is another now, and everything else of the settings as it was.
+    Names {
+        /// The whole list.
+        tls_san: Vec<String>,
+    },
     /// Is anybody there? [`FromSidecar::Pong`] says so.
     Ping,
 }
@@ -173,6 +178,9 @@ pub struct Status {
     pub servers: Vec<String>,
     /// What is wrong, and what to do.
     pub problem: Option<String>,
+    /// What a server that is joining waits for, while nothing is wrong.
+    #[serde(default)]
+    pub progress: Option<String>,
 }
 
 /// Why a request was refused.

@@ -3,10 +3,11 @@
 //! Builds and connects; ends when the link closes. In server role it holds the registry and serves it, and its own node is
 //! a member like any other; as an agent it knows servers. Knows nothing of how either works.
 
-use std::collections::BTreeSet;
+mod known;
+mod names;
+
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,10 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use super::address::{BadServerAddress, ServerAddress};
+use self::known::Known;
+pub use self::known::elsewhere;
+use self::names::{addresses, keep_names, names, node_token, refresh_node_token};
+use super::address::BadServerAddress;
 use super::agent::keep::KeepError;
 use super::agent::{Agent, AgentError, Command, Heard, View, forward, local, matrix_of};
 use super::clock::Now;
@@ -26,14 +30,13 @@ use super::etcd::{Managed, ManagedError};
 use super::files::{self, FileError};
 use super::link::{FromMeshd, FromSidecar, Hello, Peers, Refusal, Request, Status};
 use super::matrix::{Matrix, Missing, whole};
-use super::random;
 use super::record::{NodeRecord, Role};
 use super::registry::{OpenError, Proof, Refused, Registry, Setup};
 use super::server::{Server, ServerError};
-use super::settings::{Datastore, Settings};
-use super::store::endpoint::redacted;
+use super::settings::Settings;
+use super::store::standby::{self, Standby};
 use super::store::{self, Store, StoreError};
-use super::token::{Credential, Token};
+use super::token::Credential;
 
 /// Messages that wait for `meshd`.
 const WAITING: usize = 64;
@@ -46,10 +49,8 @@ const RETRY_JOIN: Duration = Duration::from_secs(1);
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The database of a server.
 pub const DATABASE: &str = "server/membership.db";
-/// Which cluster a server has served, and, on its second line, in which store it is.
-const CLUSTER_ID: &str = "server/cluster-id";
-/// The id of a cluster that is about to be made.
-const CANDIDATE: &str = "server/cluster-id.new";
+/// What its store had, if others share it: for a start without it.
+const COPY: &str = "server/copy.json";
 /// What whoever wants a token for another server is told.
 const ONE_SERVER: &str = "no token for a further server: servers of one cluster need a datastore that they share \
                           (`cluster-init: true`, or `datastore-endpoint`), and this one keeps its state in SQLite. `--role agent` makes a token for \
@@ -127,6 +128,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
     let (serving, registry) = watch::channel::<Option<Arc<Registry>>>(None);
     let mut hello: Option<watch::Sender<Hello>> = None;
     let reached = watch::Sender::new(Peers::default());
+    let named = watch::Sender::new(settings.tls_san.clone());
     let mut tasks: JoinSet<Result<(), SidecarError>> = JoinSet::new();
     tasks.spawn(tell_status(view.clone(), out.clone()));
     if let Some(port) = settings.lb_server_port {
@@ -158,12 +160,14 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
                             if let Some(orders) = orders.take() {
                                 let (settings, view) = (settings.clone(), view.clone());
                                 let heard = Heard { hello: said, reached: reached.subscribe() };
-                                let life = live(settings, heard, orders, view, serving.clone(), out.clone());
+                                let named = named.subscribe();
+                                let life = live(settings, heard, named, orders, view, serving.clone(), out.clone());
                                 tasks.spawn(life);
                             }
                         }
                     },
                     FromMeshd::Peers(peers) => drop(reached.send_replace(peers)),
+                    FromMeshd::Names { tls_san } => drop(named.send_replace(tls_san)),
                     FromMeshd::Ping => {
                         // a meshd that reads nothing gets none, and is not waited for
                         let _ = out.try_send(FromSidecar::Pong);
@@ -196,6 +200,7 @@ async fn linked(settings: Settings, read: OwnedReadHalf, out: mpsc::Sender<FromS
 async fn live(
     settings: Settings,
     heard: Heard,
+    named: watch::Receiver<Vec<String>>,
     orders: mpsc::Receiver<Command>,
     view: View,
     serving: watch::Sender<Option<Arc<Registry>>>,
@@ -207,9 +212,15 @@ async fn live(
     }
     let hello = heard.hello.clone();
     let mut managed = Managed::find(&settings, DATABASE)?;
-    let (registry, server) = loop {
+    let (registry, server, standby) = loop {
         let said = hello.borrow().clone();
-        match serve(&settings, &said, &mut managed).await {
+        let progress = managed.as_ref().map(Managed::progress);
+        let opening = serve(&settings, &said, &mut managed);
+        let served = tokio::select! {
+            served = opening => served,
+            () = tell_progress(progress, &view) => return Ok(()),
+        };
+        match served {
             Ok(started) => break started,
             // What may pass by itself is waited for; the rest is for a person, and ends the process with the reason.
             Err(
@@ -225,7 +236,9 @@ async fn live(
             }
             Err(SidecarError::Managed(error)) if error.may_pass() => {
                 let problem = error.to_string();
-                if view.status.borrow().problem.as_ref() != Some(&problem) {
+                if error.is_later() {
+                    view.status.send_modify(|status| (status.problem, status.progress) = (None, Some(problem)));
+                } else if view.status.borrow().problem.as_ref() != Some(&problem) {
                     tracing::warn!("{problem}");
                     view.status.send_modify(|status| status.problem = Some(problem));
                 }
@@ -244,11 +257,13 @@ async fn live(
         }
     };
     serving.send_replace(Some(registry.clone()));
-    let names = keep_names(&settings, hello.clone(), registry.clone(), &server);
+    let names = keep_names(&settings, hello.clone(), named, registry.clone(), &server);
+    let copy = settings.data_dir.join(COPY);
     tokio::select! {
         () = names => {}
+        () = registry.keep_copy(&copy), if registry.is_shared() => {}
         gone = registry.follow(), if registry.is_shared() => return Err(gone.into()),
-        ended = maintain(&mut managed, &registry) => return Err(ended.into()),
+        ended = maintain(&settings, hello, &mut managed, &registry, standby) => return Err(ended),
         ended = local::run(settings.clone(), registry.clone(), heard, orders, view.clone(), out.clone()) => ended?,
     }
     if let (Some(managed), Ok(members)) = (&mut managed, registry.members())
@@ -267,19 +282,117 @@ async fn live(
     Ok(())
 }
 
-async fn maintain(managed: &mut Option<Managed>, registry: &Registry) -> ManagedError {
+/// Passes on what a joining server waits for. Runs for ever.
+async fn tell_progress(progress: Option<watch::Receiver<Option<String>>>, view: &View) {
+    let Some(mut progress) = progress else { return std::future::pending().await };
+    while progress.changed().await.is_ok() {
+        let now = progress.borrow_and_update().clone();
+        view.status.send_modify(|status| {
+            if now.is_some() {
+                status.problem = None;
+            }
+            status.progress = now;
+        });
+    }
+    std::future::pending().await
+}
+
+/// Sees to it that there is a store, and goes on to be one.
+async fn maintain(
+    settings: &Settings,
+    hello: watch::Receiver<Hello>,
+    managed: &mut Option<Managed>,
+    registry: &Registry,
+    standby: Option<Arc<Standby>>,
+) -> SidecarError {
+    if let Some(standby) = standby {
+        if let Err(error) = arrive(settings, &hello, managed, registry, &standby).await {
+            return error;
+        }
+        tracing::info!("the datastore answers");
+        if let Err(error) = Known::write(&settings.data_dir, registry.cluster(), &settings.datastore) {
+            tracing::warn!("{error}");
+        }
+        if let Err(error) = refresh_node_token(settings, registry).await {
+            tracing::warn!("{error}");
+        }
+    }
     match (managed, registry.members()) {
-        (Some(managed), Ok(members)) => managed.maintain(registry, members).await,
+        (Some(managed), Ok(members)) => managed.maintain(registry, members, &hello).await.into(),
         _ => std::future::pending().await,
     }
 }
 
-/// Opens the store, and listens.
+/// Opens the store behind a registry that answers from a copy meanwhile, and tells what is missing.
+async fn arrive(
+    settings: &Settings,
+    hello: &watch::Receiver<Hello>,
+    managed: &mut Option<Managed>,
+    registry: &Registry,
+    standby: &Standby,
+) -> Result<(), SidecarError> {
+    let complaint = watch::Sender::new(String::new());
+    loop {
+        let outlook = managed.as_ref().and_then(Managed::outlook);
+        let told = async {
+            loop {
+                let mut reasons = match &outlook {
+                    Some(outlook) => outlook.reasons(|identity| registry.name_of(identity)).await,
+                    None => vec![],
+                };
+                reasons.extend(Some(complaint.borrow().clone()).filter(|complaint| !complaint.is_empty()));
+                if standby.say(reasons.clone()) {
+                    tracing::warn!("the datastore does not answer: {}", reasons.join("; "));
+                }
+                tokio::time::sleep(RETRY_JOIN).await;
+            }
+        };
+        let said = hello.borrow().clone();
+        let opened = async {
+            Ok::<_, SidecarError>(match managed {
+                Some(managed) => {
+                    let (store, members) = managed.store(settings, &said).await?;
+                    (Arc::new(store) as Arc<dyn Store>, Some(members))
+                }
+                None => {
+                    let database = settings.data_dir.join(DATABASE);
+                    (store::open(&settings.datastore, &database).await.map_err(OpenError::Store)?, None)
+                }
+            })
+        };
+        let opened = tokio::select! {
+            opened = opened => opened,
+            () = told => return Ok(()),
+        };
+        let error = match opened {
+            Ok((store, members)) => match registry.arrive(standby, store, members).await {
+                Ok(()) => return Ok(()),
+                Err(error) => SidecarError::Open(error),
+            },
+            Err(error) => error,
+        };
+        match &error {
+            SidecarError::Managed(managed) if managed.may_pass() => {}
+            // who may read and write there is for a person to say, and what is served meanwhile stays true
+            SidecarError::Open(OpenError::Store(
+                StoreError::Full { .. }
+                | StoreError::InUse { .. }
+                | StoreError::Unavailable { .. }
+                | StoreError::Unfit { .. },
+            )) => {}
+            _ => return Err(error),
+        }
+        complaint.send_replace(error.to_string());
+        tokio::time::sleep(RETRY_JOIN).await;
+    }
+}
+
+/// Opens the store, and listens. A server that has a copy of what others share listens at once, and opens the store then.
 async fn serve(
     settings: &Settings,
     hello: &Hello,
     managed: &mut Option<Managed>,
-) -> Result<(Arc<Registry>, Server), SidecarError> {
+) -> Result<(Arc<Registry>, Server, Option<Arc<Standby>>), SidecarError> {
     let shared = managed.is_some() || store::is_shared(&settings.datastore);
     let known = Known::read(&settings.data_dir)?;
     let (mut secret, mut joins) = (None, None);
@@ -295,6 +408,33 @@ async fn serve(
     // Who has served a cluster belongs to it, whatever the configuration says still.
     joins = joins.filter(|_| known.cluster.is_none());
     files::ensure_dir(&settings.data_dir.join("server"))?;
+    let copy = known.cluster.is_some() && managed.as_ref().map_or(shared, Managed::is_member);
+    let standby = if copy { standby::kept(&settings.data_dir.join(COPY)).map(Standby::new) } else { None };
+    let adopts = managed.as_ref().is_some_and(Managed::joined);
+    let mut setup = Setup {
+        cidrs: if adopts { vec![] } else { settings.cluster_cidr.clone() },
+        masks: settings.node_cidr_mask_size,
+        secret: secret.clone(),
+        purge_after: settings.purge_after,
+        shared,
+        candidate: None,
+        ca: None,
+        join: false,
+        cluster: known.cluster.clone(),
+        datastore: if managed.is_some() { "etcd" } else { store::kind(&settings.datastore) },
+    };
+    if let Some(standby) = standby {
+        match Registry::open(standby.clone(), setup.clone(), Now::read()).await {
+            Ok(registry) => {
+                registry.set_standby(&standby);
+                let registry = Arc::new(registry);
+                let server = listen(settings, hello, &registry).await?;
+                return Ok((registry, server, Some(standby)));
+            }
+            // what the store itself says counts more
+            Err(error) => tracing::warn!("the copy of the datastore is not used: {error}"),
+        }
+    }
     let (store, members, known) = match managed {
         Some(managed) => {
             let (store, members) = managed.store(settings, hello).await?;
@@ -308,19 +448,14 @@ async fn serve(
             (store::open(&settings.datastore, &database).await.map_err(OpenError::Store)?, None, known)
         }
     };
-    let adopts = managed.as_ref().is_some_and(Managed::joined);
-    let setup = Setup {
-        cidrs: if adopts { vec![] } else { settings.cluster_cidr.clone() },
-        masks: settings.node_cidr_mask_size,
-        secret: secret.clone(),
-        purge_after: settings.purge_after,
-        shared,
-        candidate: Some(known.candidate(&settings.data_dir)?),
-        ca: joins.as_ref().map(|token| token.ca_hash),
-        join: members.is_none() && known.cluster.is_none() && !settings.servers.is_empty(),
-        cluster: known.cluster,
-        datastore: if members.is_some() { "etcd" } else { store::kind(&settings.datastore) },
-    };
+    setup.candidate = Some(known.candidate(&settings.data_dir)?);
+    setup.ca = joins.as_ref().map(|token| token.ca_hash);
+    setup.join = members.is_none() && known.cluster.is_none() && !settings.servers.is_empty();
+    setup.cluster = known.cluster;
+    // only now is it known whether it came to others
+    if managed.as_ref().is_some_and(Managed::joined) {
+        setup.cidrs = vec![];
+    }
     let registry = Arc::new(Registry::open(store, setup, Now::read()).await?);
     if let Some(members) = members {
         registry.set_members(members);
@@ -333,146 +468,19 @@ async fn serve(
         })?;
     }
     Known::write(&settings.data_dir, registry.cluster(), &settings.datastore)?;
-    let names = names(settings, hello);
-    let server = Server::start(settings.bind_address, registry.clone(), &names).await?;
-    registry.set_servers(addresses(settings, hello, server.address()));
-    tracing::info!(cluster = registry.cluster(), "serving on {}", server.address());
+    let server = listen(settings, hello, &registry).await?;
     match secret {
         Some(secret) => files::write_atomic(&settings.data_dir.join(NODE_TOKEN), secret.reveal().as_bytes())?,
         None => node_token(&settings.data_dir.join(NODE_TOKEN), &registry).await?,
     }
-    Ok((registry, server))
+    Ok((registry, server, None))
 }
 
-/// What the data directory says of the cluster that this server serves.
-struct Known {
-    cluster: Option<String>,
-}
-
-impl Known {
-    fn read(data_dir: &Path) -> Result<Self, SidecarError> {
-        let text = files::read(&data_dir.join(CLUSTER_ID))?;
-        let text = text.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        let first = text.and_then(|text| text.lines().next().map(|line| line.trim().to_owned()));
-        Ok(Known { cluster: first.filter(|line| !line.is_empty()) })
-    }
-
-    /// The id of a cluster that this server may make: it stands on the disk before the cluster is there, so that a crash
-    /// in between leaves nobody with a cluster that is not theirs.
-    fn candidate(&self, data_dir: &Path) -> Result<String, SidecarError> {
-        let path = data_dir.join(CANDIDATE);
-        let kept = files::read(&path)?.and_then(|bytes| String::from_utf8(bytes).ok()).filter(|id| id.len() == 32);
-        if let Some(id) = kept {
-            return Ok(id);
-        }
-        let id = random::id();
-        if self.cluster.is_none() {
-            files::write_atomic(&path, id.as_bytes())?;
-        }
-        Ok(id)
-    }
-
-    fn write(data_dir: &Path, cluster: &str, datastore: &Datastore) -> Result<(), SidecarError> {
-        let place = datastore.endpoint.as_ref().map_or_else(|| "sqlite://".to_owned(), |e| redacted(e.reveal()));
-        let (path, text) = (data_dir.join(CLUSTER_ID), format!("{cluster}\n{place}\n"));
-        if files::read(&path)?.as_deref() != Some(text.as_bytes()) {
-            files::write_atomic(&path, text.as_bytes())?;
-        }
-        let candidate = data_dir.join(CANDIDATE);
-        Ok(files::remove(&candidate).map_err(|source| FileError { path: candidate, source })?)
-    }
-}
-
-/// Where the state of a server with this data directory is, when that is a store elsewhere, which has tools of its own.
-pub fn elsewhere(data_dir: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(data_dir.join(CLUSTER_ID)).ok()?;
-    let place = text.lines().nth(1)?.trim().to_owned();
-    (!place.is_empty() && !place.starts_with("sqlite:")).then_some(place)
-}
-
-/// Follows the node's addresses: what the certificate names, and where servers are said to be.
-async fn keep_names(settings: &Settings, mut hello: watch::Receiver<Hello>, registry: Arc<Registry>, server: &Server) {
-    loop {
-        let changed = hello.changed().await;
-        let said = hello.borrow_and_update().clone();
-        if changed.is_err() {
-            return std::future::pending().await;
-        }
-        registry.set_servers(addresses(settings, &said, server.address()));
-        if let Err(error) = server.set_names(&names(settings, &said)) {
-            tracing::error!("{error}");
-        }
-        if let Err(error) = refresh_node_token(settings, &registry).await {
-            tracing::warn!("{error}");
-        }
-    }
-}
-
-async fn refresh_node_token(settings: &Settings, registry: &Registry) -> Result<(), SidecarError> {
-    if settings.token.is_none() {
-        node_token(&settings.data_dir.join(NODE_TOKEN), registry).await?;
-    }
-    Ok(())
-}
-
-/// The token that lies ready: made once, and written again when the servers' addresses changed.
-async fn node_token(path: &Path, registry: &Registry) -> Result<(), SidecarError> {
-    let kept = files::read(path)?.and_then(|bytes| String::from_utf8(bytes).ok());
-    let kept = kept.and_then(|text| text.parse::<Token>().ok()).filter(|token| registry.is_good(Now::read(), token));
-    let token = match kept {
-        Some(token) if token.servers == registry.servers() => return Ok(()),
-        Some(token) => Token { servers: registry.servers(), ..token },
-        None => registry.mint(Now::read(), Role::Agent, None, None, None, "node-token").await?,
-    };
-    let text = token.reveal();
-    Ok(files::write_atomic(path, format!("{}\n", text.reveal()).as_bytes())?)
-}
-
-/// What the server's certificate names: what people configured, and what this machine is called and reached by.
-fn names(settings: &Settings, hello: &Hello) -> Vec<String> {
-    let mut names: BTreeSet<String> = settings.tls_san.iter().cloned().collect();
-    names.extend(["localhost", "127.0.0.1", "::1"].map(str::to_owned));
-    names.extend(hello.underlay.iter().map(|address| address.ip().to_string()));
-    if !settings.bind_address.ip().is_unspecified() {
-        names.insert(settings.bind_address.ip().to_string());
-    }
-    let usable = |name: &str| rustls::pki_types::DnsName::try_from(name.to_owned()).is_ok();
-    let hostname = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-    names.extend(hostname.into_iter().chain([hello.name.clone()]).filter(|name| usable(name)));
-    let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-    names.extend(own_addresses().into_iter().filter(|ip| !link_local(ip)).map(|ip| ip.to_string()));
-    names.into_iter().collect()
-}
-
-fn own_addresses() -> Vec<IpAddr> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return vec![] };
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-        })
-        .collect()
-}
-
-/// Where agents are told to find this server.
-fn addresses(settings: &Settings, hello: &Hello, bound: SocketAddr) -> Vec<ServerAddress> {
-    if !bound.ip().is_unspecified() {
-        return vec![bound.into()];
-    }
-    let own = hello.underlay.iter().map(|address| SocketAddr::new(address.ip(), bound.port()).into());
-    // A name that people gave may lead here in a way that this machine cannot know.
-    let given = settings.tls_san.iter().filter_map(|name| {
-        let host = if name.contains(':') { format!("[{name}]") } else { name.clone() };
-        format!("https://{host}:{}", bound.port()).parse().ok()
-    });
-    let mut all: Vec<ServerAddress> = Vec::new();
-    for address in own.chain(given) {
-        if !all.contains(&address) {
-            all.push(address);
-        }
-    }
-    all
+async fn listen(settings: &Settings, hello: &Hello, registry: &Arc<Registry>) -> Result<Server, SidecarError> {
+    let server = Server::start(settings.bind_address, registry.clone(), &names(settings, hello)).await?;
+    registry.set_servers(addresses(settings, hello, server.address()));
+    tracing::info!(cluster = registry.cluster(), "serving on {}", server.address());
+    Ok(server)
 }
 
 async fn tell_status(view: View, out: mpsc::Sender<FromSidecar>) -> Result<(), SidecarError> {

@@ -14,12 +14,14 @@ use tempfile::TempDir;
 use super::servers::{Server, block_on, free_port};
 use super::sidecar::{PATIENCE, Sidecar};
 
-pub(crate) fn two_servers(server: &Server) {
+/// The second of them may have another server of the same database.
+pub(crate) fn two_servers(server: &Server, other: &Server) {
     let begun = Instant::now();
     let told = |what: &str| println!("{:?}: {:>6.2} s  - {what}", server.kind, begun.elapsed().as_secs_f64());
     let database = block_on(server.database("cluster"));
     let dirs: Vec<TempDir> = (0..6).map(|_| TempDir::new().unwrap()).collect();
-    let (a_settings, mut b_settings) = (settings(dirs[0].path(), &database), settings(dirs[1].path(), &database));
+    let at_other = other.at("cluster", other.port);
+    let (a_settings, mut b_settings) = (settings(dirs[0].path(), &database), settings(dirs[1].path(), &at_other));
     let mut a = Sidecar::start(&a_settings, "a", "10.9.0.1:8472");
     a.until("a makes the cluster", |s| s.status.connected);
 

@@ -4,6 +4,7 @@
 //! character set or collation is the worst there is, since keys have to compare by their bytes everywhere.
 
 mod cluster;
+mod galera;
 mod proxy;
 mod refusals;
 mod servers;
@@ -55,7 +56,7 @@ fn all(kind: Kind) {
     });
     a_restart_under_a_watch(&mut server);
     told("a restart under a watch");
-    cluster::two_servers(&server);
+    cluster::two_servers(&server, &server);
     told("two servers");
 }
 

@@ -24,6 +24,8 @@ pub(crate) struct Server {
     dir: TempDir,
     child: Option<Child>,
     durable: bool,
+    /// Further arguments.
+    more: Vec<String>,
 }
 
 const ADMIN: &str = "boss";
@@ -35,6 +37,58 @@ pub(crate) const PASSWORD: &str = "hush-hush";
 impl Server {
     /// `None`, with the reason on standard output, where the server is not installed.
     pub(crate) fn start(kind: Kind, durable: bool) -> Option<Server> {
+        let server = Self::new(kind, durable)?;
+        server.make();
+        server.started()
+    }
+
+    /// Three MariaDB servers that are one Galera cluster; each gives the next all that it has.
+    pub(crate) fn galera() -> Option<[Server; 3]> {
+        let provider = "/usr/lib/galera/libgalera_smm.so";
+        if !Path::new(provider).exists()
+            || Command::new("rsync").arg("--version").stdout(Stdio::null()).status().is_err()
+        {
+            println!("SKIPPED: no {provider} here, or no `rsync`; install galera-4 and rsync");
+            return None;
+        }
+        let ports: [u16; 9] = std::array::from_fn(|_| free_port());
+        let all = format!("gcomm://127.0.0.1:{},127.0.0.1:{},127.0.0.1:{}", ports[0], ports[1], ports[2]);
+        let mut nodes = Vec::new();
+        for n in 0..3 {
+            let mut node = Self::new(Kind::MariaDb, false)?;
+            let (group, ist, sst) = (ports[n], ports[3 + n], ports[6 + n]);
+            node.more = vec![
+                "--binlog-format=ROW".to_owned(),
+                "--innodb-autoinc-lock-mode=2".to_owned(),
+                "--wsrep-on=ON".to_owned(),
+                format!("--wsrep-provider={provider}"),
+                format!("--wsrep-cluster-address={all}"),
+                format!("--wsrep-node-address=127.0.0.1:{group}"),
+                format!("--wsrep-node-name=n{n}"),
+                format!(
+                    "--wsrep-provider-options=gmcast.listen_addr=tcp://127.0.0.1:{group};ist.recv_addr=127.0.0.1:{ist};gcache.size=16M"
+                ),
+                "--wsrep-sst-method=rsync".to_owned(),
+                format!("--wsrep-sst-receive-address=127.0.0.1:{sst}"),
+            ];
+            if n == 0 {
+                node.make();
+                node.more.push("--wsrep-new-cluster".to_owned());
+            }
+            node.run();
+            // once there are others, it comes back to them
+            node.more.retain(|argument| argument != "--wsrep-new-cluster");
+            nodes.push(node);
+        }
+        nodes.try_into().ok()
+    }
+
+    fn started(mut self) -> Option<Server> {
+        self.run();
+        Some(self)
+    }
+
+    fn new(kind: Kind, durable: bool) -> Option<Server> {
         let Some(program) = find(kind) else {
             println!("SKIPPED: no {kind:?} server here; install mariadb-server and postgresql");
             return None;
@@ -48,10 +102,7 @@ impl Server {
             let owner = format!("{0}:", user(kind));
             assert!(Command::new("chown").arg(owner).arg(&data).status().unwrap().success());
         }
-        let mut server = Server { kind, port: free_port(), program, dir, child: None, durable };
-        server.make();
-        server.run();
-        Some(server)
+        Some(Server { kind, port: free_port(), program, dir, child: None, durable, more: vec![] })
     }
 
     fn make(&self) {
@@ -91,7 +142,9 @@ impl Server {
             Kind::MariaDb => {
                 run.arg("--no-defaults").arg(format!("--datadir={}", data.display()));
                 run.arg(format!("--socket={}", data.join("socket").display()));
-                run.arg(format!("--init-file={}", self.dir.path().join("init.sql").display()));
+                let init = self.dir.path().join("init.sql");
+                run.args(init.exists().then(|| format!("--init-file={}", init.display())));
+                run.args(&self.more);
                 run.arg(format!("--port={}", self.port));
                 run.args(["--bind-address=127.0.0.1", "--skip-name-resolve", "--innodb-buffer-pool-size=32M"]);
                 let flush = if self.durable { 1 } else { 2 };

@@ -4,12 +4,49 @@ use std::net::TcpListener;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use meshd::membership::clock::Now;
 use meshd::membership::store::etcd::{Access, Etcd, Gateway, PREFIX};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+};
 use tempfile::TempDir;
 
 pub(crate) struct Etcds {
     members: Vec<Member>,
     dir: TempDir,
+    tls: Option<Tls>,
+    /// Who `etcdctl` logs in as.
+    pub(crate) root: Option<&'static str>,
+}
+
+/// What both sides of TLS have, PEM.
+pub(crate) struct Tls {
+    authority: Issuer<'static, KeyPair>,
+    pub(crate) ca: String,
+}
+
+impl Tls {
+    pub(crate) fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let ca = params.self_signed(&key).unwrap().pem();
+        Tls { authority: Issuer::new(params, key), ca }
+    }
+
+    /// A certificate for either side, made so many days ago and good for a year, and its key.
+    pub(crate) fn leaf(&self, since_days: i64, common_name: Option<&str>) -> (String, String) {
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.distinguished_name = DistinguishedName::new();
+        if let Some(name) = common_name {
+            params.distinguished_name.push(DnType::CommonName, name);
+        }
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        let day = |days: i64| Now { unix: Now::read().unix + days * 86_400, ..Now::read() }.date();
+        (params.not_before, params.not_after) = (day(-since_days - 1), day(365 - since_days));
+        let key = KeyPair::generate().unwrap();
+        (params.signed_by(&key, &self.authority).unwrap().pem(), key.serialize_pem())
+    }
 }
 
 struct Member {
@@ -21,6 +58,15 @@ struct Member {
 impl Etcds {
     /// That many, of one cluster. `None` where there is no etcd; then it says so.
     pub(crate) async fn start(story: &str, count: usize) -> Option<Self> {
+        Self::begin(story, count, None).await
+    }
+
+    /// One that speaks TLS, and wants a certificate of its clients.
+    pub(crate) async fn secured(story: &str) -> Option<Self> {
+        Self::begin(story, 1, Some(Tls::new())).await
+    }
+
+    async fn begin(story: &str, count: usize, tls: Option<Tls>) -> Option<Self> {
         if Command::new("etcd").arg("--version").stdout(Stdio::null()).status().is_err() {
             println!("SKIPPED {story}: there is no `etcd` (Debian: etcd-server)");
             return None;
@@ -29,7 +75,11 @@ impl Etcds {
         let port = |n: usize| ports[n].local_addr().unwrap().port();
         let members = (0..count).map(|n| Member { client: port(2 * n), peer: port(2 * n + 1), child: None }).collect();
         drop(ports);
-        let mut etcds = Etcds { members, dir: TempDir::new().unwrap() };
+        let mut etcds = Etcds { members, dir: TempDir::new().unwrap(), tls, root: None };
+        if let Some(tls) = &etcds.tls {
+            std::fs::write(etcds.file("ca"), &tls.ca).unwrap();
+            etcds.certify(0);
+        }
         for n in 0..count {
             etcds.restart(n);
         }
@@ -37,15 +87,43 @@ impl Etcds {
         Some(etcds)
     }
 
+    pub(crate) fn tls(&self) -> &Tls {
+        self.tls.as_ref().expect("it speaks TLS")
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.members[0].client
+    }
+
+    fn file(&self, name: &str) -> std::path::PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Gives it another certificate, made so many days ago.
+    pub(crate) fn certify(&self, since_days: i64) {
+        let (certificate, key) = self.tls().leaf(since_days, None);
+        std::fs::write(self.file("key"), key.clone() + &certificate).unwrap();
+    }
+
     pub(crate) fn restart(&mut self, n: usize) {
         let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut secured = Vec::new();
+        if self.tls.is_some() {
+            for (flag, file) in [("--cert-file", "key"), ("--key-file", "key"), ("--trusted-ca-file", "ca")] {
+                secured.extend([flag.to_owned(), self.file(file).display().to_string()]);
+            }
+            secured.push("--client-cert-auth".to_owned());
+        }
         let cluster: Vec<_> = self.members.iter().enumerate().map(|(n, m)| format!("m{n}={}", url(m.peer))).collect();
         let member = &mut self.members[n];
         let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log")).unwrap();
         let child = Command::new("etcd")
             .args(["--name", &format!("m{n}"), "--data-dir"])
             .arg(self.dir.path().join(format!("m{n}")))
-            .args(["--listen-client-urls", &url(member.client), "--advertise-client-urls", &url(member.client)])
+            .args(["--listen-client-urls", &format!("{scheme}://127.0.0.1:{}", member.client)])
+            .args(["--advertise-client-urls", &format!("{scheme}://127.0.0.1:{}", member.client)])
+            .args(secured)
             .args(["--listen-peer-urls", &url(member.peer), "--initial-advertise-peer-urls", &url(member.peer)])
             .args(["--initial-cluster", &cluster.join(","), "--logger", "zap"])
             .stdout(Stdio::null())
@@ -94,8 +172,10 @@ impl Etcds {
         Etcd::open(Gateway::new(self.access()), PREFIX).await.unwrap()
     }
 
+    #[track_caller]
     pub(crate) fn ctl(&self, line: &str) {
-        assert!(self.try_ctl(0, line), "{line}");
+        let out = self.etcdctl(&self.members[0], line).output().unwrap();
+        assert!(out.status.success(), "{line}: {}", String::from_utf8_lossy(&out.stderr));
     }
 
     fn try_ctl(&self, n: usize, line: &str) -> bool {
@@ -104,8 +184,20 @@ impl Etcds {
 
     fn etcdctl(&self, member: &Member, line: &str) -> Command {
         let mut command = Command::new("etcdctl");
-        command.env("ETCDCTL_API", "3").args(["--endpoints", &format!("127.0.0.1:{}", member.client)]);
-        command.args(["--command-timeout", "2s"]).args(line.split(' '));
+        command.env("ETCDCTL_API", "3");
+        if self.tls.is_none() {
+            command.args(["--endpoints", &format!("127.0.0.1:{}", member.client)]);
+        }
+        if self.tls.is_some() {
+            command.args(["--endpoints", &format!("https://127.0.0.1:{}", member.client)]);
+            for (flag, file) in [("--cacert", "ca"), ("--cert", "client"), ("--key", "client")] {
+                command.arg(flag).arg(self.file(file));
+            }
+            let (certificate, key) = self.tls().leaf(0, None);
+            std::fs::write(self.file("client"), key + &certificate).unwrap();
+        }
+        command.args(self.root.iter().flat_map(|root| ["--user", root]));
+        command.args(["--command-timeout", "5s"]).args(line.split(' '));
         command
     }
 }

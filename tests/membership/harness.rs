@@ -177,7 +177,7 @@ impl Node {
         let (commands, orders) = mpsc::channel(4);
         let (sender, out) = mpsc::channel(1024);
         let view = View::default();
-        let heard = Heard { hello: heard, reached: watch::channel(vec![]).1 };
+        let heard = Heard { hello: heard, reached: watch::channel(Default::default()).1 };
         let agent = Agent::new(settings, heard, orders, view.clone(), sender).unwrap();
         let task = tokio::spawn(agent.run());
         Node { hello, commands, view, out, task }

@@ -1,5 +1,7 @@
 //! `meshctl doctor` finds what is provoked, names it, and its own advice mends it.
 
+use std::process::Stdio;
+
 use serde_json::Value;
 
 use crate::joined::{create, has_peers};
@@ -186,4 +188,35 @@ fn members_are_well_and_their_secrets_stay_with_them() {
     }
     let config = std::fs::read_to_string(b.config()).unwrap();
     assert!(config.contains(&token), "positive control: the token was there to be found");
+}
+
+#[test]
+fn the_doctor_looks_at_the_servers_own_etcd() {
+    let story = "the_doctor_looks_at_the_servers_own_etcd";
+    let Some(mesh) = Builder::new(story) else { return };
+    if !has("etcd") || !has("nft") {
+        return skipped(story, "there is no `etcd` (Debian: etcd-server), or no `nft`");
+    }
+    let mesh = mesh.server("a").set("cluster-init", true).build();
+    let a = mesh.node("a");
+    a.set("log", Some("info"));
+    assert!(check(&well(a), "etcd_port").1.contains("is free"));
+
+    // as a service of the machine's own
+    let data = a.dir.join("other");
+    let mut command = a.ns.command("etcd");
+    let other = Process::spawn(command.arg("--data-dir").arg(&data).stdout(Stdio::null()).stderr(Stdio::null()));
+    until("it listens", || a.ns.succeeds("ss -Hltn sport = 2379 | grep -q 2379"));
+    let fix = ill(a, "etcd_port", "belongs to etcd");
+    assert_eq!(fix, "systemctl disable --now etcd");
+    drop(other);
+    until("it has ended", || !a.ns.succeeds("ss -Hltn sport = 2379 | grep -q 2379"));
+
+    a.restart();
+    assert!(check(&well(a), "etcd_port").1.contains("the servers' own etcd's"));
+    a.ns.sh("nft add table inet t; nft add chain inet t in '{ type filter hook input priority 0; policy accept; }'
+         nft add rule inet t in tcp dport 2380 counter drop");
+    let fix = ill(a, "firewall", "tcp dport 2380 drop");
+    a.ns.sh(&fix);
+    well(a);
 }

@@ -9,20 +9,23 @@ use serde_json::Value;
 
 use crate::joined::{create, has_peers};
 use crate::mesh::{Builder, Mesh, Node, has, skipped};
+use crate::quorum::asked;
 use crate::traffic::{Probe, ping};
 
 const SIDECAR: &str = env!("CARGO_BIN_EXE_mesh-sidecar");
 
-fn builder(story: &'static str) -> Option<Builder> {
-    if !has("etcd") {
-        skipped(story, "there is no `etcd` (Debian: etcd-server)");
-        return None;
+pub(crate) fn builder(story: &'static str) -> Option<Builder> {
+    for (tool, package) in [("etcd", "etcd-server"), ("curl", "curl")] {
+        if !has(tool) {
+            skipped(story, &format!("there is no `{tool}` (Debian: {package})"));
+            return None;
+        }
     }
     Builder::new(story)
 }
 
 /// Servers a, b and c, of which b and c join at once.
-fn three(story: &'static str) -> Option<Mesh> {
+pub(crate) fn three(story: &'static str) -> Option<Mesh> {
     let mesh =
         builder(story)?.server("a").set("cluster-init", true).server("b").server("c").agent("d").agent("e").build();
     let [a, b, c] = mesh.three(["a", "b", "c"]);
@@ -32,9 +35,13 @@ fn three(story: &'static str) -> Option<Mesh> {
         node.token(Some(&token));
         node.spawn();
     }
-    for node in [b, c] {
-        patiently_ready(node);
+    // in seconds: of two, one lets the other go first, and etcd waits a while in between
+    let waits: Vec<_> = [b, c].into_iter().map(|node| node.ctl(&["status", "--wait", "60s"])).collect();
+    for (node, wait) in [b, c].into_iter().zip(&waits) {
+        assert_eq!(wait.code, 0, "{}: {wait:?}\n{}", node.name, node.log());
+        assert!(node.log().contains("the other servers let this one's etcd in"), "{}", node.log());
     }
+    assert!(waits.iter().any(|wait| wait.err.contains("waiting: not a full server yet")), "{waits:?}");
     for node in [a, b, c] {
         good(node, "3 servers, 1 may fail");
     }
@@ -42,13 +49,13 @@ fn three(story: &'static str) -> Option<Mesh> {
 }
 
 #[track_caller]
-fn patiently_ready(node: &Node) {
+pub(crate) fn patiently_ready(node: &Node) {
     let wait = node.ctl(&["status", "--wait", "60s"]);
     assert_eq!(wait.code, 0, "{}: {wait:?}\n{}", node.name, node.log());
 }
 
 #[track_caller]
-fn good(node: &Node, summary: &str) {
+pub(crate) fn good(node: &Node, summary: &str) {
     until_slowly(&format!("{}: {summary}", node.name), node, || {
         let status = node.ctl(&["cluster", "status", "--json"]);
         let json: Value = serde_json::from_str(&status.out).unwrap_or_default();
@@ -58,7 +65,7 @@ fn good(node: &Node, summary: &str) {
 
 /// What takes an election, or several.
 #[track_caller]
-fn until_slowly(what: &str, node: &Node, good: impl Fn() -> bool) {
+pub(crate) fn until_slowly(what: &str, node: &Node, good: impl Fn() -> bool) {
     let start = Instant::now();
     while !good() {
         assert!(
@@ -88,7 +95,7 @@ fn leader(node: &Node) -> String {
 }
 
 /// The process ids of what the sidecar runs.
-fn children(node: &Node) -> Vec<u32> {
+pub(crate) fn children(node: &Node) -> Vec<u32> {
     let Some(sidecar) = node.sidecar() else { return vec![] };
     let mut pids = Vec::new();
     for thread in std::fs::read_dir(format!("/proc/{sidecar}/task")).into_iter().flatten().flatten() {
@@ -108,7 +115,7 @@ fn etcd_is_replaced(node: &Node, signal: Signal) {
 }
 
 /// All at once, as a machine that loses its power.
-fn power_off(node: &Node) {
+pub(crate) fn power_off(node: &Node) {
     for pid in children(node).into_iter().chain(node.sidecar()) {
         let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
     }
@@ -224,7 +231,19 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     until_slowly("nothing can be changed", a, || a.ctl(&["token", "create"]).code == 1);
     assert!(!a.ns.succeeds(&format!("{SIDECAR} cluster-reset --data-dir {data}")), "not while it runs");
     assert_eq!(a.stop(), 0);
-    tool("cluster-reset", "");
+    // one that is there, without a quorum, goes on to say whose it is
+    b.token(None);
+    b.spawn();
+    until_slowly("it listens", b, || asked(b, "/livez").0 == 200);
+    let refused = a.ns.output(&format!("{SIDECAR} cluster-reset --data-dir {data}"));
+    let told = String::from_utf8_lossy(&refused.stderr);
+    assert!(
+        !refused.status.success() && told.contains("still answer: https://10.9.0.2:9345") && told.contains("--force")
+    );
+    let kept = std::fs::read_to_string(a.dir.join("data/server/etcd/member.json")).unwrap();
+    assert!(kept.contains(r#""phase": "member""#), "nothing has changed: {kept}");
+    tool("cluster-reset", "--force");
+    power_off(b);
     a.spawn();
     patiently_ready(a);
     good(a, "1 server, none may fail");
@@ -240,7 +259,9 @@ fn a_lost_quorum_is_recovered_and_a_backup_restored() {
     has_peers(d, 3);
 
     // d joined after the backup: it comes back by its certificate
-    for node in [a, b, c] {
+    assert_eq!(a.stop(), 0);
+    assert!(!a.ns.succeeds(&format!("{SIDECAR} restore --data-dir {data} {copy}")), "while others serve the cluster");
+    for node in [b, c] {
         assert_eq!(node.stop(), 0);
     }
     tool("restore", &copy);

@@ -113,6 +113,21 @@ fn meshd_itself() {
 }
 
 #[test]
+fn the_ports_of_the_servers_own_etcd() {
+    assert!(etcd_ports(&good()).is_empty(), "where servers run none, nobody asks");
+    let one = |at: EtcdPort| etcd_ports(&with(|f| f.etcd = vec![at.clone()])).remove(0);
+    let port = EtcdPort { port: 2379, others: vec![], own: true };
+    level(one(port.clone()), Ok, "TCP 2379 is the servers' own");
+    level(one(EtcdPort { own: false, ..port.clone() }), Bad, "does not listen on TCP 2379");
+    let others = vec![holder("etcd", 7)];
+    let check = one(EtcdPort { others, own: false, ..port.clone() });
+    assert_eq!(check.fix.as_deref(), Some("systemctl disable --now etcd"));
+    level(check, Bad, "etcd (process 7)");
+    let check = one(EtcdPort { others: vec![holder("nginx", 7)], ..port });
+    assert_eq!(check.fix.as_deref(), Some("kill 7"));
+}
+
+#[test]
 fn ports_have_owners() {
     level(udp_port(&with(|f| f.udp = vec![holder("vpnd", 7)])), Bad, "vpnd (process 7)");
     level(udp_port(&with(|f| f.udp.push(holder("socat", 7)))), Bad, "socat");

@@ -67,6 +67,7 @@ pub async fn run(
     let keep = Keep::open(&settings.data_dir)?;
     let member = keep.membership()?;
     let name = member.map_or_else(|| hello.borrow().name.clone(), |member| member.name);
+    let mut outlook = registry.outlook();
     let id = loop {
         let join = request(&settings, &keep, &name, &hello.borrow_and_update())?;
         match registry.join(Now::read(), &join, &Proof::Local, None).await {
@@ -79,13 +80,22 @@ pub async fn run(
         tokio::select! {
             () = tokio::time::sleep(RETRY) => {}
             _ = hello.changed() => {}
+            Ok(()) = outlook.changed() => {}
             () = out.closed() => return Ok(()),
         }
     };
     let servers: Vec<String> = registry.servers().iter().map(ToString::to_string).collect();
     view.say(|status| {
-        *status = Status { joined: true, connected: true, server: servers.first().cloned(), servers, problem: None };
+        *status = Status {
+            joined: true,
+            connected: true,
+            server: servers.first().cloned(),
+            servers,
+            problem: None,
+            progress: None,
+        };
     });
+    let mut refused = None;
     let mut relay = Relay {
         cluster: registry.cluster().to_owned(),
         cidrs: registry.cidrs().to_vec(),
@@ -104,11 +114,19 @@ pub async fn run(
             let _ = out.send(FromSidecar::Expelled { reason }).await;
             return Ok(());
         }
-        match relay.take(registry.local_news(relay.revision)).await {
-            Ok(true) => {}
-            Ok(false) => continue,
-            Err(_) => return Ok(()),
+        let away = outlook.borrow_and_update().clone();
+        if away.is_empty() {
+            match relay.take(registry.local_news(relay.revision)).await {
+                Ok(true) => {}
+                Ok(false) => continue,
+                Err(_) => return Ok(()),
+            }
         }
+        // Without the store `meshd` goes by the list that it keeps itself, which may be the later one.
+        view.say(|status| {
+            status.connected = away.is_empty();
+            status.problem = if away.is_empty() { refused.clone() } else { Some(away.join("; ")) };
+        });
         tokio::select! {
             _ = beat.tick() => {
                 let peers = reached.borrow().clone();
@@ -119,8 +137,9 @@ pub async fn run(
             Ok(()) = hello.changed() => {
                 let said = myself(&settings, &hello.borrow_and_update());
                 let updated = registry.update(Now::read(), &id, &said).await;
-                view.say(|status| status.problem = updated.err().map(|refused| refused.to_string()));
+                refused = updated.err().map(|refused| refused.to_string());
             }
+            Ok(()) = outlook.changed() => {}
             Some(Command::Leave(answer)) = commands.recv() => {
                 let left = registry.leave(Now::read(), &id).await;
                 let gone = left.is_ok();

@@ -1,11 +1,14 @@
 //! A further server on its way into the cluster: a node like any other first, then a member of the cluster's etcd.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use hyper::Method;
 use rustls::pki_types::CertificateDer;
 
@@ -18,7 +21,7 @@ use crate::membership::api::{Promoted, ServerJoin, ServerJoined, ServersAnswer};
 use crate::membership::client::{ClientError, Connection};
 use crate::membership::link::Hello;
 use crate::membership::record::Role;
-use crate::membership::settings::Settings;
+use crate::membership::settings::{SERVER_PORT, Settings};
 use crate::membership::tls::Trust;
 use crate::membership::token::Credential;
 
@@ -39,14 +42,9 @@ impl Joiner {
         let mut servers: Vec<ServerAddress> =
             settings.servers.iter().map(|s| s.parse()).collect::<Result<_, _>>().map_err(AgentError::Address)?;
         if let Some(member) = keep.membership()? {
-            let port = settings.bind_address.port();
-            let peers =
-                own.cluster.iter().filter_map(|(_, url)| url.strip_prefix("https://")?.parse::<SocketAddr>().ok());
-            servers.extend(peers.map(|peer| ServerAddress::from(SocketAddr::new(peer.ip(), port))));
-            servers.extend(member.servers.iter().cloned());
-            let here = own.address.to_string();
-            let mut seen = std::collections::BTreeSet::new();
-            servers.retain(|server| server.host() != here && seen.insert(server.clone()));
+            servers.extend(known_servers(own, &member));
+            let mut seen = BTreeSet::new();
+            servers.retain(|server| *server.host() != own.address.to_string() && seen.insert(server.clone()));
             return Ok(Joiner { keep, member, servers });
         }
         let token = settings.token.as_ref().ok_or(AgentError::NoToken)?;
@@ -79,14 +77,20 @@ impl Joiner {
         Ok(self.any::<Promoted>(Method::POST, "/v1/servers/promote", &()).await?.promoted)
     }
 
-    /// Whether the other servers think that this one is a member. `None`: nobody answers.
+    /// Whether the other servers think that this one is a member; all are asked at once. `None`: nobody answers.
     pub(super) async fn is_member(&self, name: &str) -> Option<bool> {
-        for server in &self.servers {
+        let asked = self.servers.iter().map(|server| async move {
             let asked = self.one::<ServersAnswer>(server, Method::POST, "/v1/servers", &());
             match tokio::time::timeout(LOOK, asked).await {
-                Ok(Ok(answer)) => return Some(answer.members.iter().any(|member| member == name)),
-                Ok(Err(ClientError::Refused { code, .. })) if code == "removed" => return Some(false),
-                _ => {}
+                Ok(Ok(answer)) => Some(answer.members.iter().any(|member| member == name)),
+                Ok(Err(ClientError::Refused { code, .. })) if code == "removed" => Some(false),
+                _ => None,
+            }
+        });
+        let mut answers: FuturesUnordered<_> = asked.collect();
+        while let Some(answer) = answers.next().await {
+            if answer.is_some() {
+                return answer;
             }
         }
         None
@@ -121,6 +125,16 @@ impl Joiner {
         let identity = Some(self.keep.client_identity(&self.member));
         Connection::open(server, Trust::Ca(ca), identity).await?.ask(method, path, body).await
     }
+}
+
+/// Where the other servers are, as far as this one knows: where their etcds are, and what it was told last.
+pub(super) fn known_servers(own: &Member, member: &Membership) -> BTreeSet<ServerAddress> {
+    // all listen on one port, as a rule
+    let port = member.servers.first().map_or(SERVER_PORT, ServerAddress::port);
+    let peers = own.cluster.iter().filter_map(|(_, url)| url.strip_prefix("https://")?.parse::<SocketAddr>().ok());
+    let peers = peers.map(|peer| ServerAddress::from(SocketAddr::new(peer.ip(), port)));
+    let here = own.address.to_string();
+    peers.chain(member.servers.iter().cloned()).filter(|server| server.host() != here).collect()
 }
 
 /// This node is a member of the cluster no longer.

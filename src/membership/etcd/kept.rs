@@ -8,6 +8,8 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rustls::ClientConfig;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -110,8 +112,8 @@ impl Kept {
         Ok(files::write_atomic(&self.folder.join(CA), &serde_json::to_vec(ca).unwrap_or_default())?)
     }
 
-    /// A new certificate for the member at this address. When it should be replaced.
-    pub fn certify(&self, address: IpAddr, now: OffsetDateTime) -> Result<OffsetDateTime, KeptError> {
+    /// A new certificate for the member at this address, which its etcd shows from its next handshake on.
+    pub fn certify(&self, address: IpAddr, now: OffsetDateTime) -> Result<(), KeptError> {
         let authority = Authority::load(&self.needed_authority()?)?;
         let names = [address.to_string(), "localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
         let leaf = authority.peer_leaf(&names, now)?;
@@ -119,8 +121,15 @@ impl Kept {
         let key = pem("PRIVATE KEY", leaf.key.secret_der());
         let both = zeroize::Zeroizing::new(format!("{}{}", pem("CERTIFICATE", &leaf.chain[0]).as_str(), key.as_str()));
         files::write_atomic(&self.certificate(), both.as_bytes())?;
-        files::write_atomic(&self.roots(), pem("CERTIFICATE", authority.certificate()).as_bytes())?;
-        Ok(leaf.renew_at)
+        Ok(files::write_atomic(&self.roots(), pem("CERTIFICATE", authority.certificate()).as_bytes())?)
+    }
+
+    /// When the certificate has two thirds of its life behind it, in seconds since 1970. One that cannot be read has.
+    pub fn renew_at(&self) -> i64 {
+        let pem = files::read(&self.certificate()).ok().flatten().unwrap_or_default();
+        let first = CertificateDer::pem_slice_iter(&pem).next().and_then(Result::ok);
+        let validity = first.and_then(|certificate| authority::validity(&certificate));
+        validity.map_or(0, |(from, to)| from + (to - from) / 3 * 2)
     }
 
     /// What members are asked with.

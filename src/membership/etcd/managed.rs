@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use time::OffsetDateTime;
+use tokio::sync::watch;
 
 use super::CLIENT_PORT;
 use super::join::{self, Joiner};
 use super::kept::{Kept, KeptError, Member, Phase};
 use super::members::Members;
+use super::outlook::Outlook;
 use super::process::{self, Process};
 use crate::membership::agent::AgentError;
 use crate::membership::agent::keep::{Keep, KeepError};
@@ -29,6 +30,8 @@ use crate::membership::token::Credential;
 
 /// A member that does not become a full one within so long asks anew.
 const CATCH_UP: Duration = Duration::from_secs(120);
+/// Its own etcd is waited for so long before the reason is looked for.
+const ANSWER: Duration = Duration::from_secs(10);
 /// The others are looked at this often.
 const LOOK: Duration = Duration::from_secs(2);
 /// Who leaves waits so long for the others to let it go.
@@ -77,6 +80,14 @@ pub enum ManagedError {
     /// Where it is.
     #[error("this node says no underlay address that its etcd could have; set `node-ip`")]
     NoAddress,
+    /// Others run on.
+    #[error(
+        "other servers of this cluster still answer: {}. They would go on with what they have, and not know of this one. Stop meshd on \
+         them first; they join this server again when they are started after it. `--force` goes on nevertheless: for a server \
+         that can never be stopped, and that nobody will reach again",
+        .0.join(", ")
+    )]
+    OthersAnswer(Vec<String>),
     /// It was a member.
     #[error("{0}")]
     Expelled(String),
@@ -86,6 +97,11 @@ pub enum ManagedError {
 }
 
 impl ManagedError {
+    /// Whether it is only not this server's turn.
+    pub fn is_later(&self) -> bool {
+        matches!(self, ManagedError::Client(error) if error.code() == Some("later"))
+    }
+
     /// Whether it may pass by itself.
     pub fn may_pass(&self) -> bool {
         match self {
@@ -104,7 +120,7 @@ pub struct Managed {
     member: Option<Member>,
     process: Option<Process>,
     gateway: Option<Gateway>,
-    renew_at: OffsetDateTime,
+    progress: watch::Sender<Option<String>>,
 }
 
 impl Managed {
@@ -122,13 +138,31 @@ impl Managed {
         if member.is_none() && joins && database.exists() {
             return Err(ManagedError::OwnCluster(database));
         }
-        let renew_at = Now::read().date();
-        Ok(Some(Managed { kept, database, member, process: None, gateway: None, renew_at }))
+        Ok(Some(Managed { kept, database, member, process: None, gateway: None, progress: watch::Sender::new(None) }))
     }
 
     /// Whether this server came to others, whose cluster it is.
     pub fn joined(&self) -> bool {
         self.member.as_ref().is_some_and(|member| member.joined)
+    }
+
+    /// Whether it has been a full member, with a store that other servers share.
+    pub fn is_member(&self) -> bool {
+        self.member.as_ref().is_some_and(|member| member.phase == Phase::Member)
+    }
+
+    /// What a server that joins others waits for, for people.
+    pub fn progress(&self) -> watch::Receiver<Option<String>> {
+        self.progress.subscribe()
+    }
+
+    fn tell(&self, progress: &str) {
+        self.progress.send_replace(Some(progress.to_owned()));
+    }
+
+    /// For who wants to know why the store does not answer, while it is being opened.
+    pub fn outlook(&self) -> Option<Outlook> {
+        Some(Outlook::new(self.kept.clone(), self.member.clone()?))
     }
 
     /// The cluster that it joined.
@@ -141,6 +175,7 @@ impl Managed {
         let address = hello.underlay.first().map(|address| address.ip()).ok_or(ManagedError::NoAddress)?;
         let program = process::find().ok_or(ManagedError::NoProgram)?;
         let member = match self.member.clone() {
+            Some(member) if member.address != address => self.moved(member, address).await?,
             Some(member) => member,
             None => self.begin(settings, address)?,
         };
@@ -159,31 +194,43 @@ impl Managed {
         };
         let authority = self.kept.authority()?.ok_or(ManagedError::Authority(AuthorityError::Damaged))?;
         let members = Members::new(store.clone(), authority, member.token.clone());
+        if let Err(error) = members.readdress(&member.name, &member.peer_url()).await {
+            tracing::warn!("{error}");
+        }
         self.gateway = Some(store.gateway().clone());
         Ok((store, Arc::new(members)))
     }
 
-    /// Looks after it: members whose server is gone, certificates. Ends with what ends this member.
-    pub async fn maintain(&mut self, registry: &Registry, members: &Members) -> ManagedError {
+    /// Looks after it: members whose server is gone, certificates, this server's address. Ends with what ends this member.
+    pub async fn maintain(
+        &mut self,
+        registry: &Registry,
+        members: &Members,
+        hello: &watch::Receiver<Hello>,
+    ) -> ManagedError {
         let mut last = String::new();
+        let mut seen = None;
         loop {
             tokio::time::sleep(LOOK).await;
+            // seen twice: an interface may be without its first address for a moment
+            let address = hello.borrow().underlay.first().map(|address| address.ip());
+            let before = std::mem::replace(&mut seen, address);
+            let moved = address.filter(|_| before == address).zip(self.member.clone());
+            if let Some((address, member)) = moved.filter(|(address, member)| *address != member.address)
+                && let Err(error) = self.restart_at(member, address).await
+            {
+                return error;
+            }
             let Some((member, process)) = self.member.as_ref().zip(self.process.as_ref()) else {
                 return ManagedError::Removed;
             };
             if process.fare().removed {
                 return ManagedError::Removed;
             }
-            if Now::read().date() >= self.renew_at {
-                match self.certify(&member.clone()) {
-                    Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
-                    Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),
-                }
-                continue;
-            }
+            self.renew(member);
             let gone = |name: &str| matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
             let looked = match self.kept.client() {
-                Ok(tls) => members.look(tls, &member.name, gone).await.map_err(ManagedError::from),
+                Ok(tls) => members.look(tls, member, gone).await.map_err(ManagedError::from),
                 Err(error) => Err(error.into()),
             };
             // Whom to ask when this server comes back, and the others have gone on without it.
@@ -223,6 +270,30 @@ impl Managed {
         self.kept.forget()?;
         self.member = self.kept.member()?;
         Ok(())
+    }
+
+    /// This server has another address now. Other members reach this one there as soon as it has told them, which it can,
+    /// since it reaches them.
+    async fn moved(&mut self, mut member: Member, address: IpAddr) -> Result<Member, ManagedError> {
+        tracing::info!("the etcd member moves from {} to {address}", member.address);
+        if let Some(process) = self.process.take() {
+            process.stop().await;
+        }
+        member.address = address;
+        let url = member.peer_url();
+        for (name, known) in &mut member.cluster {
+            if *name == member.name {
+                known.clone_from(&url);
+            }
+        }
+        self.keep(&member)?;
+        Ok(member)
+    }
+
+    async fn restart_at(&mut self, member: Member, address: IpAddr) -> Result<(), ManagedError> {
+        let program = process::find().ok_or(ManagedError::NoProgram)?;
+        let member = self.moved(member, address).await?;
+        self.run(program, &member)
     }
 
     fn begin(&mut self, settings: &Settings, address: IpAddr) -> Result<Member, ManagedError> {
@@ -294,7 +365,12 @@ impl Managed {
         settings: &Settings,
         hello: &Hello,
     ) -> Result<Member, ManagedError> {
+        self.tell("this server's node joins the cluster");
         let joiner = Joiner::open(settings, hello, &member).await?;
+        self.tell(
+            "the other servers let this one's etcd in, one server at a time; etcd itself waits until five seconds after the last \
+             one",
+        );
         let answer = match joiner.ask(member.address).await {
             Err(ManagedError::Client(ClientError::Refused { code, message })) if code == "removed" => {
                 self.forget().await?;
@@ -312,6 +388,7 @@ impl Managed {
         (member.token, member.cluster, member.joined) = (answer.token, answer.members, true);
         self.keep(&member)?;
         self.run(program, &member)?;
+        self.tell("this server's etcd fetches what the others have");
         let start = Instant::now();
         loop {
             tokio::time::sleep(Duration::from_millis(300)).await;
@@ -328,6 +405,7 @@ impl Managed {
         }
         member.phase = Phase::Member;
         self.keep(&member)?;
+        self.progress.send_replace(None);
         tracing::info!("this server's etcd is a full member");
         Ok(member)
     }
@@ -373,15 +451,27 @@ impl Managed {
 
     /// Starts it, if it does not run.
     fn run(&mut self, program: PathBuf, member: &Member) -> Result<(), ManagedError> {
-        if self.process.is_none() {
+        if self.process.is_some() {
+            self.renew(member);
+        } else {
             self.certify(member)?;
             self.process = Some(Process::start(program, self.kept.clone(), member.clone()));
         }
         Ok(())
     }
 
-    fn certify(&mut self, member: &Member) -> Result<(), ManagedError> {
-        self.renew_at = self.kept.certify(member.address, Now::read().date())?;
+    /// A new certificate in good time. etcd reads it for each handshake, so nothing is interrupted.
+    fn renew(&self, member: &Member) {
+        if Now::read().unix >= self.kept.renew_at() {
+            match self.certify(member) {
+                Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
+                Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),
+            }
+        }
+    }
+
+    fn certify(&self, member: &Member) -> Result<(), ManagedError> {
+        self.kept.certify(member.address, Now::read().date())?;
         if let Some(gateway) = &self.gateway {
             gateway.set_tls(self.kept.client()?);
         }
@@ -391,7 +481,8 @@ impl Managed {
     async fn connect(&self, member: &Member) -> Result<Gateway, ManagedError> {
         let endpoints = vec![(member.address.to_string(), CLIENT_PORT)];
         let gateway = Gateway::new(Access { endpoints, tls: Some(self.kept.client()?), user: None });
-        for _ in 0..50 {
+        let start = Instant::now();
+        while start.elapsed() < ANSWER {
             if gateway.answers().await {
                 return Ok(gateway);
             }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::PEER_PORT;
-use super::kept::url;
+use super::kept::{Member, url};
 use crate::membership::api::{ServerJoined, ServerMember};
 use crate::membership::authority;
 use crate::membership::store::etcd::{Access, Etcd, Gateway, Number};
@@ -139,9 +139,29 @@ impl Members {
         Ok(self.list().await?.into_iter().filter(|member| !member.learner).map(|member| member.name).collect())
     }
 
-    /// Looks at all members: whose server is gone is removed (`gone` tells by the name, and never of this one), and the
-    /// rest is asked how it is.
-    pub async fn look(&self, tls: Arc<ClientConfig>, own: &str, gone: impl Fn(&str) -> bool) -> Result<(), StoreError> {
+    /// Sees to it that the others look for the member `name` where it is: at this peer URL.
+    pub async fn readdress(&self, name: &str, url: &str) -> Result<(), StoreError> {
+        let members = self.list().await?;
+        let Some(own) = members.iter().find(|member| member.name == name && member.peers != [url]) else {
+            return Ok(());
+        };
+        let ask = json!({ "ID": own.id.0.to_string(), "peerURLs": [url] });
+        let updated = self.gateway().ask::<Value>("/v3/cluster/member/update", &ask).await;
+        updated.map_err(|error| self.gateway().told(error))?;
+        tracing::info!("the etcd members look for this server's at {url} now");
+        Ok(())
+    }
+
+    /// Looks at all members: whose server is gone is removed (`gone` tells by the name, and never of this one), the rest is
+    /// asked how it is, and this server's own is to be known where it is.
+    pub async fn look(
+        &self,
+        tls: Arc<ClientConfig>,
+        member: &Member,
+        gone: impl Fn(&str) -> bool,
+    ) -> Result<(), StoreError> {
+        let own = member.name.as_str();
+        self.readdress(own, &member.peer_url()).await?;
         let members = self.list().await?;
         let mut seen = Vec::new();
         let (mut endpoints, mut peers) = (Vec::new(), Vec::new());

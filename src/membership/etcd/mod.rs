@@ -10,12 +10,14 @@ pub mod join;
 pub mod kept;
 pub mod managed;
 pub mod members;
+mod outlook;
 mod process;
 pub mod tools;
 
 pub use self::kept::{Kept, KeptError, Phase};
 pub use self::managed::{Managed, ManagedError};
 pub use self::members::Members;
+pub use self::outlook::Outlook;
 
 /// Where members are asked.
 pub const CLIENT_PORT: u16 = 2379;

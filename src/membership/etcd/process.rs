@@ -155,17 +155,22 @@ async fn run(
     ended
 }
 
-/// Returns when it has answered nothing for too long.
+/// Returns when it has answered nothing for too long. Until it has found a quorum only its peer port answers.
 async fn hangs(kept: &Kept, member: &Member, told: &watch::Sender<Fare>) {
     let mut answered = Instant::now();
+    let mut began = false;
     loop {
         tokio::time::sleep(LOOK).await;
         let Ok(tls) = kept.client() else { continue };
-        let endpoints = vec![(member.address.to_string(), CLIENT_PORT)];
-        let gateway = Gateway::new(Access { endpoints, tls: Some(tls), user: None });
-        if gateway.answers().await {
-            answered = Instant::now();
+        let at = |port| {
+            let endpoints = vec![(member.address.to_string(), port)];
+            Gateway::new(Access { endpoints, tls: Some(tls.clone()), user: None })
+        };
+        if at(CLIENT_PORT).answers().await {
+            (answered, began) = (Instant::now(), true);
             told.send_if_modified(|fare| fare.problem.take().is_some());
+        } else if !began && at(PEER_PORT).is_there().await.is_ok() {
+            answered = Instant::now();
         } else if answered.elapsed() >= HUNG {
             return;
         }

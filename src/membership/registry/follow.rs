@@ -12,7 +12,7 @@ use super::rows::{self, BadRow, ClusterRow, Plan};
 use super::{OpenError, Refused, Registry, Writer};
 use crate::membership::address::ServerAddress;
 use crate::membership::clock::Now;
-use crate::membership::store::{Event, LeaseId, Op, Outcome, StoreError, Txn};
+use crate::membership::store::{Event, KeyValue, LeaseId, Op, Outcome, Store, StoreError, Txn};
 
 /// A server that is not heard for so long is gone.
 const LEASE: Duration = Duration::from_secs(20);
@@ -77,7 +77,16 @@ impl Registry {
 
     /// Whether the store still has this cluster.
     async fn look(&self) -> Result<(), OpenError> {
-        let found = self.store.range(rows::CLUSTER).await?.items;
+        self.look_at(&*self.store).await
+    }
+
+    /// Whether that store has this cluster.
+    pub(super) async fn look_at(&self, store: &dyn Store) -> Result<(), OpenError> {
+        self.look_in(&store.range(rows::CLUSTER).await?.items)
+    }
+
+    /// Whether these keys are of this cluster.
+    pub(super) fn look_in(&self, found: &[KeyValue]) -> Result<(), OpenError> {
         match found.iter().find(|item| item.key == rows::CLUSTER) {
             Some(item) => self.is_ours(&item.value),
             None => Err(OpenError::Vanished { cluster: self.cluster.id.clone() }),

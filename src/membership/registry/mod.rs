@@ -13,10 +13,11 @@ mod refused;
 mod requests;
 mod rows;
 mod space;
+mod standby;
 mod state;
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -44,12 +45,13 @@ use super::api::{JoinAnswer, JoinRequest, Myself, News, PollAnswer};
 use super::authority::{self, Authority, AuthorityError};
 use super::clock::Now;
 use super::etcd::Members;
+use super::files::FileError;
 use super::link::Peers;
 use super::matrix::MAX_PATHS;
 use super::pake;
 use super::random;
 use super::record::{NodeRecord, Role};
-use super::settings::{MaskSizes, PurgeAfter, Secret};
+use super::settings::{MaskSizes, PurgeAfter, SERVER_PORT, Secret};
 use super::store::{Compare, Op, Outcome, Revision, Store, StoreError, Txn};
 use super::token::{Token, TokenId, TokenSecret};
 
@@ -97,6 +99,9 @@ pub enum OpenError {
     /// Its content is wrong.
     #[error(transparent)]
     Row(#[from] BadRow),
+    /// The copy of it.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The CA.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
@@ -182,6 +187,8 @@ pub struct Registry {
     servers: RwLock<Vec<ServerAddress>>,
     /// The etcd that the servers run, where they do.
     members: OnceLock<Arc<Members>>,
+    /// Why the store does not answer yet, where this server began without it.
+    away: OnceLock<watch::Receiver<Vec<String>>>,
     shared: bool,
     datastore: &'static str,
     /// This server among others, as long as it runs.
@@ -297,6 +304,7 @@ impl Registry {
             health: Mutex::new(Health::new(now, found.beats)),
             servers: RwLock::default(),
             members: OnceLock::new(),
+            away: OnceLock::new(),
             shared: setup.shared,
             datastore: setup.datastore,
             me: random::id(),
@@ -343,6 +351,7 @@ impl Registry {
 
     /// The etcd that the servers run, for further ones.
     pub fn members(&self) -> Result<&Arc<Members>, Refused> {
+        self.present()?;
         self.members.get().ok_or(Refused::NoMembers(self.datastore))
     }
 
@@ -351,10 +360,15 @@ impl Registry {
         let _ = self.members.set(members);
     }
 
-    /// Where the servers are, this one first.
+    /// Where the servers are: this one first, others that run, and where those are looked for that do not.
     pub fn servers(&self) -> Vec<ServerAddress> {
         let mut all = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
-        for address in self.others().servers.values().flatten() {
+        let port = all.first().map_or(SERVER_PORT, ServerAddress::port);
+        let known = self.known();
+        let nodes = known.state.nodes.values().filter(|row| self.shared && row.record.role == Role::Server);
+        let underlay = nodes.flat_map(|row| &row.record.underlay);
+        let looked_for = underlay.map(|address| SocketAddr::new(address.ip(), port).into()).collect::<Vec<_>>();
+        for address in self.others().servers.values().flatten().chain(&looked_for) {
             if !all.contains(address) {
                 all.push(address.clone());
             }
@@ -375,6 +389,9 @@ impl Registry {
         proof: &Proof,
         from: Option<IpAddr>,
     ) -> Result<JoinAnswer, Refused> {
+        if *proof != Proof::Local {
+            self.present()?;
+        }
         if let Proof::Token(id, secret) = proof {
             if self.shared && self.known().state.token(id, secret).is_err() {
                 // Another server may have made it a moment ago.
@@ -438,7 +455,9 @@ impl Registry {
     /// The member with this identity, or why there is none.
     pub fn member(&self, identity: &str) -> Result<Member, Refused> {
         let known = self.known();
-        let row = known.state.member(identity)?;
+        let found = known.state.member(identity);
+        // a copy of the store does not know who came since
+        let row = if found.is_err() { self.present().and(found)? } else { found? };
         Ok(Member { id: row.record.id.clone(), name: row.record.name.clone(), role: row.record.role })
     }
 
@@ -532,8 +551,11 @@ impl Registry {
         })
     }
 
-    /// To be called about once a second: readiness, purging, tidying.
+    /// To be called about once a second: readiness, purging, tidying. None of it while the store is away.
     pub async fn tick(&self, now: Now) -> Result<(), Refused> {
+        if !self.away().is_empty() {
+            return Ok(());
+        }
         let verdict = {
             let known = self.known();
             let nodes = known.state.nodes.values().filter(|row| row.record.role != Role::Foreign);
@@ -604,6 +626,10 @@ impl Registry {
     /// What is new for somebody who has the list of revision `from`, as the JSON of a [`PollAnswer`].
     pub fn news(&self, from: Option<u64>) -> Bytes {
         let servers = self.servers();
+        if let Some(revision) = from.filter(|_| !self.away().is_empty()) {
+            let news = News::Same { revision };
+            return rows::json(&PollAnswer { news, servers, cidrs: self.cidrs().to_vec() }).into();
+        }
         let known = self.known();
         let revision = known.feed.revision();
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);

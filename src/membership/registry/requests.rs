@@ -125,7 +125,11 @@ impl Registry {
         if !records.is_empty() && !workers {
             warnings.push("no node carries a workload subnet: all are control-only".to_owned());
         }
-        let (tolerance, summary) = if self.members.get().is_some() {
+        let away = self.away();
+        let (tolerance, summary) = if !away.is_empty() {
+            warnings.extend(away);
+            (0, Some("the datastore does not answer: nothing can be changed".to_owned()))
+        } else if self.members.get().is_some() {
             let voters: Vec<_> = members.iter().filter(|member| !member.learner).collect();
             let quorum = voters.len() / 2 + 1;
             let there = voters.iter().filter(|member| member.answers).count();

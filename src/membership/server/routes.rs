@@ -73,7 +73,9 @@ pub(super) fn router(shared: Arc<Shared>) -> Router {
 }
 
 async fn readyz(State(app): App) -> Response {
+    let away = app.registry.away();
     let reasons: Vec<String> = match timeout(READY, app.registry.check()).await {
+        _ if !away.is_empty() => away,
         Ok(Ok(())) => vec![],
         Ok(Err(error)) => vec![error.to_string()],
         Err(_) => {
@@ -173,8 +175,7 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
     let peers = link::Peers { heard: poll.reaches, paths: poll.paths };
     registry.beat(Now::read(), &member.id, Some(peer.address.ip()), peers);
     if let Some(from) = poll.revision.filter(|_| !poll.no_wait) {
-        let mut news = registry.watch();
-        let _ = timeout(INTERVAL, news.wait_for(|revision| *revision != from && *revision > from)).await;
+        let _ = timeout(INTERVAL, registry.wait_for_news(from)).await;
         // It may have been removed meanwhile.
         app.registry.member(peer.identity.as_deref().unwrap_or_default())?;
     }

@@ -10,6 +10,7 @@ pub mod endpoint;
 pub mod etcd;
 pub mod sql;
 pub mod sqlite;
+pub mod standby;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -3,9 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
+use serde_json::json;
 use tokio::time::timeout;
 
-use super::{Access, Etcd, Gateway, PREFIX};
+use super::rows::Status;
+use super::{Access, CallError, Etcd, FORMAT, Gateway, PREFIX, trouble};
 use crate::membership::settings::{Datastore, Secret};
 use crate::membership::store::StoreError;
 use crate::membership::store::check::{Finding, Report};
@@ -33,29 +36,100 @@ pub async fn open(datastore: &Datastore) -> Result<Etcd, StoreError> {
     Etcd::open(Gateway::new(access), &prefix).await
 }
 
-/// Looks whether a server could use it, and changes nothing.
+/// Looks whether a server could use it, and changes nothing. Each of its members is asked by itself.
 pub async fn look(datastore: &Datastore, shown: String) -> Report {
-    let tried = async {
-        let etcd = open(datastore).await?;
-        etcd.may_write().await.map(|()| etcd.gateway().place())
+    let encrypted = Some(shown.starts_with("etcds://"));
+    let mut report = Report { datastore: shown, ok: false, server: None, encrypted, format: None, findings: vec![] };
+    let (access, prefix) = match access(datastore) {
+        Ok(found) => found,
+        Err(problem) => {
+            let fix = "mend `datastore-endpoint` and what belongs to it; `meshd config check` reads it".to_owned();
+            report.findings.push(Finding { problem, fix, warning: false });
+            return report;
+        }
     };
-    let place = shown.clone();
-    let tried = timeout(LOOK, tried).await.unwrap_or_else(|_| {
-        let detail = "nobody answers; is etcd started, and is its client port open to this machine?".to_owned();
-        Err(StoreError::Unavailable { place, detail })
+    let members = access.endpoints.iter().map(|endpoint| {
+        let (host, port) = endpoint;
+        let gateway = Gateway::new(Access { endpoints: vec![endpoint.clone()], ..access.clone() });
+        let prefix = &prefix;
+        async move {
+            timeout(LOOK, look_at(gateway, prefix, encrypted == Some(true))).await.unwrap_or_else(|_| {
+                let problem = format!("{host}:{port} does not answer in time");
+                Err(Finding { problem, fix: health(host, *port), warning: false })
+            })
+        }
     });
-    let finding = |error: StoreError| Finding {
-        problem: error.to_string(),
-        fix:
-            "ETCDCTL_API=3 etcdctl endpoint health; for rights: etcdctl role add meshd; etcdctl role grant-permission \
-              --prefix=true meshd readwrite meshd/; etcdctl user grant-role USER meshd"
-                .to_owned(),
-        warning: false,
+    for looked in join_all(members).await {
+        match looked {
+            Ok((server, format)) => {
+                report.ok = true;
+                report.server.get_or_insert(server);
+                report.format = Some(format);
+            }
+            // what is wrong with all of them is said once
+            Err(finding) if report.findings.iter().any(|known| known.fix == finding.fix) => {}
+            Err(finding) => report.findings.push(finding),
+        }
+    }
+    report.findings.iter_mut().for_each(|finding| finding.warning = report.ok);
+    report
+}
+
+/// What answers, and the format of what it holds; 0: nothing.
+async fn look_at(gateway: Gateway, prefix: &str, encrypted: bool) -> Result<(String, i64), Finding> {
+    let place = gateway.place();
+    let user = gateway.user().unwrap_or("USER").to_owned();
+    let finding = |problem: String, fix: String| Finding { problem, fix, warning: false };
+    let asked = gateway.once::<Status>("/v3/maintenance/status", &json!({}), LOOK).await;
+    let status = asked.map_err(|error| {
+        let fix = match &error {
+            CallError::Tls { problem, fix } => return finding(problem.clone(), fix.clone()),
+            CallError::Lost(_) if !encrypted => {
+                let (host, port) = gateway.first();
+                format!("if it speaks TLS, write `etcds://` and set `datastore-cafile`; else: {}", health(&host, port))
+            }
+            CallError::Unreached(_) | CallError::Lost(_) => {
+                let (host, port) = gateway.first();
+                health(&host, port)
+            }
+            CallError::Stranger(_) => "write the address of an etcd (its client port, 2379) in `datastore-endpoint`".to_owned(),
+            CallError::Refused { message, .. } if message.contains("user name is empty") => {
+                "write `etcd://USER@HOST:2379`, and set `datastore-password-file`".to_owned()
+            }
+            CallError::Refused { .. } => {
+                format!("set `datastore-password-file` right; or, as root: etcdctl user add {user}, etcdctl user passwd {user}")
+            }
+        };
+        finding(gateway.told(error).to_string(), fix)
+    })?;
+    let version = status.version;
+    let tried = async {
+        let etcd = Etcd::open(gateway, prefix).await?;
+        etcd.may_write().await?;
+        Ok::<_, StoreError>(if etcd.is_empty().await? { 0 } else { FORMAT.cast_signed() })
     };
-    let encrypted = shown.starts_with("etcds://");
-    let findings: Vec<_> = tried.as_ref().err().cloned().map(finding).into_iter().collect();
-    let server = tried.ok().map(|place| format!("etcd at {place}"));
-    Report { datastore: shown, ok: server.is_some(), server, encrypted: Some(encrypted), format: None, findings }
+    let format = tried.await.map_err(|error| {
+        let fix = match &error {
+            StoreError::Unfit { problem, .. } if problem.contains("grant-permission") => trouble::grant(&user, prefix),
+            StoreError::Unfit { problem, .. }
+                if problem.contains("user name is empty") || problem.contains("wants a user") =>
+            {
+                "write `etcd://USER@HOST:2379`, and set `datastore-password-file`".to_owned()
+            }
+            StoreError::Unfit { .. } => "install etcd 3.4 or later there".to_owned(),
+            StoreError::Newer { .. } => "install the meshd of the cluster's other servers here".to_owned(),
+            StoreError::Corrupt { .. } => format!("restore a backup of the keys below `{prefix}`"),
+            _ => "ETCDCTL_API=3 etcdctl endpoint status --cluster".to_owned(),
+        };
+        finding(error.to_string(), fix)
+    })?;
+    Ok((format!("{place}, version {version}"), format))
+}
+
+fn health(host: &str, port: u16) -> String {
+    format!(
+        "start it, and open TCP port {port} to this machine; there: ETCDCTL_API=3 etcdctl --endpoints={host}:{port} endpoint health"
+    )
 }
 
 /// What an endpoint says.

@@ -3,8 +3,9 @@
 //! Owns connections, failover, TLS and the login. Knows no keys. The gateway is a part of every etcd since 3.4, so that a
 //! build needs neither `protoc` nor a gRPC stack; what it costs is base64 around keys and values.
 
+use std::error::Error;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
@@ -24,6 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::trouble;
 use crate::membership::settings::Secret;
 use crate::membership::store::StoreError;
 
@@ -65,6 +67,8 @@ pub(in crate::membership) enum CallError {
     Refused { code: u64, message: String },
     /// What answers is no etcd of 3.4 or later.
     Stranger(String),
+    /// One of the two does not take the other's certificate: nothing was asked.
+    Tls { problem: String, fix: String },
 }
 
 /// A connection to a cluster, shared by its clones.
@@ -99,7 +103,9 @@ impl fmt::Display for Endpoint {
 struct Wire {
     endpoint: Arc<Endpoint>,
     sender: SendRequest<Full<Bytes>>,
-    _driver: JoinSet<()>,
+    driver: JoinSet<()>,
+    /// Why the driver ended.
+    ended: Arc<OnceLock<hyper::Error>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -147,6 +153,33 @@ impl Gateway {
             self.once::<Value>("/v3/maintenance/status", &json!({}), ANSWER).await,
             Err(CallError::Unreached(_) | CallError::Lost(_))
         )
+    }
+
+    /// Whether an etcd's HTTP server is there, be it only for other members; else why not. Unlike everything else this is
+    /// answered by a member that has not found its quorum yet.
+    pub async fn is_there(&self) -> Result<(), String> {
+        let asked = async {
+            let mut wire = self.wire().await?;
+            let request = Request::get("/version").header("host", wire.endpoint.to_string());
+            let request = request.body(Full::default()).map_err(|e| CallError::Unreached(e.to_string()))?;
+            wire.sender.send_request(request).await.map_err(|e| CallError::Lost(e.to_string()))
+        };
+        match timeout(CONNECT, asked).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(CallError::Unreached(why) | CallError::Lost(why) | CallError::Stranger(why))) => Err(why),
+            Ok(Err(CallError::Refused { message, .. } | CallError::Tls { problem: message, .. })) => Err(message),
+            Err(_) => Err(format!("{} does not answer", self.place())),
+        }
+    }
+
+    /// The first of its members.
+    pub(super) fn first(&self) -> (String, u16) {
+        self.endpoints().first().map(|first| (first.host.clone(), first.port)).unwrap_or_default()
+    }
+
+    /// Who logs in.
+    pub(super) fn user(&self) -> Option<&str> {
+        self.0.user.as_ref().map(|(name, _)| name.as_str())
     }
 
     /// What errors call it: its members, and nothing secret.
@@ -276,8 +309,11 @@ impl Gateway {
             Ok(Ok(wire)) => Ok(wire),
             failed => {
                 *lock(&endpoint.failed) = Some(Instant::now());
-                let why = failed.map_or_else(|_| "it does not answer".to_owned(), |r| r.err().unwrap_or_default());
-                Err(CallError::Unreached(format!("{endpoint} cannot be reached ({why})")))
+                Err(match failed {
+                    Ok(Err(error)) => trouble::tls(&endpoint.to_string(), &*error)
+                        .unwrap_or_else(|| CallError::Unreached(format!("{endpoint} cannot be reached ({error})"))),
+                    _ => CallError::Unreached(format!("{endpoint} cannot be reached (it does not answer)")),
+                })
             }
         }
     }
@@ -300,14 +336,14 @@ impl Gateway {
         let unfit = |problem: &str| StoreError::Unfit { place: place.clone(), problem: problem.to_owned() };
         match error {
             CallError::Unreached(detail) | CallError::Lost(detail) => StoreError::Unavailable { place, detail },
+            // certificates are renewed, also somebody else's
+            CallError::Tls { problem, fix } => StoreError::Unavailable { place, detail: format!("{problem}: {fix}") },
             CallError::Stranger(problem) => unfit(&problem),
             CallError::Refused { code: NOT_FOUND, message } if message.contains("lease") => StoreError::NoLease,
             CallError::Refused { code: RESOURCE_EXHAUSTED, message } if message.contains("space") => {
                 StoreError::Full { place }
             }
-            CallError::Refused { code: PERMISSION_DENIED, .. } => {
-                unfit("the user may not read and write the keys of the cluster; grant it the role (`etcdctl role`)")
-            }
+            CallError::Refused { code: PERMISSION_DENIED, message } => unfit(&message),
             CallError::Refused { code: INVALID_ARGUMENT, message } if message.contains("authentication failed") => {
                 unfit("the user or the password is wrong")
             }
@@ -340,7 +376,7 @@ impl CallError {
     /// Whether another try, or another member, may do better.
     pub(in crate::membership) fn may_pass(&self) -> bool {
         match self {
-            CallError::Unreached(_) | CallError::Lost(_) => true,
+            CallError::Unreached(_) | CallError::Lost(_) | CallError::Tls { .. } => true,
             CallError::Refused { code, message } => {
                 matches!(*code, UNKNOWN | DEADLINE_EXCEEDED | INTERNAL | UNAVAILABLE | UNAUTHENTICATED)
                     || message.contains("too many requests")
@@ -354,7 +390,7 @@ const UNKNOWN: u64 = 2;
 pub(super) const INVALID_ARGUMENT: u64 = 3;
 const DEADLINE_EXCEEDED: u64 = 4;
 pub(super) const NOT_FOUND: u64 = 5;
-const PERMISSION_DENIED: u64 = 7;
+pub(super) const PERMISSION_DENIED: u64 = 7;
 const RESOURCE_EXHAUSTED: u64 = 8;
 const FAILED_PRECONDITION: u64 = 9;
 pub(super) const OUT_OF_RANGE: u64 = 11;
@@ -407,29 +443,38 @@ impl Stream {
     }
 }
 
-async fn connect(endpoint: &Arc<Endpoint>, tls: Option<Arc<ClientConfig>>) -> Result<Wire, String> {
-    let stream = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await.map_err(|e| e.to_string())?;
+async fn connect(
+    endpoint: &Arc<Endpoint>,
+    tls: Option<Arc<ClientConfig>>,
+) -> Result<Wire, Box<dyn Error + Send + Sync>> {
+    let stream = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await?;
     let _ = stream.set_nodelay(true);
     let socket = SockRef::from(&stream);
     let alive = TcpKeepalive::new().with_time(Duration::from_secs(4)).with_interval(Duration::from_secs(2));
     let _ = socket.set_tcp_keepalive(&alive);
     let _ = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
     let mut driver = JoinSet::new();
+    let ended = Arc::new(OnceLock::new());
+    async fn told(connection: impl Future<Output = Result<(), hyper::Error>>, ended: Arc<OnceLock<hyper::Error>>) {
+        if let Err(error) = connection.await {
+            let _ = ended.set(error);
+        }
+    }
     let sender = match tls {
         Some(config) => {
-            let name = ServerName::try_from(endpoint.host.clone()).map_err(|e| e.to_string())?;
-            let stream = TlsConnector::from(config).connect(name, stream).await.map_err(|e| e.to_string())?;
-            let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
-            driver.spawn(async move { drop(connection.await) });
+            let name = ServerName::try_from(endpoint.host.clone())?;
+            let stream = TlsConnector::from(config).connect(name, stream).await?;
+            let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+            driver.spawn(told(connection, ended.clone()));
             sender
         }
         None => {
-            let (sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
-            driver.spawn(async move { drop(connection.await) });
+            let (sender, connection) = handshake(TokioIo::new(stream)).await?;
+            driver.spawn(told(connection, ended.clone()));
             sender
         }
     };
-    Ok(Wire { endpoint: endpoint.clone(), sender, _driver: driver })
+    Ok(Wire { endpoint: endpoint.clone(), sender, driver, ended })
 }
 
 async fn post(
@@ -439,18 +484,32 @@ async fn post(
     token: Option<&str>,
 ) -> Result<Response<Incoming>, CallError> {
     let endpoint = wire.endpoint.clone();
-    let lost = |e: hyper::Error| {
-        let why = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
-        CallError::Lost(format!("{endpoint}: {why}"))
-    };
     let bytes = serde_json::to_vec(body).map_err(|e| CallError::Unreached(e.to_string()))?;
     let mut request = Request::builder().method(Method::POST).uri(path).header("host", endpoint.to_string());
     if let Some(token) = token {
         request = request.header("authorization", token);
     }
     let request = request.body(Full::new(bytes.into())).map_err(|e| CallError::Unreached(e.to_string()))?;
-    wire.sender.ready().await.map_err(lost)?;
-    wire.sender.send_request(request).await.map_err(lost)
+    let sent = async {
+        wire.sender.ready().await?;
+        wire.sender.send_request(request).await
+    };
+    match sent.await {
+        Ok(response) => Ok(response),
+        Err(error) => Err(lost(wire, &error).await),
+    }
+}
+
+/// TLS 1.3 refuses a client's certificate only after the client holds the handshake for done: then the connection ends, and
+/// its driver knows why.
+async fn lost(wire: &mut Wire, error: &hyper::Error) -> CallError {
+    let _ = timeout(PAUSE, wire.driver.join_next()).await;
+    let error = wire.ended.get().unwrap_or(error);
+    let place = wire.endpoint.to_string();
+    trouble::tls(&place, error).unwrap_or_else(|| {
+        let why = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+        CallError::Lost(format!("{place}: {why}"))
+    })
 }
 
 async fn collect(endpoint: &Endpoint, response: Response<Incoming>) -> Result<Bytes, CallError> {
@@ -462,6 +521,11 @@ fn refusal(endpoint: &Endpoint, status: u16, body: &[u8]) -> CallError {
     match serde_json::from_slice::<Refusal>(body) {
         Ok(Refusal { code, message }) if code != 0 => CallError::Refused { code, message },
         _ if status >= 500 => CallError::Lost(format!("{endpoint} answers HTTP status {status}")),
+        // etcd takes a common name for a user's, but not here, and says no to be sure that nobody relies on it
+        _ if String::from_utf8_lossy(body).contains("CommonName") => CallError::Tls {
+            problem: format!("{endpoint} takes no client's certificate with a common name while users have to log in"),
+            fix: "set `datastore-certfile` to a certificate without a common name (CN)".to_owned(),
+        },
         _ => CallError::Stranger(format!("{endpoint} answers HTTP status {status}; is it an etcd of 3.4 or later?")),
     }
 }

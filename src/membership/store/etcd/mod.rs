@@ -11,6 +11,7 @@
 mod endpoint;
 mod gateway;
 mod rows;
+mod trouble;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -36,6 +37,8 @@ pub const PREFIX: &str = "meshd/";
 const MARKER_LIFE: Duration = Duration::from_secs(3600);
 /// It is kept alive when a transaction comes and the last time was so long ago.
 const MARKER_KEEP: Duration = Duration::from_secs(600);
+/// The format of what is kept.
+const FORMAT: u64 = 1;
 /// Steps of one transaction of an import.
 const IMPORT_STEPS: usize = 100;
 /// And bytes, of etcd's limit of 1.5 MiB.
@@ -65,35 +68,43 @@ struct Marker {
 impl Etcd {
     /// Looks at the etcd, which must be there and let us in.
     pub async fn open(gateway: Gateway, prefix: &str) -> Result<Self, StoreError> {
-        let told = |error| gateway.told(error);
+        let told = |error| trouble::told(&gateway, prefix, error);
         let status: Status = gateway.ask("/v3/maintenance/status", &json!({})).await.map_err(told)?;
         let mut parts = status.version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
         if (parts.next(), parts.next().unwrap_or(0)) < (Some(3), 4) {
             let problem = format!("it is version {}; use 3.4 or later", status.version);
             return Err(StoreError::Unfit { place: gateway.place(), problem });
         }
-        let ask = json!({ "key": key(prefix, "base") });
-        let found: Range = gateway.ask("/v3/kv/range", &ask).await.map_err(told)?;
-        let base = match found.kvs.first() {
-            Some(kept) => parse_base(&kept.value.0).ok_or_else(|| StoreError::Corrupt {
-                place: gateway.place(),
-                detail: format!("{prefix}base is no number"),
-            })?,
-            None => 0,
-        };
+        // A later release may keep something else there, and then says so in `format`, which this one does without.
+        let format = number(&gateway, prefix, "format").await?.unwrap_or(FORMAT);
+        if format > FORMAT {
+            let (found, known) = (format.cast_signed(), FORMAT.cast_signed());
+            return Err(StoreError::Newer { place: gateway.place(), found, known });
+        }
+        let base = number(&gateway, prefix, "base").await?.unwrap_or(0);
         let marker = Marker { key: key(prefix, &format!("m/{}", random::id())), ..Marker::default() };
         let inner = Inner { gateway, prefix: prefix.to_owned(), base, marker: Mutex::new(marker) };
         Ok(Etcd(Arc::new(inner)))
     }
 
-    /// Whether keys may be written. Nothing is: etcd looks at the rights for each branch of a transaction, whichever it takes.
+    /// Whether all keys may be read and written. Nothing is: etcd looks at the rights for each branch of a transaction,
+    /// whichever it takes.
     pub async fn may_write(&self) -> Result<(), StoreError> {
-        let place = self.key("check");
-        let never = json!({ "key": place, "target": "CREATE", "result": "LESS", "create_revision": "0" });
-        let put = json!({ "request_put": { "key": place, "value": "" } });
-        let ask = json!({ "compare": [never], "success": [put] });
-        let gateway = self.gateway();
-        gateway.ask::<Value>("/v3/kv/txn", &ask).await.map(drop).map_err(|error| gateway.told(error))
+        let prefix = &self.0.prefix;
+        let never = json!({ "key": self.key("check"), "target": "CREATE", "result": "LESS", "create_revision": "0" });
+        let put = |name: &str| json!({ "request_put": { "key": key(prefix, name), "value": "" } });
+        let read = json!({ "request_range": range_of(prefix, "") });
+        let ask = json!({ "compare": [never], "success": [put("k/check"), put("m/check"), put("base"), read] });
+        self.gateway().ask::<Value>("/v3/kv/txn", &ask).await.map(drop).map_err(|error| self.told(error))
+    }
+
+    /// Whether there is anything already.
+    async fn is_empty(&self) -> Result<bool, StoreError> {
+        let mut ask = range_of(&self.0.prefix, "");
+        ask["limit"] = "1".into();
+        ask["keys_only"] = true.into();
+        let found: Range = self.gateway().ask("/v3/kv/range", &ask).await.map_err(|error| self.told(error))?;
+        Ok(found.kvs.is_empty())
     }
 
     /// Fills an etcd that has nothing below `prefix` with what another store had. Until this has succeeded it is not to be
@@ -340,7 +351,7 @@ impl Etcd {
     }
 
     fn told(&self, error: CallError) -> StoreError {
-        self.0.gateway.told(error)
+        trouble::told(&self.0.gateway, &self.0.prefix, error)
     }
 }
 
@@ -425,6 +436,13 @@ fn compare_mod(key: &str, modified: u64) -> Value {
     json!({ "key": key, "target": "MOD", "result": "EQUAL", "mod_revision": modified.to_string() })
 }
 
-fn parse_base(value: &[u8]) -> Option<Revision> {
-    std::str::from_utf8(value).ok()?.parse().ok()
+/// A key beside the cluster's that holds a number.
+async fn number(gateway: &Gateway, prefix: &str, name: &str) -> Result<Option<u64>, StoreError> {
+    let ask = json!({ "key": key(prefix, name) });
+    let found: Range =
+        gateway.ask("/v3/kv/range", &ask).await.map_err(|error| trouble::told(gateway, prefix, error))?;
+    let Some(kept) = found.kvs.first() else { return Ok(None) };
+    let value = std::str::from_utf8(&kept.value.0).ok().and_then(|text| text.parse().ok());
+    let detail = format!("{prefix}{name} is no number");
+    value.map(Some).ok_or_else(|| StoreError::Corrupt { place: gateway.place(), detail })
 }
