@@ -64,7 +64,12 @@ fn load() {
     let history = runtime.block_on(async {
         let (residents, times) = lab.settle(count).await;
         let at = |share: usize| times[(times.len() - 1) * share / 100];
-        println!("{count} agents at once, joined and connected: p50 {} ms, p99 {} ms, last {} ms", at(50), at(99), at(100));
+        println!(
+            "{count} agents at once, joined and connected: p50 {} ms, p99 {} ms, last {} ms",
+            at(50),
+            at(99),
+            at(100)
+        );
         let flows = [(0, 1), (1, 0)].map(|(a, b)| flow::start(&lab, places[a].clone(), places[b].clone()));
         // an eighth of the residents at most are drained by one worker, so that each has several
         let names: Vec<String> = residents.iter().map(|resident| resident.name.clone()).collect();

@@ -20,21 +20,60 @@ pub(crate) struct Entry {
 #[serde(tag = "what", rename_all = "kebab-case")]
 pub(crate) enum What {
     /// Only acknowledged ones: of another nobody knows the id.
-    Token { server: String, id: String, single: bool },
+    Token {
+        server: String,
+        id: String,
+        single: bool,
+    },
     /// One key's try. Each key has a name of its own, and tries one token.
-    Join { server: String, token: String, name: String, answer: Answer },
-    Revoke { server: String, token: String, done: bool },
-    Remove { server: String, name: String, done: bool },
+    Join {
+        server: String,
+        token: String,
+        name: String,
+        answer: Answer,
+    },
+    Revoke {
+        server: String,
+        token: String,
+        done: bool,
+    },
+    Remove {
+        server: String,
+        name: String,
+        done: bool,
+    },
     /// Of one node, one after the other, and none after one that was not acknowledged.
-    Drain { server: String, name: String, draining: bool, done: bool },
+    Drain {
+        server: String,
+        name: String,
+        draining: bool,
+        done: bool,
+    },
     /// What a server told in between.
-    Seen { server: String, nodes: Vec<Node> },
+    Seen {
+        server: String,
+        nodes: Vec<Node>,
+    },
     /// What it tells in the end.
-    End { server: String, nodes: Vec<Node>, tokens: Vec<Token> },
+    End {
+        server: String,
+        nodes: Vec<Node>,
+        tokens: Vec<Token>,
+    },
     /// A node that stayed, in the end.
-    Resident { name: String, connected: bool, ids: BTreeSet<String> },
+    Resident {
+        name: String,
+        connected: bool,
+        ids: BTreeSet<String>,
+    },
     /// The data plane.
-    Flow { from: String, to: String, sent: u64, lost: u64, worst_gap_ms: u64 },
+    Flow {
+        from: String,
+        to: String,
+        sent: u64,
+        lost: u64,
+        worst_gap_ms: u64,
+    },
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
@@ -137,7 +176,9 @@ pub(crate) fn check(history: &[Entry]) -> Vec<String> {
         if *single {
             let joined: BTreeSet<&str> = mine
                 .iter()
-                .flat_map(|(name, tries)| tries.ids.iter().copied().chain(by_name.get(*name).map(|node| node.id.as_str())))
+                .flat_map(|(name, tries)| {
+                    tries.ids.iter().copied().chain(by_name.get(*name).map(|node| node.id.as_str()))
+                })
                 .collect();
             if joined.len() > 1 {
                 wrong.push(format!("token {id} is for one node, and let in {}", joined.len()));
@@ -191,7 +232,9 @@ pub(crate) fn check(history: &[Entry]) -> Vec<String> {
                 let all: BTreeSet<String> = nodes.iter().map(|node| node.id.clone()).collect();
                 if !connected || *ids != all {
                     let (more, less) = (ids.difference(&all).count(), all.difference(ids).count());
-                    wrong.push(format!("{name} ends connected: {connected}, with {more} nodes that are not there, and without {less}"));
+                    wrong.push(format!(
+                        "{name} ends connected: {connected}, with {more} nodes that are not there, and without {less}"
+                    ));
                 }
             }
             What::Flow { from, to, sent, lost, .. } if *sent == 0 || *lost > 0 => {

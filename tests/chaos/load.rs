@@ -242,7 +242,8 @@ impl Lab {
         loop {
             let mut told = Vec::new();
             for server in &self.servers {
-                let both = (self.nodes(server).await.unwrap_or_default(), self.tokens(server).await.unwrap_or_default());
+                let both =
+                    (self.nodes(server).await.unwrap_or_default(), self.tokens(server).await.unwrap_or_default());
                 told.push(both);
             }
             let ids: std::collections::BTreeSet<String> = told[0].0.iter().map(|node| node.id.clone()).collect();

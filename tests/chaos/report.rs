@@ -35,7 +35,11 @@ pub(crate) fn print(history: &[Entry], dir: &Path) {
             _ => continue,
         };
         let count = counts.entry(what).or_default();
-        if done { count.0 += 1 } else { count.1 += 1 }
+        if done {
+            count.0 += 1
+        } else {
+            count.1 += 1
+        }
         if done && what != "joins refused" {
             writes.push(entry.end);
         }
@@ -54,7 +58,10 @@ pub(crate) fn print(history: &[Entry], dir: &Path) {
         faults.entry(fault.fault).or_default().push((silence, fault.good.saturating_sub(fault.end)));
     }
     println!("{:<22} {:>4}  {:>21}  {:>21}", "", "", "no write acknowledged", "all good after its end");
-    println!("{:<22} {:>4}  {:>10} {:>10}  {:>10} {:>10}", "fault", "n", "median ms", "worst ms", "median ms", "worst ms");
+    println!(
+        "{:<22} {:>4}  {:>10} {:>10}  {:>10} {:>10}",
+        "fault", "n", "median ms", "worst ms", "median ms", "worst ms"
+    );
     for (fault, times) in faults {
         let middle = |of: fn(&(u64, u64)) -> u64| {
             let mut all: Vec<u64> = times.iter().map(of).collect();

@@ -89,7 +89,9 @@ fn what_was_tampered_with_is_found() {
         ("winner joined as id2, which was acknowledged", |h| ends(h, |nodes, _| nodes.retain(|n| n.id != "id2"))),
         ("token many was acknowledged", |h| ends(h, |_, tokens| tokens.retain(|t| t.id != "many"))),
         ("many's revocation", |h| ends(h, |_, tokens| tokens.iter_mut().for_each(|t| t.revoked = false))),
-        ("token one is revoked, which nobody", |h| ends(h, |_, tokens| tokens.iter_mut().for_each(|t| t.revoked = true))),
+        ("token one is revoked, which nobody", |h| {
+            ends(h, |_, tokens| tokens.iter_mut().for_each(|t| t.revoked = true))
+        }),
         ("gone's removal", |h| ends(h, |nodes, _| nodes.push(node(3, "gone", false)))),
         ("resident: what was last", |h| ends(h, |nodes, _| nodes.iter_mut().for_each(|n| n.draining = false))),
         ("may be used again", |h| {
@@ -121,17 +123,29 @@ fn what_was_tampered_with_is_found() {
                 nodes.clear();
             }
         }),
-        ("10.64.2.0/24 is", |h| h.push(at(92, What::Seen { server: text("c"), nodes: vec![node(2, "x", false)].into_iter().map(|n| Node { id: text("id5"), ..n }).collect() }))),
-        ("1 of 1000 packets", |h| h.iter_mut().for_each(|entry| {
-            if let What::Flow { lost, .. } = &mut entry.what {
-                *lost = 1;
-            }
-        })),
-        ("resident ends connected: false", |h| h.iter_mut().for_each(|entry| {
-            if let What::Resident { connected, .. } = &mut entry.what {
-                *connected = false;
-            }
-        })),
+        ("10.64.2.0/24 is", |h| {
+            h.push(at(
+                92,
+                What::Seen {
+                    server: text("c"),
+                    nodes: vec![node(2, "x", false)].into_iter().map(|n| Node { id: text("id5"), ..n }).collect(),
+                },
+            ))
+        }),
+        ("1 of 1000 packets", |h| {
+            h.iter_mut().for_each(|entry| {
+                if let What::Flow { lost, .. } = &mut entry.what {
+                    *lost = 1;
+                }
+            })
+        }),
+        ("resident ends connected: false", |h| {
+            h.iter_mut().for_each(|entry| {
+                if let What::Resident { connected, .. } = &mut entry.what {
+                    *connected = false;
+                }
+            })
+        }),
     ];
     for (expected, tamper) in ways {
         let mut history = good();

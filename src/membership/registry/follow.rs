@@ -12,7 +12,7 @@ use super::rows::{self, BadRow, ClusterRow, Plan};
 use super::{OpenError, Refused, Registry, Writer};
 use crate::membership::address::ServerAddress;
 use crate::membership::clock::Now;
-use crate::membership::store::{Event, LeaseId, Op, Outcome, StoreError, Txn};
+use crate::membership::store::{Event, LeaseId, Op, Outcome, Revision, StoreError, Txn};
 
 /// A server that is not heard for so long is gone.
 const LEASE: Duration = Duration::from_secs(20);
@@ -90,6 +90,36 @@ impl Registry {
             return Ok(());
         }
         Err(OpenError::OtherCluster { found, cluster: self.cluster.id.clone() })
+    }
+
+    /// Learns what others wrote until now. Where the store does not answer, an error.
+    pub async fn catch(&self) -> Result<(), Refused> {
+        if self.shared {
+            let at = self.stored().await?;
+            let mut writer = self.writer.lock().await;
+            if writer.guard < at {
+                self.catch_up(&mut writer).await;
+            }
+            if writer.guard < at || writer.stale {
+                self.reload(&mut writer).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all that was written until now is known here; if not, some more is, or is going to be read.
+    pub(super) async fn is_current(&self, writer: &mut Writer) -> Result<bool, StoreError> {
+        let current = !self.shared || self.stored().await? <= writer.guard;
+        if !current {
+            self.catch_up(writer).await;
+        }
+        Ok(current)
+    }
+
+    /// The revision of the last change, as the store has it.
+    async fn stored(&self) -> Result<Revision, StoreError> {
+        let found = self.store.range(rows::GUARD).await?;
+        Ok(found.items.iter().find(|item| item.key == rows::GUARD).map_or(0, |item| item.modified))
     }
 
     /// Somebody came in between: what they wrote first.

@@ -53,8 +53,6 @@ use super::token::{Token, TokenId, TokenSecret};
 
 /// A change is tried again so often when somebody came in between.
 const TRIES: usize = 20;
-/// What another server wrote is known here after so long, where nothing is wrong.
-const NEWS: Duration = Duration::from_millis(600);
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
 /// Heartbeats are stored this often, for people who ask after a restart.
@@ -374,10 +372,6 @@ impl Registry {
         from: Option<IpAddr>,
     ) -> Result<JoinAnswer, Refused> {
         if let Proof::Token(id, secret) = proof {
-            if self.shared && self.known().state.token(id, secret).is_err() {
-                // Another server may have made it a moment ago.
-                tokio::time::sleep(NEWS).await;
-            }
             // Guesses stop here: they cost no signature, and no turn in the queue of those who change something.
             self.known().state.token(id, secret).inspect_err(|_| {
                 self.counters.refusals.fetch_add(1, Ordering::Relaxed);
@@ -385,7 +379,7 @@ impl Registry {
         }
         let request = STANDARD.decode(&join.request).map_err(|_| AuthorityError::BadRequest)?;
         let identity = authority::identity_of_request(&request)?;
-        let joined = self.change(now, |state| state.join(now, join, &identity, proof, from)).await;
+        let joined = self.decide(now, true, |state| state.join(now, join, &identity, proof, from)).await;
         let row = match joined {
             Ok(row) => row,
             Err(refused) => {
@@ -440,6 +434,19 @@ impl Registry {
         Ok(Member { id: row.record.id.clone(), name: row.record.name.clone(), role: row.record.role })
     }
 
+    /// Whether this token is known here, with this secret.
+    pub fn knows(&self, proof: &Proof) -> bool {
+        match proof {
+            Proof::Token(id, secret) => self.known().state.token(id, secret).is_ok(),
+            _ => true,
+        }
+    }
+
+    /// The node list's revision, as it is known here.
+    pub fn revision(&self) -> u64 {
+        self.known().feed.revision()
+    }
+
     /// Whether there is a member with this id.
     pub fn has(&self, id: &str) -> bool {
         self.known().state.nodes.contains_key(id)
@@ -470,7 +477,7 @@ impl Registry {
 
     /// A node goes by itself.
     pub async fn leave(&self, now: Now, id: &str) -> Result<(), Refused> {
-        self.change(now, |state| Ok(((), state.remove(now, id, How::Left)?))).await
+        self.decide(now, true, |state| Ok(((), state.remove(now, id, How::Left)?))).await
     }
 
     /// Makes a token.
@@ -620,10 +627,21 @@ impl Registry {
         self.known().news(from)
     }
 
-    /// Decides on what is known, stores it, and then makes it known.
+    /// Decides on what is known, stores it, and then makes it known. That nothing is to be changed is believed as it is.
     async fn change<T>(
         &self,
         now: Now,
+        decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
+    ) -> Result<T, Refused> {
+        self.decide(now, false, decide).await
+    }
+
+    /// The same. `sure`: also a refusal, or that there is nothing to change, is about what the store has now, and not about
+    /// what this server last heard of it: the others may have gone on without it.
+    async fn decide<T>(
+        &self,
+        now: Now,
+        sure: bool,
         decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
     ) -> Result<T, Refused> {
         let mut writer = self.writer.lock().await;
@@ -631,10 +649,16 @@ impl Registry {
             if writer.stale {
                 self.reload(&mut writer).await?;
             }
-            let (answer, plan) = decide(&mut self.known_mut().state)?;
-            if plan.is_empty() {
-                return Ok(answer);
-            }
+            let decided = decide(&mut self.known_mut().state);
+            let (answer, plan) = match decided {
+                Ok((answer, plan)) if !plan.is_empty() => (answer, plan),
+                other => {
+                    if sure && !self.is_current(&mut writer).await? {
+                        continue;
+                    }
+                    return other.map(|(answer, _)| answer);
+                }
+            };
             let mut ops = plan.ops();
             ops.push(Op::put(rows::GUARD, ""));
             if plan.changes_list() {
