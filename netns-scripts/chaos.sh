@@ -343,7 +343,7 @@ for line in "${SCHEDULE[@]}"; do
     [ "$whom" != leader ] || at=$(leader) || { logs; die "nobody leads, before '$fault'"; }
     start=$(ms)
     harm "$fault" "$at" "$secs"
-    until_good 180 || { logs 60; die "after '$line' (at $at, $(date -u)) not all servers are good again within 3 minutes"; }
+    until_good 90 || { logs 60; die "after '$line' (at $at, $(date -u)) not all servers are good again within 90 s"; }
     now=$(ms)
     printf '{"fault":"%s","start":%d,"end":%d,"good":%d}\n' "$fault" "$start" "$ENDED" "$now" >>"$CHAOS_DIR/faults"
     n=$((n + 1))

@@ -71,7 +71,6 @@ fn load() {
             at(100)
         );
         let flows = [(0, 1), (1, 0)].map(|(a, b)| flow::start(&lab, places[a].clone(), places[b].clone()));
-        // an eighth of the residents at most are drained by one worker, so that each has several
         let names: Vec<String> = residents.iter().map(|resident| resident.name.clone()).collect();
         let halves = names.split_at(names.len() / 2);
         std::fs::write(dir.join("ready"), "").unwrap();
@@ -79,6 +78,7 @@ fn load() {
             tokio::spawn(lab.clone().race()),
             tokio::spawn(lab.clone().race()),
             tokio::spawn(lab.clone().revoke()),
+            tokio::spawn(lab.clone().pulse()),
             tokio::spawn(lab.clone().look()),
         ];
         if std::env::var_os("CHAOS_QUIET").is_some() {

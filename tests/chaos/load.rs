@@ -200,6 +200,18 @@ impl Lab {
         }
     }
 
+    /// A write each 200 ms, whatever became of those before: so it is seen how long there was no answer to any.
+    pub(crate) async fn pulse(self: Arc<Self>) {
+        let mut beats = tokio::task::JoinSet::new();
+        while !self.stopped() {
+            sleep(Duration::from_millis(200)).await;
+            while beats.try_join_next().is_some() {}
+            let lab = self.clone();
+            beats.spawn(async move { drop(lab.token(false).await) });
+        }
+        while beats.join_next().await.is_some() {}
+    }
+
     /// What servers tell in between.
     pub(crate) async fn look(self: Arc<Self>) {
         while !self.stopped() {
