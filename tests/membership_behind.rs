@@ -7,17 +7,22 @@
 mod harness;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
+use futures::future::BoxFuture;
 use hyper::Method;
-use meshd::membership::api::{News, Poll, PollAnswer};
+use meshd::membership::agent::keep::Keep;
+use meshd::membership::api::{JoinRequest, News, Poll, PollAnswer};
 use meshd::membership::client::Connection;
 use meshd::membership::clock::Now;
 use meshd::membership::link::Request;
 use meshd::membership::record::{Role, State};
-use meshd::membership::registry::{Refused, Registry, Setup};
+use meshd::membership::registry::{Proof, Refused, Registry, Setup};
 use meshd::membership::server::Server;
 use meshd::membership::settings::Secret;
 use meshd::membership::store::sqlite::Sqlite;
+use meshd::membership::store::{LeaseId, Outcome, Snapshot, Store, StoreError, Txn, Watch};
 use meshd::membership::tls::Trust;
 use meshd::membership::token::Token;
 use tempfile::TempDir;
@@ -64,6 +69,69 @@ async fn ask(registry: &Registry, request: Request) -> Result<(), Refused> {
 fn drain(name: &str, draining: bool) -> Request {
     let name = name.to_owned();
     if draining { Request::NodeDrain { name } } else { Request::NodeUndrain { name } }
+}
+
+/// A store that can be cut off.
+struct Cut(Sqlite, AtomicBool);
+
+impl Cut {
+    fn there(&self) -> Result<&Sqlite, StoreError> {
+        let (place, detail) = ("here".to_owned(), "cut off".to_owned());
+        if self.1.load(Ordering::Relaxed) { Err(StoreError::Unavailable { place, detail }) } else { Ok(&self.0) }
+    }
+}
+
+impl Store for Cut {
+    fn range<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Snapshot, StoreError>> {
+        Box::pin(async move { self.there()?.range(prefix).await })
+    }
+    fn txn(&self, txn: Txn) -> BoxFuture<'_, Result<Outcome, StoreError>> {
+        Box::pin(async move { self.there()?.txn(txn).await })
+    }
+    fn watch<'a>(&'a self, prefix: &'a str, after: u64) -> BoxFuture<'a, Result<Watch, StoreError>> {
+        Box::pin(async move { self.there()?.watch(prefix, after).await })
+    }
+    fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<LeaseId, StoreError>> {
+        Box::pin(async move { self.there()?.grant(ttl).await })
+    }
+    fn keep_alive(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move { self.there()?.keep_alive(lease).await })
+    }
+    fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move { self.there()?.revoke(lease).await })
+    }
+}
+
+/// Its nodes go elsewhere before the others take them for silent; and it takes none for silent that it could not hear of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_its_store_says_so_and_judges_nobody() {
+    let dir = TempDir::new().unwrap();
+    let store = Arc::new(Cut(Sqlite::open(&dir.path().join("db")).await.unwrap(), AtomicBool::new(false)));
+    let setup = Setup { secret: Some(Secret::new("s")), shared: true, ..harness::setup() };
+    let mut now = Now::read();
+    let registry = Registry::open(store.clone(), setup, now).await.unwrap();
+    let token = registry.mint(now, Role::Agent, None, None, None, "").await.unwrap();
+    let keep = Keep::open(dir.path()).unwrap();
+    let join = JoinRequest { clock: now.unix, ..harness::request(&keep, "n", Role::Agent) };
+    let id = registry.join(now, &join, &Proof::Token(token.id, token.secret), None).await.unwrap().id;
+    let mut pass = async |seconds: u32, beats: bool| {
+        let mut failed = 0;
+        for _ in 0..seconds {
+            now.mono += Duration::from_secs(1);
+            if beats {
+                registry.beat(now, &id, None, vec![]);
+            }
+            failed += u32::from(registry.tick(now).await.is_err());
+        }
+        (failed > 0, registry.is_away(now), registry.records()[0].state)
+    };
+    assert_eq!(pass(60, true).await, (false, false, State::Ready));
+    store.1.store(true, Ordering::Relaxed);
+    assert_eq!(pass(5, false).await, (true, false, State::Ready), "an election is no reason to go");
+    assert_eq!(pass(100, false).await, (true, true, State::Ready));
+    store.1.store(false, Ordering::Relaxed);
+    assert_eq!(pass(20, false).await, (false, false, State::Ready));
+    assert_eq!(pass(60, false).await, (false, false, State::NotReady), "positive control");
 }
 
 #[tokio::test(flavor = "multi_thread")]

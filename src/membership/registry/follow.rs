@@ -4,6 +4,7 @@
 //! is there as long as its lease is, and what heartbeat at one that is gone is judged by all.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -21,6 +22,8 @@ const KEEP: Duration = Duration::from_secs(5);
 /// The store is looked at this often, in case that it was emptied without a trace.
 const LOOK: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_secs(1);
+/// A server that did not reach the store for so long sends its nodes to the others, before those take them for silent.
+const AWAY: Duration = Duration::from_secs(12);
 
 /// How this server is known to the others.
 #[derive(Debug, Default)]
@@ -90,6 +93,12 @@ impl Registry {
             return Ok(());
         }
         Err(OpenError::OtherCluster { found, cluster: self.cluster.id.clone() })
+    }
+
+    /// Whether this server has not reached the store for some time, so that nobody learns what nodes tell it.
+    pub fn is_away(&self, now: Now) -> bool {
+        let heard = Duration::from_nanos(self.heard.load(Ordering::Relaxed));
+        self.shared && !heard.is_zero() && now.mono.saturating_sub(heard) >= AWAY
     }
 
     /// Learns what others wrote until now. Where the store does not answer, an error.
@@ -195,7 +204,10 @@ impl Registry {
         let due = now.mono.saturating_sub(presence.kept) >= KEEP;
         if let Some(lease) = presence.lease.filter(|_| due) {
             match self.store.keep_alive(lease).await {
-                Ok(()) => presence.kept = now.mono,
+                Ok(()) => {
+                    presence.kept = now.mono;
+                    self.heard_store(now);
+                }
                 // this server stood still for too long: it is there anew
                 Err(StoreError::NoLease) => presence.lease = None,
                 Err(error) => return Err(error.into()),
@@ -210,6 +222,7 @@ impl Registry {
             let ops = vec![Op::Put { key, value: rows::json(&own), lease: Some(lease) }];
             self.store.txn(Txn { compares: vec![], ops }).await?;
             *presence = Presence { lease: Some(lease), kept: now.mono, said: own };
+            self.heard_store(now);
         }
         let moved = std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner));
         let moved: Vec<String> = moved.into_iter().filter(|id| self.has(id)).collect();
@@ -221,6 +234,12 @@ impl Registry {
             }
         }
         Ok(())
+    }
+}
+
+impl Registry {
+    fn heard_store(&self, now: Now) {
+        self.heard.store(u64::try_from(now.mono.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 

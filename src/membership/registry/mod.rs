@@ -187,6 +187,8 @@ pub struct Registry {
     /// Nodes that heartbeat here, and that the store does not know of yet.
     moved: Mutex<HashSet<String>>,
     presence: tokio::sync::Mutex<follow::Presence>,
+    /// When the store last answered, by the clock that does not jump, in ns; 0: it was not asked yet.
+    heard: AtomicU64,
     /// What watchers may have by now; lags a little behind, so that many changes are one answer.
     published: watch::Sender<u64>,
     changed: Notify,
@@ -299,6 +301,7 @@ impl Registry {
             others: Mutex::new(found.others),
             moved: Mutex::default(),
             presence: tokio::sync::Mutex::default(),
+            heard: AtomicU64::new(0),
             published: watch::Sender::new(revision),
             changed: Notify::new(),
             answers: Mutex::default(),
@@ -537,6 +540,8 @@ impl Registry {
 
     /// To be called about once a second: readiness, purging, tidying.
     pub async fn tick(&self, now: Now) -> Result<(), Refused> {
+        // Without the store nothing is judged: to `health` that is a standstill, which is held against nobody.
+        self.show_presence(now).await?;
         let verdict = {
             let known = self.known();
             let nodes = known.state.nodes.values().filter(|row| row.record.role != Role::Foreign);
@@ -555,7 +560,6 @@ impl Registry {
         for part in verdict.parts() {
             self.change(now, |state| Ok(((), judged(state, now, &part)))).await?;
         }
-        self.show_presence(now).await?;
         let (flush, tidy) = {
             let mut writer = self.writer.lock().await;
             let flush = now.mono.saturating_sub(writer.flushed) >= FLUSH;

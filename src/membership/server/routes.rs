@@ -174,6 +174,9 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
     let poll: Poll = body(request).await?;
     let registry = &app.registry;
     registry.beat(Now::read(), &member.id, Some(peer.address.ip()), poll.reaches);
+    if registry.is_away(Now::read()) {
+        return Err(Refused::Away.into());
+    }
     if poll.revision.is_some_and(|from| from > registry.revision()) {
         // It comes from a server that knows more; from this one it would get the list of before.
         registry.catch().await?;
