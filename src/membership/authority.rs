@@ -162,6 +162,12 @@ pub fn identity_of_certificate(certificate: &[u8]) -> Option<String> {
     Some(random::hex(&Sha256::digest(certificate.public_key().raw)))
 }
 
+/// Whether a certificate that is to be renewed at `renew_at` is due: also one that was made while the clock was ahead, since
+/// nobody takes a certificate of the future.
+pub fn is_due(renew_at: OffsetDateTime, now: OffsetDateTime) -> bool {
+    now >= renew_at || now < renew_at - LEAF_LIFE * 2 / 3 - SLACK
+}
+
 /// When a certificate begins and ends, seconds since 1970.
 pub fn validity(certificate: &[u8]) -> Option<(i64, i64)> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
@@ -209,6 +215,19 @@ mod tests {
 
     fn now() -> OffsetDateTime {
         OffsetDateTime::from_unix_timestamp(1_800_000_000).unwrap()
+    }
+
+    #[test]
+    fn a_certificate_of_the_future_is_due() {
+        let (ca, _) = Authority::generate("c", now()).unwrap();
+        let leaf = |at| ca.server_leaf(&["a".to_owned()], at).unwrap();
+        let begins = |leaf: &ServerLeaf| validity(&leaf.chain[0]).unwrap().0;
+        let ahead = leaf(now() + Duration::days(400));
+        assert!(begins(&ahead) > now().unix_timestamp(), "positive control");
+        assert!(is_due(ahead.renew_at, now()));
+        let right = leaf(now() + Duration::hours(23));
+        assert!(begins(&right) < now().unix_timestamp() && !is_due(right.renew_at, now()));
+        assert!(is_due(right.renew_at, now() + Duration::days(300)));
     }
 
     #[test]

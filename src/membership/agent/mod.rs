@@ -305,7 +305,9 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.view.problem(self.waiting(error));
-                    if matches!(error, ClientError::Refused { .. }) || self.proofs > 0 {
+                    // who cannot decide now refuses nobody: perhaps another server can
+                    let refused = error.code().is_some_and(|code| !["store", "busy"].contains(&code));
+                    if refused || self.proofs > 0 {
                         let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
                         let pause = REFUSED_PAUSE * (1 << doublings);
                         let pause = pause + pause.mul_f64(random::below(500) as f64 / 1000.0);

@@ -4,6 +4,7 @@
 //! is there as long as its lease is, and what heartbeat at one that is gone is judged by all.
 
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -12,7 +13,7 @@ use super::rows::{self, BadRow, ClusterRow, Plan};
 use super::{OpenError, Refused, Registry, Writer};
 use crate::membership::address::ServerAddress;
 use crate::membership::clock::Now;
-use crate::membership::store::{Event, KeyValue, LeaseId, Op, Outcome, Store, StoreError, Txn};
+use crate::membership::store::{Event, KeyValue, LeaseId, Op, Outcome, Revision, Store, StoreError, Txn};
 
 /// A server that is not heard for so long is gone.
 const LEASE: Duration = Duration::from_secs(20);
@@ -21,6 +22,8 @@ const KEEP: Duration = Duration::from_secs(5);
 /// The store is looked at this often, in case that it was emptied without a trace.
 const LOOK: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_secs(1);
+/// A server that did not reach the store for so long sends its nodes to the others, before those take them for silent.
+const AWAY: Duration = Duration::from_secs(12);
 
 /// How this server is known to the others.
 #[derive(Debug, Default)]
@@ -101,6 +104,42 @@ impl Registry {
         Err(OpenError::OtherCluster { found, cluster: self.cluster.id.clone() })
     }
 
+    /// Whether this server has not reached the store for some time, so that nobody learns what nodes tell it.
+    pub fn is_away(&self, now: Now) -> bool {
+        let heard = Duration::from_nanos(self.heard.load(Ordering::Relaxed));
+        self.shared && !heard.is_zero() && now.mono.saturating_sub(heard) >= AWAY
+    }
+
+    /// Learns what others wrote until now. Where the store does not answer, an error.
+    pub async fn catch(&self) -> Result<(), Refused> {
+        if self.shared {
+            let at = self.stored().await?;
+            let mut writer = self.writer.lock().await;
+            if writer.guard < at {
+                self.catch_up(&mut writer).await;
+            }
+            if writer.guard < at || writer.stale {
+                self.reload(&mut writer).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether all that was written until now is known here; if not, some more is, or is going to be read.
+    pub(super) async fn is_current(&self, writer: &mut Writer) -> Result<bool, StoreError> {
+        let current = !self.shared || self.stored().await? <= writer.guard;
+        if !current {
+            self.catch_up(writer).await;
+        }
+        Ok(current)
+    }
+
+    /// The revision of the last change, as the store has it.
+    async fn stored(&self) -> Result<Revision, StoreError> {
+        let found = self.store.range(rows::GUARD).await?;
+        Ok(found.items.iter().find(|item| item.key == rows::GUARD).map_or(0, |item| item.modified))
+    }
+
     /// Somebody came in between: what they wrote first.
     pub(super) async fn catch_up(&self, writer: &mut Writer) {
         let before = writer.guard;
@@ -174,7 +213,10 @@ impl Registry {
         let due = now.mono.saturating_sub(presence.kept) >= KEEP;
         if let Some(lease) = presence.lease.filter(|_| due) {
             match self.store.keep_alive(lease).await {
-                Ok(()) => presence.kept = now.mono,
+                Ok(()) => {
+                    presence.kept = now.mono;
+                    self.heard_store(now);
+                }
                 // this server stood still for too long: it is there anew
                 Err(StoreError::NoLease) => presence.lease = None,
                 Err(error) => return Err(error.into()),
@@ -189,6 +231,7 @@ impl Registry {
             let ops = vec![Op::Put { key, value: rows::json(&own), lease: Some(lease) }];
             self.store.txn(Txn { compares: vec![], ops }).await?;
             *presence = Presence { lease: Some(lease), kept: now.mono, said: own };
+            self.heard_store(now);
         }
         let moved = std::mem::take(&mut *self.moved.lock().unwrap_or_else(PoisonError::into_inner));
         let moved: Vec<String> = moved.into_iter().filter(|id| self.has(id)).collect();
@@ -200,6 +243,12 @@ impl Registry {
             }
         }
         Ok(())
+    }
+}
+
+impl Registry {
+    fn heard_store(&self, now: Now) {
+        self.heard.store(u64::try_from(now.mono.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
 

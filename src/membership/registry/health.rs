@@ -65,9 +65,8 @@ pub(super) struct Health {
     pub(super) beats: HashMap<String, Beat>,
     /// How long each silent node has been away, on the purge clock.
     away: HashMap<String, Duration>,
-    /// Nodes that were not heard yet count from here.
-    start: Duration,
-    /// Or from here, where another server heard them before.
+    /// A node that was not heard yet counts from here: when it was first seen, or another server last heard it. So one
+    /// that has just joined elsewhere is not taken for silent.
     since: HashMap<String, Duration>,
     ticked: Duration,
     /// From an earlier life of the server: when nodes were last heard, seconds since 1970. For people only.
@@ -76,14 +75,7 @@ pub(super) struct Health {
 
 impl Health {
     pub(super) fn new(now: Now, remembered: HashMap<String, i64>) -> Self {
-        Health {
-            beats: HashMap::new(),
-            away: HashMap::new(),
-            start: now.mono,
-            since: HashMap::new(),
-            ticked: now.mono,
-            remembered,
-        }
+        Health { beats: HashMap::new(), away: HashMap::new(), since: HashMap::new(), ticked: now.mono, remembered }
     }
 
     pub(super) fn beat(&mut self, id: &str, beat: Beat) {
@@ -113,12 +105,16 @@ impl Health {
         self.ticked = now.mono;
         let stood_still = passed > STANDSTILL;
         if stood_still {
-            self.start += passed;
             self.since.values_mut().for_each(|since| *since += passed);
             self.beats.values_mut().for_each(|beat| beat.at.mono += passed);
         }
+        for node in nodes {
+            if !self.since.contains_key(node.id) {
+                self.since.insert(node.id.to_owned(), now.mono);
+            }
+        }
         let fresh = |health: &Health, id: &str| {
-            let first = health.since.get(id).copied().unwrap_or(health.start);
+            let first = health.since.get(id).copied().unwrap_or(now.mono);
             let since = health.beats.get(id).map_or(first, |beat| beat.at.mono);
             now.mono.saturating_sub(since) < GRACE
         };
@@ -232,6 +228,17 @@ mod tests {
         assert!(sim.purged.is_empty(), "the grace is not part of the hour");
         sim.run(60, &["a", "b"], &[]);
         assert_eq!(sim.purged, ["c"]);
+    }
+
+    #[test]
+    fn who_has_just_joined_another_server_is_not_silent() {
+        let mut sim = Sim::new(&["a"]);
+        sim.run(100, &["a"], &[]);
+        sim.ready.insert("b", true);
+        sim.run(30, &["a"], &[]);
+        assert!(sim.ready["b"], "the other server says in a moment that it hears it");
+        sim.run(20, &["a"], &[]);
+        assert!(!sim.ready["b"], "positive control");
     }
 
     #[test]

@@ -57,8 +57,6 @@ use super::token::{Token, TokenId, TokenSecret};
 
 /// A change is tried again so often when somebody came in between.
 const TRIES: usize = 20;
-/// What another server wrote is known here after so long, where nothing is wrong.
-const NEWS: Duration = Duration::from_millis(600);
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
 /// Heartbeats are stored this often, for people who ask after a restart.
@@ -198,6 +196,8 @@ pub struct Registry {
     /// Nodes that heartbeat here, and that the store does not know of yet.
     moved: Mutex<HashSet<String>>,
     presence: tokio::sync::Mutex<follow::Presence>,
+    /// When the store last answered, by the clock that does not jump, in ns; 0: it was not asked yet.
+    heard: AtomicU64,
     /// What watchers may have by now; lags a little behind, so that many changes are one answer.
     published: watch::Sender<u64>,
     changed: Notify,
@@ -311,6 +311,7 @@ impl Registry {
             others: Mutex::new(found.others),
             moved: Mutex::default(),
             presence: tokio::sync::Mutex::default(),
+            heard: AtomicU64::new(0),
             published: watch::Sender::new(revision),
             changed: Notify::new(),
             answers: Mutex::default(),
@@ -393,10 +394,6 @@ impl Registry {
             self.present()?;
         }
         if let Proof::Token(id, secret) = proof {
-            if self.shared && self.known().state.token(id, secret).is_err() {
-                // Another server may have made it a moment ago.
-                tokio::time::sleep(NEWS).await;
-            }
             // Guesses stop here: they cost no signature, and no turn in the queue of those who change something.
             self.known().state.token(id, secret).inspect_err(|_| {
                 self.counters.refusals.fetch_add(1, Ordering::Relaxed);
@@ -404,7 +401,7 @@ impl Registry {
         }
         let request = STANDARD.decode(&join.request).map_err(|_| AuthorityError::BadRequest)?;
         let identity = authority::identity_of_request(&request)?;
-        let joined = self.change(now, |state| state.join(now, join, &identity, proof, from)).await;
+        let joined = self.decide(now, true, |state| state.join(now, join, &identity, proof, from)).await;
         let row = match joined {
             Ok(row) => row,
             Err(refused) => {
@@ -461,6 +458,19 @@ impl Registry {
         Ok(Member { id: row.record.id.clone(), name: row.record.name.clone(), role: row.record.role })
     }
 
+    /// Whether this token is known here, with this secret.
+    pub fn knows(&self, proof: &Proof) -> bool {
+        match proof {
+            Proof::Token(id, secret) => self.known().state.token(id, secret).is_ok(),
+            _ => true,
+        }
+    }
+
+    /// The node list's revision, as it is known here.
+    pub fn revision(&self) -> u64 {
+        self.known().feed.revision()
+    }
+
     /// Whether there is a member with this id.
     pub fn has(&self, id: &str) -> bool {
         self.known().state.nodes.contains_key(id)
@@ -493,7 +503,7 @@ impl Registry {
 
     /// A node goes by itself.
     pub async fn leave(&self, now: Now, id: &str) -> Result<(), Refused> {
-        self.change(now, |state| Ok(((), state.remove(now, id, How::Left)?))).await
+        self.decide(now, true, |state| Ok(((), state.remove(now, id, How::Left)?))).await
     }
 
     /// Makes a token.
@@ -556,6 +566,8 @@ impl Registry {
         if !self.away().is_empty() {
             return Ok(());
         }
+        // Without the store nothing is judged: to `health` that is a standstill, which is held against nobody.
+        self.show_presence(now).await?;
         let verdict = {
             let known = self.known();
             let nodes = known.state.nodes.values().filter(|row| row.record.role != Role::Foreign);
@@ -574,7 +586,6 @@ impl Registry {
         for part in verdict.parts() {
             self.change(now, |state| Ok(((), judged(state, now, &part)))).await?;
         }
-        self.show_presence(now).await?;
         let (flush, tidy) = {
             let mut writer = self.writer.lock().await;
             let flush = now.mono.saturating_sub(writer.flushed) >= FLUSH;
@@ -650,10 +661,21 @@ impl Registry {
         self.known().news(from)
     }
 
-    /// Decides on what is known, stores it, and then makes it known.
+    /// Decides on what is known, stores it, and then makes it known. That nothing is to be changed is believed as it is.
     async fn change<T>(
         &self,
         now: Now,
+        decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
+    ) -> Result<T, Refused> {
+        self.decide(now, false, decide).await
+    }
+
+    /// The same. `sure`: also a refusal, or that there is nothing to change, is about what the store has now, and not about
+    /// what this server last heard of it: the others may have gone on without it.
+    async fn decide<T>(
+        &self,
+        now: Now,
+        sure: bool,
         decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
     ) -> Result<T, Refused> {
         let mut writer = self.writer.lock().await;
@@ -661,10 +683,16 @@ impl Registry {
             if writer.stale {
                 self.reload(&mut writer).await?;
             }
-            let (answer, plan) = decide(&mut self.known_mut().state)?;
-            if plan.is_empty() {
-                return Ok(answer);
-            }
+            let decided = decide(&mut self.known_mut().state);
+            let (answer, plan) = match decided {
+                Ok((answer, plan)) if !plan.is_empty() => (answer, plan),
+                other => {
+                    if sure && !self.is_current(&mut writer).await? {
+                        continue;
+                    }
+                    return other.map(|(answer, _)| answer);
+                }
+            };
             let mut ops = plan.ops();
             ops.push(Op::put(rows::GUARD, ""));
             if plan.changes_list() {

@@ -115,6 +115,9 @@ pub enum Refused {
     /// The store.
     #[error("the change is not stored: {0}")]
     Store(#[from] StoreError),
+    /// This server's way to the store.
+    #[error("this server does not reach the cluster's datastore now; another server may")]
+    Away,
     /// Certificates.
     #[error(transparent)]
     Authority(#[from] AuthorityError),
@@ -148,7 +151,7 @@ impl Refused {
             Refused::NoMembers(_) => "no-members",
             Refused::Later(_) => "later",
             Refused::Busy => "busy",
-            Refused::Store(_) => "store",
+            Refused::Store(_) | Refused::Away => "store",
             Refused::Authority(AuthorityError::BadRequest) => "bad-request",
             Refused::Authority(_) => "authority",
         }
@@ -161,7 +164,7 @@ impl Refused {
             Refused::NoSuchNode(_) | Refused::NoSuchToken(_) => 404,
             Refused::NameTaken(_) | Refused::KeyTaken(_) => 409,
             Refused::TooMany => 429,
-            Refused::Busy | Refused::Later(_) | Refused::Store(_) => 503,
+            Refused::Busy | Refused::Later(_) | Refused::Store(_) | Refused::Away => 503,
             Refused::Authority(_) => 500,
             Refused::Exhausted { .. } => 507,
             _ => 403,

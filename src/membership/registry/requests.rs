@@ -22,20 +22,21 @@ impl Registry {
             Request::Nodes => Ok(json!(self.records())),
             Request::NodeAdd { name, underlay, subnets, mac, public_key } => {
                 let (mac, key) = (mac.as_deref(), public_key.as_deref());
-                let row = self.change(now, |state| state.add_foreign(now, name, underlay, subnets, mac, key)).await?;
+                let row =
+                    self.decide(now, true, |state| state.add_foreign(now, name, underlay, subnets, mac, key)).await?;
                 Ok(json!(row.record))
             }
             Request::NodeDrain { name } => {
-                self.change(now, |state| Ok(((), state.drain(now, name, true)?))).await?;
+                self.decide(now, true, |state| Ok(((), state.drain(now, name, true)?))).await?;
                 Ok(json!({ "name": name, "draining": true }))
             }
             Request::NodeUndrain { name } => {
-                self.change(now, |state| Ok(((), state.drain(now, name, false)?))).await?;
+                self.decide(now, true, |state| Ok(((), state.drain(now, name, false)?))).await?;
                 Ok(json!({ "name": name, "draining": false }))
             }
             Request::NodeRemove { name } => {
                 let id = self
-                    .change(now, |state| {
+                    .decide(now, true, |state| {
                         let id = state.by_name(name)?.record.id.clone();
                         let plan = state.remove(now, &id, How::Removed)?;
                         Ok((id, plan))
@@ -52,7 +53,7 @@ impl Registry {
             Request::TokenRevoke { id } => {
                 // A whole token pasted here would be a secret in the answer and the log.
                 let id: TokenId = id.parse().map_err(|_| Refused::NoSuchToken("(not an id)".to_owned()))?;
-                self.change(now, |state| Ok(((), state.revoke(now, &id.to_string())?))).await?;
+                self.decide(now, true, |state| Ok(((), state.revoke(now, &id.to_string())?))).await?;
                 Ok(json!({ "id": id.to_string(), "revoked": true }))
             }
             Request::ClusterStatus => Ok(self.cluster_status()),

@@ -303,7 +303,7 @@ async fn keep_time(shared: Arc<Shared>) {
             }
         }
         let mut leaf = shared.leaf.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.date() >= leaf.renew_at
+        if authority::is_due(leaf.renew_at, now.date())
             && let Err(error) = shared.reissue(&mut leaf)
         {
             tracing::warn!("the server's certificate cannot be renewed: {error}");

@@ -117,6 +117,10 @@ async fn join(State(app): App, request: Request) -> Result<Response, Failure> {
         Some(token) => proof(token)?,
         None => return Err(Refused::BadToken.into()),
     };
+    if !app.registry.knows(&proof) && app.allows(peer.address.ip()) {
+        // Another server may have made it a moment ago.
+        app.registry.catch().await?;
+    }
     let answer = admit(app.registry.clone(), join, proof, peer.address.ip()).await;
     if matches!(answer, Err(Refused::BadToken)) {
         return Err(app.failed(&peer, Refused::BadToken).into());
@@ -169,11 +173,18 @@ async fn rejoin(State(app): App, request: Request) -> Result<Response, Failure> 
 }
 
 async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (peer, member) = app.member(&request)?;
+    let (peer, member) = app.member(peer(&request)?).await?;
     let poll: Poll = body(request).await?;
     let registry = &app.registry;
     let peers = link::Peers { heard: poll.reaches, paths: poll.paths };
     registry.beat(Now::read(), &member.id, Some(peer.address.ip()), peers);
+    if registry.is_away(Now::read()) {
+        return Err(Refused::Away.into());
+    }
+    if poll.revision.is_some_and(|from| from > registry.revision()) {
+        // It comes from a server that knows more; from this one it would get the list of before.
+        registry.catch().await?;
+    }
     if let Some(from) = poll.revision.filter(|_| !poll.no_wait) {
         let _ = timeout(INTERVAL, registry.wait_for_news(from)).await;
         // It may have been removed meanwhile.
@@ -184,17 +195,17 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
 }
 
 async fn nodes(State(app): App, request: Request) -> Result<Response, Failure> {
-    app.member(&request)?;
+    app.member(peer(&request)?).await?;
     Ok(json(StatusCode::OK, &app.registry.records()))
 }
 
 async fn matrix(State(app): App, request: Request) -> Result<Response, Failure> {
-    app.member(&request)?;
+    app.member(peer(&request)?).await?;
     Ok(json(StatusCode::OK, &app.registry.matrix(Now::read())))
 }
 
 async fn audit(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (_, member) = app.member(&request)?;
+    let (_, member) = app.member(peer(&request)?).await?;
     if member.role != Role::Server {
         return Err(Refused::NotAllowed.into());
     }
@@ -202,14 +213,14 @@ async fn audit(State(app): App, request: Request) -> Result<Response, Failure> {
 }
 
 async fn update(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (_, member) = app.member(&request)?;
+    let (_, member) = app.member(peer(&request)?).await?;
     let myself: Myself = body(request).await?;
     let registry = app.registry.clone();
     reply(whole(async move { registry.update(Now::read(), &member.id, &myself).await }).await)
 }
 
 async fn renew(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (peer, member) = app.member(&request)?;
+    let (peer, member) = app.member(peer(&request)?).await?;
     let renew: RenewRequest = body(request).await?;
     let csr = STANDARD.decode(&renew.request).map_err(|_| malformed("request is not base64"))?;
     let identity = peer.identity.as_deref().unwrap_or_default();
@@ -218,21 +229,21 @@ async fn renew(State(app): App, request: Request) -> Result<Response, Failure> {
 }
 
 async fn leave(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (_, member) = app.member(&request)?;
+    let (_, member) = app.member(peer(&request)?).await?;
     let registry = app.registry.clone();
     reply(whole(async move { registry.leave(Now::read(), &member.id).await }).await)
 }
 
 /// Who the members of the servers' own etcd are.
 async fn servers(State(app): App, request: Request) -> Result<Response, Failure> {
-    app.server(&request)?;
+    app.server(peer(&request)?).await?;
     let members = app.registry.members()?.names().await.map_err(Refused::from)?;
     Ok(json(StatusCode::OK, &ServersAnswer { members }))
 }
 
 /// A further server's etcd becomes a member.
 async fn server_join(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (peer, member) = app.server(&request)?;
+    let (peer, member) = app.server(peer(&request)?).await?;
     let join: ServerJoin = body(request).await?;
     let (registry, name) = (app.registry.clone(), peer.identity.clone().unwrap_or_default());
     tracing::info!(node = member.name, address = join.address.to_string(), "a server asks to join");
@@ -246,14 +257,14 @@ async fn server_join(State(app): App, request: Request) -> Result<Response, Fail
 }
 
 async fn server_promote(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (peer, _) = app.server(&request)?;
+    let (peer, _) = app.server(peer(&request)?).await?;
     let (registry, name) = (app.registry.clone(), peer.identity.clone().unwrap_or_default());
     reply(whole(async move { Ok(Promoted { promoted: registry.members()?.promote(&name).await? }) }).await)
 }
 
 /// What `meshctl` asks on another server.
 async fn request(State(app): App, request: Request) -> Result<Response, Failure> {
-    let (_, member) = app.member(&request)?;
+    let (_, member) = app.member(peer(&request)?).await?;
     if member.role != Role::Server {
         return Err(Refused::NotAllowed.into());
     }
@@ -264,16 +275,23 @@ async fn request(State(app): App, request: Request) -> Result<Response, Failure>
 
 impl Shared {
     /// The member at the other end, in its present state.
-    fn member(&self, request: &Request) -> Result<(Arc<Peer>, Member), Failure> {
-        let peer = peer(request)?;
+    async fn member(&self, peer: Arc<Peer>) -> Result<(Arc<Peer>, Member), Failure> {
         let unknown = || fail(StatusCode::UNAUTHORIZED, "no-certificate", "this needs a node's certificate");
-        let member = self.registry.member(peer.identity.as_ref().ok_or_else(unknown)?)?;
+        let identity = peer.identity.as_ref().ok_or_else(unknown)?;
+        let member = match self.registry.member(identity) {
+            Ok(member) => member,
+            Err(_) => {
+                // Another server may have let it in: who is told that it is no member gives its membership up.
+                self.registry.catch().await?;
+                self.registry.member(identity)?
+            }
+        };
         Ok((peer, member))
     }
 
     /// The same, if it is a server's node.
-    fn server(&self, request: &Request) -> Result<(Arc<Peer>, Member), Failure> {
-        let (peer, member) = self.member(request)?;
+    async fn server(&self, peer: Arc<Peer>) -> Result<(Arc<Peer>, Member), Failure> {
+        let (peer, member) = self.member(peer).await?;
         if member.role == Role::Server { Ok((peer, member)) } else { Err(Refused::NotAllowed.into()) }
     }
 

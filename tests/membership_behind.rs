@@ -1,0 +1,219 @@
+//! A server that is behind: the others have written, and it has not heard of it yet, or cannot. What it says then has to be
+//! about what the store has, or that it cannot tell. The servers here share a store, and the one that is behind never
+//! follows the others by itself.
+
+#[path = "membership/harness.rs"]
+#[allow(dead_code)]
+mod harness;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use hyper::Method;
+use meshd::membership::agent::keep::Keep;
+use meshd::membership::api::{JoinRequest, News, Poll, PollAnswer};
+use meshd::membership::client::Connection;
+use meshd::membership::clock::Now;
+use meshd::membership::link::Request;
+use meshd::membership::record::{Role, State};
+use meshd::membership::registry::{Proof, Refused, Registry, Setup};
+use meshd::membership::server::Server;
+use meshd::membership::settings::Secret;
+use meshd::membership::store::sqlite::Sqlite;
+use meshd::membership::store::{LeaseId, Outcome, Snapshot, Store, StoreError, Txn, Watch};
+use meshd::membership::tls::Trust;
+use meshd::membership::token::Token;
+use tempfile::TempDir;
+
+struct Two {
+    first: Arc<Registry>,
+    /// It is behind.
+    second: Arc<Registry>,
+    at_first: Server,
+    at_second: Server,
+    store: Sqlite,
+    _dir: TempDir,
+}
+
+async fn two() -> Two {
+    let dir = TempDir::new().unwrap();
+    let store = Sqlite::open(&dir.path().join("db")).await.unwrap();
+    let setup = || Setup { secret: Some(Secret::new("of both")), shared: true, ..harness::setup() };
+    let open = async || Arc::new(Registry::open(Arc::new(store.clone()), setup(), Now::read()).await.unwrap());
+    let (first, second) = (open().await, open().await);
+    let serve = async |registry: &Arc<Registry>| {
+        let names = ["127.0.0.1".to_owned()];
+        Server::start("127.0.0.1:0".parse().unwrap(), registry.clone(), &names).await.unwrap()
+    };
+    let (at_first, at_second) = (serve(&first).await, serve(&second).await);
+    Two { first, second, at_first, at_second, store, _dir: dir }
+}
+
+impl Two {
+    async fn token(&self) -> Token {
+        self.first.mint(Now::read(), Role::Agent, None, None, None, "").await.unwrap()
+    }
+
+    async fn state(&self, name: &str) -> State {
+        self.first.catch().await.unwrap();
+        self.first.records().into_iter().find(|record| record.name == name).unwrap().state
+    }
+}
+
+async fn ask(registry: &Registry, request: Request) -> Result<(), Refused> {
+    registry.request(Now::read(), &request).await.map(drop)
+}
+
+fn drain(name: &str, draining: bool) -> Request {
+    let name = name.to_owned();
+    if draining { Request::NodeDrain { name } } else { Request::NodeUndrain { name } }
+}
+
+/// A store that can be cut off.
+struct Cut(Sqlite, AtomicBool);
+
+impl Cut {
+    fn there(&self) -> Result<&Sqlite, StoreError> {
+        let (place, detail) = ("here".to_owned(), "cut off".to_owned());
+        if self.1.load(Ordering::Relaxed) { Err(StoreError::Unavailable { place, detail }) } else { Ok(&self.0) }
+    }
+}
+
+impl Store for Cut {
+    fn range<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Snapshot, StoreError>> {
+        Box::pin(async move { self.there()?.range(prefix).await })
+    }
+    fn txn(&self, txn: Txn) -> BoxFuture<'_, Result<Outcome, StoreError>> {
+        Box::pin(async move { self.there()?.txn(txn).await })
+    }
+    fn watch<'a>(&'a self, prefix: &'a str, after: u64) -> BoxFuture<'a, Result<Watch, StoreError>> {
+        Box::pin(async move { self.there()?.watch(prefix, after).await })
+    }
+    fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<LeaseId, StoreError>> {
+        Box::pin(async move { self.there()?.grant(ttl).await })
+    }
+    fn keep_alive(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move { self.there()?.keep_alive(lease).await })
+    }
+    fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move { self.there()?.revoke(lease).await })
+    }
+}
+
+/// Its nodes go elsewhere before the others take them for silent; and it takes none for silent that it could not hear of.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_without_its_store_says_so_and_judges_nobody() {
+    let dir = TempDir::new().unwrap();
+    let store = Arc::new(Cut(Sqlite::open(&dir.path().join("db")).await.unwrap(), AtomicBool::new(false)));
+    let setup = Setup { secret: Some(Secret::new("s")), shared: true, ..harness::setup() };
+    let mut now = Now::read();
+    let registry = Registry::open(store.clone(), setup, now).await.unwrap();
+    let token = registry.mint(now, Role::Agent, None, None, None, "").await.unwrap();
+    let keep = Keep::open(dir.path()).unwrap();
+    let join = JoinRequest { clock: now.unix, ..harness::request(&keep, "n", Role::Agent) };
+    let id = registry.join(now, &join, &Proof::Token(token.id, token.secret), None).await.unwrap().id;
+    let mut pass = async |seconds: u32, beats: bool| {
+        let mut failed = 0;
+        for _ in 0..seconds {
+            now.mono += Duration::from_secs(1);
+            if beats {
+                registry.beat(now, &id, None, Default::default());
+            }
+            failed += u32::from(registry.tick(now).await.is_err());
+        }
+        (failed > 0, registry.is_away(now), registry.records()[0].state)
+    };
+    assert_eq!(pass(60, true).await, (false, false, State::Ready));
+    store.1.store(true, Ordering::Relaxed);
+    assert_eq!(pass(5, false).await, (true, false, State::Ready), "an election is no reason to go");
+    assert_eq!(pass(100, false).await, (true, true, State::Ready));
+    store.1.store(false, Ordering::Relaxed);
+    assert_eq!(pass(20, false).await, (false, false, State::Ready));
+    assert_eq!(pass(60, false).await, (false, false, State::NotReady), "positive control");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_good_at_once_wherever_it_was_made() {
+    let two = two().await;
+    let token = two.token().await;
+    harness::join(&two.at_second.address().into(), &token, "n", Role::Agent).await.unwrap();
+    // positive control
+    let forged = Token { secret: meshd::membership::token::TokenSecret([7; 20]), ..token };
+    let refused = harness::join(&two.at_second.address().into(), &forged, "m", Role::Agent).await;
+    assert_eq!(refused.err().unwrap().code(), Some("bad-token"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_seems_to_change_nothing_is_carried_out() {
+    let two = two().await;
+    let token = two.token().await;
+    harness::join(&two.at_second.address().into(), &token, "n", Role::Agent).await.unwrap();
+    // each where the state of before is the one that is ordered
+    ask(&two.first, drain("n", true)).await.unwrap();
+    ask(&two.second, drain("n", false)).await.unwrap();
+    assert_eq!(two.state("n").await, State::Ready);
+    ask(&two.first, drain("n", true)).await.unwrap();
+    assert_eq!(two.state("n").await, State::Draining);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_and_a_token_that_another_server_made_are_there() {
+    let two = two().await;
+    let token = two.token().await;
+    harness::join(&two.at_first.address().into(), &token, "n", Role::Agent).await.unwrap();
+    ask(&two.second, Request::TokenRevoke { id: token.id.to_string() }).await.unwrap();
+    let late = harness::join(&two.at_first.address().into(), &token, "m", Role::Agent).await;
+    assert_eq!(late.err().unwrap().code(), Some("token-revoked"));
+    let token = two.token().await;
+    harness::join(&two.at_first.address().into(), &token, "m", Role::Agent).await.unwrap();
+    ask(&two.second, Request::NodeRemove { name: "m".to_owned() }).await.unwrap();
+    let nobody = ask(&two.second, Request::NodeRemove { name: "m".to_owned() }).await;
+    assert!(matches!(nobody, Err(Refused::NoSuchNode(_))), "positive control: {nobody:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_is_not_told_that_it_is_none() {
+    let two = two().await;
+    let token = two.token().await;
+    let node = harness::join(&two.at_first.address().into(), &token, "n", Role::Agent).await.unwrap();
+    // removed, of which the second knows, and let in again, of which it does not
+    ask(&two.second, Request::NodeRemove { name: "n".to_owned() }).await.unwrap();
+    two.first.catch().await.unwrap();
+    let again = harness::request(&node.keep, "n", Role::Agent);
+    harness::join_raw(&two.at_first.address().into(), &node.keep, &token, again).await.unwrap();
+    let identity = Some(node.keep.client_identity(&node.member));
+    let trust = Trust::Ca(two.second.authority().certificate().clone());
+    let mut connection = Connection::open(&two.at_second.address().into(), trust, identity).await.unwrap();
+    let poll = Poll { revision: None, no_wait: true, reaches: vec![], paths: vec![] };
+    connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await.unwrap();
+    ask(&two.first, Request::NodeRemove { name: "n".to_owned() }).await.unwrap();
+    two.second.catch().await.unwrap();
+    let gone = connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await;
+    assert_eq!(gone.err().unwrap().code(), Some("removed"), "positive control");
+}
+
+/// A node that comes from a server that knows more must not get the list of before: its peers would vanish.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_list_goes_back_in_time() {
+    let two = two().await;
+    let token = two.token().await;
+    let node = harness::join(&two.at_first.address().into(), &token, "n", Role::Agent).await.unwrap();
+    two.second.catch().await.unwrap();
+    harness::join(&two.at_first.address().into(), &token, "m", Role::Agent).await.unwrap();
+    assert!(two.second.revision() < two.first.revision(), "positive control: it is behind");
+    let identity = || Some(node.keep.client_identity(&node.member));
+    let trust = || Trust::Ca(two.second.authority().certificate().clone());
+    let mut connection = Connection::open(&two.at_second.address().into(), trust(), identity()).await.unwrap();
+    let poll = Poll { revision: Some(two.first.revision()), no_wait: true, reaches: vec![], paths: vec![] };
+    let answer: PollAnswer = connection.ask(Method::POST, "/v1/poll", &poll).await.unwrap();
+    assert!(matches!(answer.news, News::Same { .. }), "{:?}", answer.news);
+
+    // and where it cannot learn more, it says so, instead of what it has
+    harness::join(&two.at_first.address().into(), &token, "o", Role::Agent).await.unwrap();
+    two.store.close().await;
+    let poll = Poll { revision: Some(two.first.revision()), no_wait: true, reaches: vec![], paths: vec![] };
+    let refused = connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await;
+    assert_eq!(refused.err().unwrap().code(), Some("store"));
+}
