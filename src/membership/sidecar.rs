@@ -549,7 +549,7 @@ impl Desk {
     async fn matrix(&self) -> Matrix {
         let registry = self.registry.borrow().clone();
         let (servers, records) = match &registry {
-            Some(registry) => (registry.servers(), registry.records()),
+            Some(registry) => (registry.running(), registry.records()),
             None => {
                 let servers = self.view.status.borrow().servers.clone();
                 (servers.iter().filter_map(|server| server.parse().ok()).collect(), self.view.nodes())

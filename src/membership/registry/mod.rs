@@ -361,15 +361,25 @@ impl Registry {
         let _ = self.members.set(members);
     }
 
-    /// Where the servers are: this one first, others that run, and where those are looked for that do not.
+    /// Where the servers are: those that run, and where those are looked for that do not.
     pub fn servers(&self) -> Vec<ServerAddress> {
-        let mut all = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut all = self.running();
         let port = all.first().map_or(SERVER_PORT, ServerAddress::port);
         let known = self.known();
         let nodes = known.state.nodes.values().filter(|row| self.shared && row.record.role == Role::Server);
-        let underlay = nodes.flat_map(|row| &row.record.underlay);
-        let looked_for = underlay.map(|address| SocketAddr::new(address.ip(), port).into()).collect::<Vec<_>>();
-        for address in self.others().servers.values().flatten().chain(&looked_for) {
+        for address in nodes.flat_map(|row| &row.record.underlay) {
+            let looked_for = SocketAddr::new(address.ip(), port).into();
+            if !all.contains(&looked_for) {
+                all.push(looked_for);
+            }
+        }
+        all
+    }
+
+    /// Where the servers are that run: this one first.
+    pub fn running(&self) -> Vec<ServerAddress> {
+        let mut all = self.servers.read().unwrap_or_else(PoisonError::into_inner).clone();
+        for address in self.others().servers.values().flatten() {
             if !all.contains(address) {
                 all.push(address.clone());
             }
