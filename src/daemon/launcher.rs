@@ -219,10 +219,10 @@ async fn serve(socket: UnixStream, program: PathBuf, data_dir: PathBuf) {
             }
         }
     }
-    if let Some(mut child) = sidecar {
-        if timeout(PATIENCE, child.wait()).await.is_err() {
-            child.kill().await.ok();
-        }
+    if let Some(mut child) = sidecar
+        && timeout(PATIENCE, child.wait()).await.is_err()
+    {
+        child.kill().await.ok();
     }
 }
 
