@@ -527,8 +527,8 @@ pub struct StatusView {
     /// How membership fares, for a server or an agent.
     #[serde(default)]
     pub membership: Option<MembershipView>,
-    /// The capabilities that meshd runs with.
-    #[serde(default)]
+    /// The capabilities that meshd runs with; left out where there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub capabilities: Vec<String>,
 }
 

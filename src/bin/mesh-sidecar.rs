@@ -17,9 +17,15 @@ use meshd::membership::{etcd, privileges, sidecar};
 /// The largest settings.
 const MAX_SETTINGS: usize = 1 << 20;
 
+const HELP: &str = "\
+Examples:
+  mesh-sidecar backup /root/mesh.backup      on a server that runs; the file holds the cluster's keys
+  mesh-sidecar restore /root/mesh.backup     with meshd stopped on all servers
+  mesh-sidecar cluster-reset                 most servers are lost: this one goes on alone";
+
 /// Membership for meshd, which starts it by itself. Without a command it expects meshd on its standard input.
 #[derive(Parser)]
-#[command(name = "mesh-sidecar", version)]
+#[command(name = "mesh-sidecar", version, after_help = HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Verb>,
@@ -178,7 +184,8 @@ fn link() -> anyhow::Result<OwnedFd> {
         }
         Err(_) => std::io::stdin().as_fd().try_clone_to_owned()?,
     };
-    if std::io::IsTerminal::is_terminal(&fd) {
+    let kind = rustix::fs::FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode);
+    if kind != rustix::fs::FileType::Socket {
         bail!("meshd starts this by itself; run `meshd server` or `meshd agent`");
     }
     Ok(fd)

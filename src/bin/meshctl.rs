@@ -65,6 +65,26 @@ Inner packets are on the interface of the TUN device's name, outer datagrams on 
 found by what they carry, encrypted ones by their outer addresses alone. One capture at a time; it slows meshd down while it \
 runs, the flight recorder too.";
 
+const WHY_HELP: &str = "\
+Examples:
+  meshctl why 10.42.2.1                                             an ICMP echo to there
+  meshctl why b                                                     to the node b
+  meshctl why 10.42.2.1 --proto tcp --sport 40000 --dport 443       this very flow: its lane, its outer source port
+  meshctl why 10.42.2.1 --json | jq .verdict";
+
+const ADD_HELP: &str = "\
+Examples:
+  meshctl node add k --underlay 10.9.0.7                            a kernel VXLAN device, in the clear
+  meshctl node add w --underlay 10.9.0.8 --public-key BASE64        a stock WireGuard peer
+  meshctl node commands k | ssh root@k sh                           what is printed, run there; again when nodes change";
+
+const TOKEN_HELP: &str = "\
+Examples:
+  meshctl token create --print-join                                 the line to paste on a new node
+  meshctl token create --uses 1 --node b --ttl 30m                  for the node b alone, once, for half an hour
+  meshctl token create --role server                                for another server
+  meshctl token create --print-script | ssh root@b sh               join b from here";
+
 /// Shows and steers the meshd on this machine.
 #[derive(Debug, Parser)]
 #[command(name = "meshctl", version, after_help = HELP, arg_required_else_help = true)]
@@ -78,10 +98,10 @@ struct Cli {
 #[derive(Debug, Args)]
 struct Common {
     /// meshd's admin socket [default: $MESHD_SOCKET, or /run/meshd/meshd.sock]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", display_order = 900)]
     socket: Option<PathBuf>,
     /// One JSON document (with --watch: one a line) instead of a table
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 901)]
     json: bool,
 }
 
@@ -114,6 +134,7 @@ enum Command {
         action: Option<NodesAction>,
     },
     /// The whole way of a packet: route, peer, session, MTU, outer header; exit code 1 when it would not arrive
+    #[command(after_help = WHY_HELP)]
     Why(WhyArgs),
     /// Echoes to a node through the mesh, of sizes up to the longest that fits; exit code 1 when one is lost
     Ping {
@@ -233,6 +254,7 @@ enum KeyAction {
 #[derive(Debug, Subcommand)]
 enum NodeAction {
     /// Add a foreign member: a kernel VXLAN device or a stock WireGuard peer
+    #[command(after_help = ADD_HELP)]
     Add {
         /// Its name
         name: String,
@@ -289,6 +311,7 @@ struct There {
 #[derive(Debug, Subcommand)]
 enum TokenAction {
     /// Print a new token, and nothing else
+    #[command(after_help = TOKEN_HELP)]
     Create {
         /// What a node that joins with it becomes
         #[arg(long, default_value = "agent", value_parser = ["agent", "server"])]

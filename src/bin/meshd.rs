@@ -25,7 +25,7 @@ const USAGE: u8 = 2;
 const EXAMPLES: &str = "\
 Examples:
   meshd server                              the first node of a cluster
-  MESHD_TOKEN=mesh1… meshd agent            joins it; `meshctl token create` on the server prints a token
+  MESHD_TOKEN=mesh1… meshd agent            joins it, with a token of `meshctl token create`
   meshd datastore check                     can a server use the database of datastore-endpoint?
   meshd config check                        is /etc/meshd/config.yaml good?
   meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a
@@ -77,6 +77,15 @@ is missing is printed as what to run in the database, such as a GRANT.
   MESHD_DATASTORE_ENDPOINT=mysql://mesh@db.example/meshd meshd datastore check --datastore-password-file /etc/meshd/db
 
 Exit codes: 0 a server can use it, 1 it cannot, 2 wrong usage or configuration.";
+
+const CLEANUP_HELP: &str = "\
+Removes the device that `tun` names where meshd made it, and the routes that meshd left; nothing else. Other keys do not \
+matter here. Refused while meshd runs.
+
+  meshd cleanup                  after the last stop
+  meshd cleanup --tun mesh1      where `tun: mesh1` was set by a flag
+
+Exit codes: 0 nothing of meshd's is left, 1 it failed, 2 wrong usage or configuration.";
 
 const CHECK_HELP: &str = "\
 Checks what meshd would start with: the file, the MESHD_ variables, and the nodes-file that they name. \
@@ -143,6 +152,7 @@ enum Verb {
         json: bool,
     },
     /// Remove the device, routes and rules that a stopped meshd leaves on purpose
+    #[command(after_help = CLEANUP_HELP)]
     Cleanup(Settings),
     /// Starts and ends mesh-sidecar for a meshd
     #[command(hide = true, name = launcher::VERB)]

@@ -58,7 +58,7 @@ pub const KEYS: &[Key] = &[
         "encryption",
         "none|wireguard",
         "How to encrypt where the node list does not say: VXLAN in the clear, or WireGuard",
-        "none",
+        "wireguard for `server` and `agent`, none for `run`",
     ),
     key(
         "private-key-file",

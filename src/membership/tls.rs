@@ -45,9 +45,9 @@ impl LiveCertificate {
         Ok(())
     }
 
-    /// The chain that new connections get.
-    pub fn chain(&self) -> Vec<CertificateDer<'static>> {
-        self.0.load().cert.clone()
+    /// What new connections get.
+    pub fn current(&self) -> Arc<CertifiedKey> {
+        self.0.load_full()
     }
 }
 

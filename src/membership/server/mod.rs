@@ -236,7 +236,7 @@ async fn serve(
     if let Err(error) = tune(&stream) {
         tracing::debug!("{from}: {error}");
     }
-    let chain = shared.live.chain();
+    let live = shared.live.current();
     // In boxes of their own: what a handshake needs is given back after it, and no state is there twice.
     let stream = match Box::pin(timeout(HANDSHAKE, acceptor.accept(stream))).await {
         Ok(Ok(stream)) => stream,
@@ -251,9 +251,10 @@ async fn serve(
     let peer = Arc::new(Peer {
         address: from,
         identity,
-        binding: pake::Binding::new(exporter, &chain),
+        binding: pake::Binding::new(exporter, &live.cert),
         exchange: Mutex::new(None),
     });
+    drop(live); // a connection lives long
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
         routes.call(request)
