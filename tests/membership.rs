@@ -515,8 +515,10 @@ async fn damaged_state_is_an_error_and_never_a_new_key() {
     node.until("joins", |s| s.connected).await;
     node.task.abort();
     let start = || {
-        let heard =
-            Heard { hello: tokio::sync::watch::channel(hello("a")).1, reached: tokio::sync::watch::channel(vec![]).1 };
+        let heard = Heard {
+            hello: tokio::sync::watch::channel(hello("a")).1,
+            reached: tokio::sync::watch::channel(Default::default()).1,
+        };
         let (_, orders) = tokio::sync::mpsc::channel(1);
         let (out, _) = tokio::sync::mpsc::channel(1);
         Agent::new(agent_settings(folder.path(), Some(token.reveal()), &[]), heard, orders, View::default(), out)
