@@ -13,6 +13,19 @@
 //! Behind it stands an authentication section ([`auth`]) where this node has keys and packets go in the clear; inside a
 //! tunnel the tunnel authenticates. Probes of the path (`wire::echo`) travel the same way, to BFD's echo port.
 
+//!
+//! # RFC 8971
+//!
+//! As §5 has it: the management network's VNI, the inner MAC 00-00-5E-00-52-02, the VTEP's own MAC and address as the source,
+//! an inner destination from 127/8 or ::ffff:127.0.0.0/104, TTL 255, port 3784; and as §6 has it, what comes in that network
+//! ends here and reaches no tenant. Different on purpose:
+//!
+//! - The network is 4095 unless said otherwise; the 1 that §4 allows as a default is the data network of meshd and flannel.
+//! - Also taken are frames to the VTEP's own MAC, and packets to its own address (which §5 allows) or to ::1.
+//! - §7 leaves echo packets out; here they measure the path.
+//! - There is no throttle for received packets (§9): those of no member are dropped before this, one of a member costs what a
+//!   data packet does, and however many polls and probes come, they are answered eight at a time at most.
+
 pub mod auth;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

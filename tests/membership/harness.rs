@@ -14,7 +14,7 @@ use meshd::membership::agent::{Agent, Command, Heard, View};
 use meshd::membership::api::{JoinAnswer, JoinRequest, Myself, TokenProof};
 use meshd::membership::client::{ClientError, Connection};
 use meshd::membership::clock::Now;
-use meshd::membership::link::{FromSidecar, Hello, Status};
+use meshd::membership::link::{FromSidecar, Hello, Peers, Status};
 use meshd::membership::random;
 use meshd::membership::record::{Mode, NodeRecord, Role};
 use meshd::membership::registry::{Registry, Setup};
@@ -177,7 +177,7 @@ impl Node {
         let (commands, orders) = mpsc::channel(4);
         let (sender, out) = mpsc::channel(1024);
         let view = View::default();
-        let heard = Heard { hello: heard, reached: watch::channel(Default::default()).1 };
+        let heard = Heard { hello: heard, reached: watch::channel(Peers::default()).1 };
         let agent = Agent::new(settings, heard, orders, view.clone(), sender).unwrap();
         let task = tokio::spawn(agent.run());
         Node { hello, commands, view, out, task }

@@ -3,6 +3,8 @@
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -205,24 +207,78 @@ fn busy_on_a_bad_network(story: &str, mesh: &Mesh, for_so_long: Duration) {
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let burn = || Process::spawn(Command::new("sh").args(["-c", "while :; do :; done"]));
     let burners: Vec<Process> = (0..2 * cores).map(|_| burn()).collect();
+    let stood = Standstills::watch();
     let start = Instant::now();
-    let mut looks = 0;
+    let (mut looks, mut told, mut excused, mut wrong) = (0, 0, 0, 0);
     while start.elapsed() < for_so_long {
         looks += 1;
         for node in nodes {
-            let peers = node.json(&["peers"]);
-            let states: Vec<_> = peers.as_array().unwrap().iter().map(|peer| peer["state"].clone()).collect();
-            assert_eq!(states, ["up", "up"], "after {:?}", start.elapsed());
+            let peers = node.ctl(&["--json", "peers"]);
+            let up = serde_json::from_str::<serde_json::Value>(&peers.out)
+                .is_ok_and(|peers| peers.as_array().unwrap().iter().all(|peer| peer["state"] == "up"));
+            let in_log = node.log().matches("does not answer").count();
+            let all: usize = nodes.iter().map(|node| node.log().matches("does not answer").count()).sum();
+            if up && all <= told {
+                continue;
+            }
+            let deaths = (all - told).max(1);
+            if stood.lately() {
+                excused += deaths
+            } else {
+                wrong += deaths
+            }
+            println!("{story}: {}: up {up}, {in_log} deaths in its log, after {:?}", node.name, start.elapsed());
+            told = all;
         }
         sleep(Duration::from_millis(100));
     }
     drop(burners);
-    println!("{story}: {:?}, looked at {looks} times", start.elapsed());
+    let (times, longest) = stood.end();
+    println!(
+        "{story}: {:?}, looked at {looks} times: {wrong} false deaths; {times} times nothing here ran for {:?} and more, \
+         {longest:?} at most, and {excused} deaths followed on that",
+        start.elapsed(),
+        Standstills::LEAST
+    );
     for node in nodes {
-        println!("{story}: {} false deaths", node.log().matches("does not answer").count());
-        assert!(!node.log().contains("does not answer"), "{}", node.log());
         let dropped = node.ns.sh("nft list chain inet f in");
         println!("{story}: {}", dropped.lines().find(|line| line.contains("counter")).unwrap_or_default().trim());
+    }
+    assert_eq!(wrong, 0);
+}
+
+/// Who is stopped from outside for as long as a death takes has not lived meanwhile, and others say so rightly.
+struct Standstills {
+    seen: Arc<Mutex<Vec<(Instant, Duration)>>>,
+    ends: Arc<AtomicBool>,
+}
+
+impl Standstills {
+    const LEAST: Duration = Duration::from_millis(700);
+
+    fn watch() -> Self {
+        let (seen, ends) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<AtomicBool>::default());
+        let (told, over) = (seen.clone(), ends.clone());
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let before = Instant::now();
+                sleep(Duration::from_millis(20));
+                if before.elapsed() >= Self::LEAST {
+                    told.lock().unwrap().push((Instant::now(), before.elapsed()));
+                }
+            }
+        });
+        Standstills { seen, ends }
+    }
+
+    fn lately(&self) -> bool {
+        self.seen.lock().unwrap().last().is_some_and(|(at, _)| at.elapsed() < Duration::from_secs(10))
+    }
+
+    fn end(self) -> (usize, Duration) {
+        self.ends.store(true, Ordering::Relaxed);
+        let seen = self.seen.lock().unwrap();
+        (seen.len(), seen.iter().map(|(_, long)| *long).max().unwrap_or_default())
     }
 }
 
@@ -263,8 +319,11 @@ fn a_link_that_flaps_is_not_believed_for_long() {
     let monitor = Process::spawn(a.ns.command("ip").args(["monitor", "route"]).stdout(file));
     let changes = || std::fs::read_to_string(&routes).unwrap().lines().count();
     // that it is heard, and how it looks when a route does change
-    a.ns.sh("ip route add 10.99.0.0/24 dev mesh0; ip route del 10.99.0.0/24 dev mesh0");
-    until("the monitor sees changes", || changes() >= 2);
+    until("the monitor sees changes", || {
+        a.ns.sh("ip route add 10.99.0.0/24 dev mesh0; ip route del 10.99.0.0/24 dev mesh0");
+        changes() >= 2
+    });
+    sleep(Duration::from_millis(500));
     let before = changes();
 
     b.ns.sh("nft add table inet f; nft 'add chain inet f in { type filter hook input priority 0; }'");
@@ -306,4 +365,41 @@ fn a_link_that_flaps_is_not_believed_for_long() {
     b.kill();
     println!("{story}: and b's after {:?}", dies(a, "b", killed));
     drop(monitor);
+}
+
+/// What it costs a node to watch others, in a mesh of 10, 100 and 1,000 of which it watches six without traffic:
+/// `cargo test --release --test netns what_liveness_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints figures"]
+fn what_liveness_costs() {
+    let story = "what_liveness_costs";
+    let Some(mesh) = Builder::new(story) else { return };
+    let names = ["a", "b", "c", "d", "e", "f", "g"];
+    let mesh = names.into_iter().fold(mesh, Builder::node).start();
+    let d = mesh.node("d");
+    let list = mesh.list(|_| true);
+    for size in [10, 100, 1_000] {
+        // the others' names are behind: the real ones are each other's neighbours
+        let more = (names.len()..size).map(|n| {
+            let (high, low) = (n / 256, n % 256);
+            format!("  - {{name: z{n:04}, underlay: 10.9.{}.{low}, subnets: [10.43.{high}.{low}/32]}}\n", 100 + high)
+        });
+        mesh.write_nodes(&(list.clone() + &more.collect::<String>()));
+        until("the list is known", || d.json(&["peers"]).as_array().unwrap().len() == size - 1);
+        all_up(&mesh, &["c", "d", "e"]);
+        sleep(Duration::from_secs(3));
+        let now = || (Instant::now(), d.cpu_ms(), d.stats()["udp"].clone());
+        let (start, cpu, udp) = now();
+        sleep(Duration::from_secs(30));
+        let (end, cpu_after, udp_after) = now();
+        let seconds = (end - start).as_secs_f64();
+        let a_second = |key: &str| (udp_after[key].as_u64().unwrap() - udp[key].as_u64().unwrap()) as f64 / seconds;
+        println!(
+            "{story}: {size} nodes: {:.2} % of a core, {:.0} packets out, {:.0} in, {:.1} kB out a second",
+            (cpu_after - cpu) as f64 / seconds / 10.0,
+            a_second("tx_packets"),
+            a_second("rx_packets"),
+            a_second("tx_bytes") / 1e3,
+        );
+    }
 }

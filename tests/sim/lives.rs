@@ -41,13 +41,16 @@ struct Node {
     thought: Vec<Verdict>,
 }
 
+/// When it arrives, its number, from whom, to whom, and what it is.
+type Letter = (u64, u64, usize, usize, Vec<u8>);
+
 struct World {
     now_us: u64,
     rng: Rng,
     keys: Option<Arc<Keys>>,
     nodes: Vec<Node>,
     started: u32,
-    wire: BinaryHeap<Reverse<(u64, u64, usize, usize, Vec<u8>)>>,
+    wire: BinaryHeap<Reverse<Letter>>,
     loss_permille: u32,
     /// Nothing gets from the first to the second.
     cut: Vec<(usize, usize)>,

@@ -288,6 +288,52 @@ fn what_is_no_bfd_in_the_management_network_is_another_network() {
     assert_eq!((a.stats.sum(|worker| worker.drops(Drop::WrongVni)), a.consumed()), (1, before));
 }
 
+/// RFC 8971 §5 and §6.
+#[test]
+fn a_frame_of_the_management_network_is_for_this_vtep_and_from_nearby() {
+    let [mut a, mut b] = up(false);
+    let source = SocketAddr::new(b.tables.local().addresses[0], 8472);
+    let to_a = a.tables.local().addresses[0];
+    let is_control = |bytes: &[u8]| bytes[44..46] == bfd::PORT.to_be_bytes();
+    let said = (4_000..4_400).flat_map(|ms| b.turn(ms * 1000)).find(|(to, bytes)| to.ip() == to_a && is_control(bytes));
+    let (_, good) = said.unwrap();
+    let (own_mac, own) = (a.tables.local().mac.0, a.tables.local().addresses[0]);
+    let to = |destination: &str, ttl: u8, mac: [u8; 6]| {
+        let destination = if destination == "own" { own } else { destination.parse().unwrap() };
+        let mut frame = good[..22].to_vec();
+        frame[8..14].copy_from_slice(&mac);
+        let control = bfd::Control::parse(&good[50..], None).unwrap();
+        let ends = Ends { source: source.ip(), destination, source_port: 50_000 };
+        bfd::write_packet(&Message::Control(control), ends, None, &mut frame);
+        frame[30] = ttl;
+        frame
+    };
+    let taken = |a: &mut Node, frame| {
+        let before = (a.consumed(), a.drops(Drop::WrongVni));
+        a.receive(4_400_000, source, frame);
+        match (a.consumed() - before.0, a.drops(Drop::WrongVni) - before.1) {
+            (1, 0) => true,
+            (0, 1) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(taken(&mut a, good.clone()));
+    for (destination, ttl, mac, wanted) in [
+        ("127.0.0.1", 255, bfd::MANAGEMENT_MAC, true),
+        ("127.9.9.9", 255, bfd::MANAGEMENT_MAC, true),
+        ("own", 255, bfd::MANAGEMENT_MAC, true),
+        ("127.0.0.1", 255, own_mac, true),
+        ("127.0.0.1", 254, bfd::MANAGEMENT_MAC, false),
+        ("127.0.0.1", 255, [2, 0, 0, 0, 0, 99], false),
+        ("127.0.0.1", 255, [0xff; 6], false),
+        // a tenant's
+        ("10.42.1.5", 255, bfd::MANAGEMENT_MAC, false),
+        ("10.42.2.5", 255, bfd::MANAGEMENT_MAC, false),
+    ] {
+        assert_eq!(taken(&mut a, to(destination, ttl, mac)), wanted, "{destination} {ttl} {mac:?}");
+    }
+}
+
 /// The cost of a node in a mesh of a thousand: a constant.
 #[test]
 fn a_thousand_peers_without_traffic_cost_what_the_neighbours_cost() {

@@ -72,6 +72,17 @@ fn literal_frame() {
 }
 
 #[test]
+fn literal_frame_over_ipv6() {
+    let mut out = Vec::new();
+    let from = ("fd09::1".parse().unwrap(), 49152);
+    write_frame(&message(), 0x010203, [2, 0, 0, 0, 0, 7], from, None, &mut out);
+    assert_eq!(&out[..22], b"\x08\0\0\0\x01\x02\x03\0\0\0\x5e\0\x52\x02\x02\0\0\0\0\x07\x86\xdd");
+    assert_eq!(out[22 + 6..22 + 8], [17, 255], "UDP, hop limit");
+    assert_eq!(&out[22 + 24..22 + 40], b"\0\0\0\0\0\0\0\0\0\0\xff\xff\x7f\0\0\x01");
+    assert_eq!(read_frame(&out, None), Ok(("::ffff:127.0.0.1".parse().unwrap(), message())));
+}
+
+#[test]
 fn both_families_come_back_and_nothing_damaged_or_from_afar_does() {
     for (a, b) in [("10.9.0.1", "10.9.0.2"), ("fd00::1", "fd00::2")] {
         let (a, b): (IpAddr, IpAddr) = (a.parse().unwrap(), b.parse().unwrap());
