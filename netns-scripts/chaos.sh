@@ -339,7 +339,7 @@ sabotage() { # a member that was acknowledged vanishes
 }
 
 step "Faults for $MINUTES minutes, seed $SEED"
-END=$((SECONDS - $(still) + MINUTES * 60)) n=0 kills=0
+END=$((SECONDS - $(still) + MINUTES * 60)) count=0 kills=0
 mapfile -t SCHEDULE < <(schedule)
 if [ -n "${SABOTAGE:-}" ]; then
     sleep 10
@@ -359,9 +359,9 @@ for line in "${SCHEDULE[@]}"; do
     now=$(ms)
     [ "$stood" != "$(still)" ] ||
         printf '{"fault":"%s","start":%d,"end":%d,"good":%d}\n' "$fault" "$start" "$ENDED" "$now" >>"$CHAOS_DIR/faults"
-    n=$((n + 1))
+    count=$((count + 1))
     case $fault in kill-*) kills=$((kills + 1)) ;; esac
-    note "$n. $fault at $at: good again $((now - ENDED)) ms after it$([ $((ENDED - start)) -lt 500 ] || echo " had lasted $((ENDED - start)) ms")"
+    note "$count. $fault at $at: good again $((now - ENDED)) ms after it$([ $((ENDED - start)) -lt 500 ] || echo " had lasted $((ENDED - start)) ms")"
 done
 touch "$CHAOS_DIR/stop"
 
@@ -384,4 +384,4 @@ if [ -n "${SABOTAGE:-}" ]; then
     exit 0
 fi
 [ $rc = 0 ] || die "something is wrong; the same again: chaos.sh $SEED $MINUTES"
-say "${GREEN}$n faults ($kills leaders killed): nothing that was acknowledged is lost, and not one packet$PLAIN"
+say "${GREEN}$count faults ($kills leaders killed): nothing that was acknowledged is lost, and not one packet$PLAIN"
