@@ -71,6 +71,29 @@ async fn servers_over_one_store_know_the_same() {
     }
 }
 
+/// A server that finds more of the audit log than it wants removes that by and by, and not all in one change that etcd refuses.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_long_an_audit_log_stops_no_change() {
+    let Some(etcds) = Etcds::start("too_long_an_audit_log_stops_no_change", 1).await else { return };
+    let store = etcds.store().await;
+    let setup = || Setup { secret: Some(Secret::new("of them all")), shared: true, ..harness::setup() };
+    let open = async || Registry::open(Arc::new(etcds.store().await), setup(), Now::read()).await.unwrap();
+    drop(open().await);
+    let key = |n: u64| format!("audit/{n:012}-{n:08}");
+    for part in (0..1300).collect::<Vec<_>>().chunks(100) {
+        let ops = part.iter().map(|n| Op::put(key(*n), *b"{}")).collect();
+        store.txn(Txn { compares: vec![], ops }).await.unwrap();
+    }
+    // two at once, neither of which knows what the other removes
+    let (one, other) = (open().await, open().await);
+    for _ in 0..20 {
+        for registry in [&one, &other] {
+            registry.mint(Now::read(), Role::Agent, None, None, None, "").await.unwrap();
+        }
+    }
+    assert_eq!(one.audit().await.unwrap().len(), 1000);
+}
+
 async fn until(what: &str, good: impl Fn() -> bool) {
     for _ in 0..600 {
         if good() {

@@ -174,13 +174,15 @@ impl Registry {
                         return Err(OpenError::Vanished { cluster: self.cluster.id.clone() });
                     }
                     (rows::GUARD, Some(_)) => guarded = true,
-                    _ if key.starts_with(rows::AUDIT) && value.is_some() => lines.push(key.to_owned()),
+                    _ if key.starts_with(rows::AUDIT) => {
+                        lines.push(if value.is_some() { Op::put(key, "") } else { Op::delete(key) });
+                    }
                     _ if key.starts_with(rows::SERVER) || key.starts_with(rows::VIA) => self.met(key, value),
                     _ => note(&mut plan, key, value)?,
                 }
             }
             if !known && guarded {
-                self.make_known(&plan, lines, revision);
+                self.make_known(&plan, &lines, revision);
                 writer.guard = revision;
             }
         }

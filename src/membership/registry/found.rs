@@ -55,7 +55,7 @@ impl Found {
                     let row = rows::read::<TokenRow>(key, value)?;
                     state.tokens.insert(row.id.clone(), row);
                 }
-                _ if key.starts_with(rows::AUDIT) => state.audit.push_back(item.key),
+                _ if key.starts_with(rows::AUDIT) => drop(state.audit.insert(item.key)),
                 _ => others.take(key, Some(value)),
             }
         }

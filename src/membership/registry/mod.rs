@@ -59,6 +59,8 @@ use super::token::{Token, TokenId, TokenSecret};
 const TRIES: usize = 20;
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
+/// Lines that one change removes at most, whatever there is too much: etcd takes 128 steps in a transaction.
+const AUDIT_DROP: usize = 10;
 /// Heartbeats are stored this often, for people who ask after a restart.
 const FLUSH: Duration = Duration::from_secs(300);
 const TIDY: Duration = Duration::from_secs(600);
@@ -708,13 +710,14 @@ impl Registry {
             if plan.changes_list() {
                 ops.push(Op::put(rows::LIST, ""));
             }
-            let lines = self.audit_ops(now, &plan.audit, &mut writer, &mut ops);
+            let lines = self.audit_ops(now, &plan.audit, &mut writer);
+            ops.extend(lines.iter().cloned());
             let compares = vec![Compare { key: rows::GUARD.to_owned(), modified: writer.guard }];
             match self.store.txn(Txn { compares, ops }).await {
                 Ok(Outcome::Done(revision)) => {
                     writer.guard = revision;
                     self.counters.commits.fetch_add(1, Ordering::Relaxed);
-                    self.settle(&plan, lines, revision);
+                    self.settle(&plan, &lines, revision);
                     return Ok(answer);
                 }
                 Ok(Outcome::Conflict) => self.catch_up(&mut writer).await,
@@ -727,7 +730,7 @@ impl Registry {
         Err(Refused::Busy)
     }
 
-    fn settle(&self, plan: &Plan, lines: Vec<String>, revision: Revision) {
+    fn settle(&self, plan: &Plan, lines: &[Op], revision: Revision) {
         for line in &plan.audit {
             let of = |part: &Option<String>| part.clone().unwrap_or_default();
             tracing::info!(node = of(&line.node), token = of(&line.token), from = of(&line.from), "{}", line.what);
@@ -735,12 +738,14 @@ impl Registry {
         self.make_known(plan, lines, revision);
     }
 
-    fn make_known(&self, plan: &Plan, lines: Vec<String>, revision: Revision) {
+    fn make_known(&self, plan: &Plan, lines: &[Op], revision: Revision) {
         let mut known = self.known_mut();
         known.state.apply(plan);
-        known.state.audit.extend(lines);
-        while known.state.audit.len() > AUDIT_KEEP {
-            known.state.audit.pop_front();
+        for line in lines {
+            match line {
+                Op::Put { key, .. } => drop(known.state.audit.insert(key.clone())),
+                Op::Delete { key } => drop(known.state.audit.remove(key)),
+            }
         }
         if plan.changes_list() {
             let upsert = plan.put_nodes.iter().map(|row| row.record.clone());
@@ -749,21 +754,23 @@ impl Registry {
         }
     }
 
-    /// Adds the log's new lines, and drops the oldest in their place. The new lines' keys.
-    fn audit_ops(&self, now: Now, lines: &[AuditRow], writer: &mut Writer, ops: &mut Vec<Op>) -> Vec<String> {
-        let mut keys = Vec::new();
+    /// The log's new lines, and the removal of the oldest in their place.
+    fn audit_ops(&self, now: Now, lines: &[AuditRow], writer: &mut Writer) -> Vec<Op> {
+        let mut ops = Vec::new();
         for line in lines {
             writer.audited += 1;
-            let key = format!("{}{:012}-{:08}", rows::AUDIT, now.unix.max(0), writer.audited % 100_000_000);
-            ops.push(Op::put(&key, rows::json(line)));
-            keys.push(key);
+            let (time, count) = (now.unix.max(0), writer.audited % 100_000_000);
+            // another server may write its line of that number in the same second
+            let key = format!("{}{time:012}-{count:08}-{}", rows::AUDIT, &self.me[..8]);
+            ops.push(Op::put(key, rows::json(line)));
         }
         let known = self.known();
-        let spare = (known.state.audit.len() + keys.len()).saturating_sub(AUDIT_KEEP);
+        let spare = (known.state.audit.len() + ops.len()).saturating_sub(AUDIT_KEEP).min(lines.len() + AUDIT_DROP);
         // A key that is written in this transaction must not be dropped in it too.
-        let oldest = known.state.audit.iter().take(spare).filter(|key| !keys.contains(key));
-        ops.extend(oldest.map(|key| Op::delete(key.clone())));
-        keys
+        let fresh = |key: &&String| !ops.iter().any(|op| matches!(op, Op::Put { key: new, .. } if new == *key));
+        let oldest: Vec<_> = known.state.audit.iter().filter(fresh).take(spare).map(Op::delete).collect();
+        ops.extend(oldest);
+        ops
     }
 
     async fn reload(&self, writer: &mut Writer) -> Result<(), Refused> {

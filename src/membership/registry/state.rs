@@ -1,7 +1,7 @@
 //! Everything that the registry knows, in memory, and what it decides from that. Pure: a decision is a [`Plan`], which
 //! becomes true once it is stored.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
 use base64::Engine as _;
@@ -58,8 +58,8 @@ pub(super) struct State {
     pub(super) gone: HashMap<String, GoneRow>,
     gone_by_identity: HashMap<String, String>,
     pub(super) tokens: BTreeMap<String, TokenRow>,
-    /// Keys of the audit log, oldest first.
-    pub(super) audit: VecDeque<String>,
+    /// Keys of the audit log, oldest first, exactly as they are stored: who forgot one would never have it removed.
+    pub(super) audit: BTreeSet<String>,
     pub(super) space: Space,
 }
 
@@ -74,7 +74,7 @@ impl State {
             gone: HashMap::new(),
             gone_by_identity: HashMap::new(),
             tokens: BTreeMap::new(),
-            audit: VecDeque::new(),
+            audit: BTreeSet::new(),
             space,
         }
     }
