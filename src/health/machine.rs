@@ -319,10 +319,6 @@ impl Session {
                 Event::Up
             }
             (State::Up, State::Down) => {
-                // what one side's timer ends flaps for both
-                if known && packet.diagnostic == Diagnostic::EXPIRED {
-                    self.flaps.died = Some(packet.mine);
-                }
                 self.become_down(now_us, Diagnostic::NEIGHBOR_DOWN);
                 Event::Down { diagnostic: packet.diagnostic, known }
             }

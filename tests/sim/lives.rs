@@ -309,7 +309,8 @@ fn a_link_that_flaps_dies_a_few_times_a_minute() {
         by_minute.push(world.deaths.iter().filter(|(_, of, _)| *of == 0).count());
     }
     eprintln!("deaths a minute: {by_minute:?}");
-    assert!(by_minute.iter().all(|deaths| *deaths <= 4), "{by_minute:?}");
+    // three in each minute that begins with the first of them; ten minutes here begin and end within others
+    assert!(by_minute.iter().sum::<usize>() <= 3 * 11, "{by_minute:?}");
     assert!(by_minute[0] >= 3, "{by_minute:?}: at first it is seen each time");
     world.run(5 * SECOND);
     world.all_up();
