@@ -91,7 +91,6 @@ fn meshd_keeps_net_admin_alone_and_everything_works() {
     until("the MTU is another", || a.ns.sh("cat /proc/sys/net/ipv6/conf/mesh0/mtu").trim() == "1300");
     a.ns.sh("ip addr del 10.9.0.1/24 dev ul0; sleep 0.2; ip addr add 10.9.0.1/24 dev ul0");
     until("the underlay address is back", || pings(&a.ns, b.overlay(V4)));
-    assert_eq!(a.ctl(&["ping", "b"]).code, 0);
     has_only(a, NET_ADMIN);
     assert_eq!(a.stop(), 0);
     assert!(!a.socket().exists());
