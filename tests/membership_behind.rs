@@ -20,7 +20,6 @@ use meshd::membership::link::Request;
 use meshd::membership::record::{Role, State};
 use meshd::membership::registry::{Proof, Refused, Registry, Setup};
 use meshd::membership::server::Server;
-use meshd::membership::settings::Secret;
 use meshd::membership::store::sqlite::Sqlite;
 use meshd::membership::store::{LeaseId, Outcome, Snapshot, Store, StoreError, Txn, Watch};
 use meshd::membership::tls::Trust;
@@ -40,7 +39,7 @@ struct Two {
 async fn two() -> Two {
     let dir = TempDir::new().unwrap();
     let store = Sqlite::open(&dir.path().join("db")).await.unwrap();
-    let setup = || Setup { secret: Some(Secret::new("of both")), shared: true, ..harness::setup() };
+    let setup = || Setup { candidate: Some("c".to_owned()), shared: true, ..harness::setup() };
     let open = async || Arc::new(Registry::open(Arc::new(store.clone()), setup(), Now::read()).await.unwrap());
     let (first, second) = (open().await, open().await);
     let serve = async |registry: &Arc<Registry>| {
@@ -107,7 +106,7 @@ impl Store for Cut {
 async fn a_server_without_its_store_says_so_and_judges_nobody() {
     let dir = TempDir::new().unwrap();
     let store = Arc::new(Cut(Sqlite::open(&dir.path().join("db")).await.unwrap(), AtomicBool::new(false)));
-    let setup = Setup { secret: Some(Secret::new("s")), shared: true, ..harness::setup() };
+    let setup = Setup { candidate: Some("c".to_owned()), shared: true, ..harness::setup() };
     let mut now = Now::read();
     let registry = Registry::open(store.clone(), setup, now).await.unwrap();
     let token = registry.mint(now, Role::Agent, None, None, None, "").await.unwrap();
