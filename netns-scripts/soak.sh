@@ -5,7 +5,7 @@
 #
 #   on each node   in + originated = out + dropped + consumed, both ways, exactly
 #   all nodes      datagrams sent = datagrams received + what the kernel says it lost
-#   each process   as many descriptors as after the first round, and no more memory
+#   each process   as many descriptors as after the first rounds, and no more memory than half way
 #
 #      node a                node b                node c
 #  +-------------+       +-------------+       +-------------+
@@ -65,6 +65,10 @@ process() { # NODE: the pid of meshd; ip netns exec runs it in its own place
     printf '%s' "${DAEMON[$1]}"
 }
 fds() { find "/proc/$(process "$1")/fd" -mindepth 1 | wc -l; }
+half='' # whether half of it is done
+half_way() {
+    if [ -n "$MINUTES" ]; then [ $((SECONDS - t0)) -ge $((MINUTES * 30)) ]; else [ "$done_packets" -ge $((PACKETS / 2)) ]; fi
+}
 rss() { awk '/^VmRSS/{print $2}' "/proc/$(process "$1")/status"; }
 
 one_round() { # FROM TO
@@ -102,7 +106,12 @@ while :; do
     round=$((round + 1))
     done_packets=$(carried) || die "meshctl stats failed"
     if [ $round = 6 ]; then
-        for n in "${NODES[@]}"; do FDS0[$n]=$(fds "$n") RSS0[$n]=$(rss "$n"); done
+        for n in "${NODES[@]}"; do FDS0[$n]=$(fds "$n"); done
+    fi
+    # buffers are touched when they are first needed: half of the way has needed them all
+    if [ -z "$half" ] && [ $round -ge 6 ] && half_way; then
+        half=1
+        for n in "${NODES[@]}"; do RSS0[$n]=$(rss "$n"); done
     fi
     [ $((round % 6)) != 0 ] || note "$done_packets packets in $((SECONDS - t0)) s"
     [ $round -ge 6 ] || continue

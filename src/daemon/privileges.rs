@@ -124,6 +124,7 @@ fn read<'a>(config: &'a Config, file: &'a Path) -> Vec<&'a Path> {
     let others = [
         &config.nodes_file,
         &config.private_key_file,
+        &config.bfd_auth_key_file,
         &config.datastore_password_file,
         &config.datastore_cafile,
         &config.datastore_certfile,

@@ -23,6 +23,8 @@ const FIRST_PORT: usize = 2;
 const FRONT: usize = HEADROOM.next_multiple_of(64);
 /// Bytes received after which they are written: larger batches fall out of the cache before they are.
 const WRITE_BYTES: usize = 256 << 10;
+/// Reads of the TUN device that may fail one after the other.
+const FAILURES: u32 = 1000;
 /// How often tunnels are told the time, and how often an idle worker looks whether there is a new table with tunnels.
 const TICK: Duration = Duration::from_millis(50);
 const IDLE: Duration = Duration::from_secs(1);
@@ -48,6 +50,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     let Some(stats) = stats.worker(index) else { return Ok(()) };
     let mut events = Vec::new();
     let mut patience = Duration::ZERO;
+    let mut failures = 0u32;
     loop {
         events.clear();
         ring.wait(patience, &mut events).map_err(WorkerError::Ring)?;
@@ -60,7 +63,14 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
                 }
                 // an error that was pending on a socket is fetched by this; what is wrong shows at the next send
                 Event::Failed(source, libc::EINTR | libc::EAGAIN) if source != STOP => {}
-                Event::Failed(TUN, error) => return Err(WorkerError::Ring(io::Error::from_raw_os_error(error))),
+                // a packet that the kernel cannot hand over, say: as long as others come
+                Event::Failed(TUN, error) => {
+                    failures += 1;
+                    if failures > FAILURES {
+                        return Err(WorkerError::Ring(io::Error::from_raw_os_error(error)));
+                    }
+                }
+                Event::Filled { source: TUN, .. } => failures = 0,
                 Event::Failed(..) | Event::Filled { .. } => {}
             }
         }

@@ -183,6 +183,8 @@ impl Drop for Ring {
             std::mem::forget(std::mem::replace(&mut self.queue.message, Box::new(shape())));
             std::mem::forget(std::mem::take(&mut self.queue.writes));
         }
+        // closed alone, a ring gives its files back at some later time, and its sockets would receive until then
+        self.queue.uring.submitter().unregister_files().ok();
     }
 }
 

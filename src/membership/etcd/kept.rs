@@ -124,12 +124,13 @@ impl Kept {
         Ok(files::write_atomic(&self.roots(), pem("CERTIFICATE", authority.certificate()).as_bytes())?)
     }
 
-    /// When the certificate has two thirds of its life behind it, in seconds since 1970. One that cannot be read has.
-    pub fn renew_at(&self) -> i64 {
+    /// When the certificate has two thirds of its life behind it; `None` if it cannot be read.
+    pub fn renew_at(&self) -> Option<OffsetDateTime> {
         let pem = files::read(&self.certificate()).ok().flatten().unwrap_or_default();
         let first = CertificateDer::pem_slice_iter(&pem).next().and_then(Result::ok);
         let validity = first.and_then(|certificate| authority::validity(&certificate));
-        validity.map_or(0, |(from, to)| from + (to - from) / 3 * 2)
+        let (from, to) = validity?;
+        OffsetDateTime::from_unix_timestamp(from + (to - from) / 3 * 2).ok()
     }
 
     /// What members are asked with.

@@ -15,7 +15,7 @@ use super::outlook::Outlook;
 use super::process::{self, Process};
 use crate::membership::agent::AgentError;
 use crate::membership::agent::keep::{Keep, KeepError};
-use crate::membership::authority::{Authority, AuthorityError};
+use crate::membership::authority::{self, Authority, AuthorityError};
 use crate::membership::client::ClientError;
 use crate::membership::clock::Now;
 use crate::membership::files::{self, FileError};
@@ -228,7 +228,10 @@ impl Managed {
                 return ManagedError::Removed;
             }
             self.renew(member);
-            let gone = |name: &str| matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
+            // Whoever was removed may have joined again: only what the store says now is good enough for that.
+            let sure = registry.catch().await.is_ok();
+            let gone =
+                |name: &str| sure && matches!(registry.member(name), Err(Refused::Removed(_) | Refused::Purged(_)));
             let looked = match self.kept.client() {
                 Ok(tls) => members.look(tls, member, gone).await.map_err(ManagedError::from),
                 Err(error) => Err(error.into()),
@@ -293,7 +296,12 @@ impl Managed {
     async fn restart_at(&mut self, member: Member, address: IpAddr) -> Result<(), ManagedError> {
         let program = process::find().ok_or(ManagedError::NoProgram)?;
         let member = self.moved(member, address).await?;
-        self.run(program, &member)
+        self.run(program, &member)?;
+        if let Some(gateway) = &self.gateway {
+            // the others are added by the next look at the members
+            gateway.set_endpoints(vec![(address.to_string(), CLIENT_PORT)]);
+        }
+        Ok(())
     }
 
     fn begin(&mut self, settings: &Settings, address: IpAddr) -> Result<Member, ManagedError> {
@@ -462,7 +470,7 @@ impl Managed {
 
     /// A new certificate in good time. etcd reads it for each handshake, so nothing is interrupted.
     fn renew(&self, member: &Member) {
-        if Now::read().unix >= self.kept.renew_at() {
+        if self.kept.renew_at().is_none_or(|at| authority::is_due(at, Now::read().date())) {
             match self.certify(member) {
                 Ok(()) => tracing::info!("the etcd member's certificate was renewed"),
                 Err(error) => tracing::warn!("the etcd member's certificate cannot be renewed: {error}"),

@@ -249,7 +249,7 @@ impl Registry {
 }
 
 impl Registry {
-    fn heard_store(&self, now: Now) {
+    pub(super) fn heard_store(&self, now: Now) {
         self.heard.store(u64::try_from(now.mono.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }

@@ -717,6 +717,7 @@ impl Registry {
                 Ok(Outcome::Done(revision)) => {
                     writer.guard = revision;
                     self.counters.commits.fetch_add(1, Ordering::Relaxed);
+                    self.heard_store(now);
                     self.settle(&plan, &lines, revision);
                     return Ok(answer);
                 }

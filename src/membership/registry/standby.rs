@@ -16,6 +16,8 @@ use crate::membership::store::{Revision, Store};
 
 /// The copy is this much behind at most; longer by a second for each hundred nodes.
 const PACE: Duration = Duration::from_secs(10);
+/// Between two attempts to read a store that has just come.
+const AGAIN: Duration = Duration::from_secs(1);
 
 impl Registry {
     /// Says that the store of this registry is away.
@@ -55,9 +57,12 @@ impl Registry {
         }
         writer.stale = true;
         standby.arrive(store);
-        if let Err(error) = self.reload(&mut writer).await {
+        // before that the list would be the copy's, and somebody's later one would go back to it
+        while let Err(error) = self.reload(&mut writer).await {
             tracing::warn!("{error}");
+            tokio::time::sleep(AGAIN).await;
         }
+        standby.present();
         Ok(())
     }
 

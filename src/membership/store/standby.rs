@@ -85,11 +85,15 @@ impl Standby {
         self.away.subscribe()
     }
 
-    /// Everything goes to the store itself from now on.
+    /// Everything goes to the store itself from now on. It still counts as away until [`Standby::present`].
     pub fn arrive(&self, store: Arc<dyn Store>) {
-        if self.store.set(store).is_ok() {
-            self.away.send_replace(vec![]);
-        }
+        // a second one changes nothing
+        self.store.set(store).ok();
+    }
+
+    /// What the store holds is known: nobody goes by the copy any more.
+    pub fn present(&self) {
+        self.away.send_replace(vec![]);
     }
 
     fn store(&self) -> Result<&Arc<dyn Store>, StoreError> {
