@@ -156,20 +156,10 @@ async fn a_user_and_a_password_are_needed_where_etcd_says_so() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_there_or_no_etcd_is_said() {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
     let nobody = Access { endpoints: vec![("127.0.0.1".to_owned(), 1)], ..Access::default() };
     let opened = tokio::time::timeout(Duration::from_secs(2), Etcd::open(Gateway::new(nobody), PREFIX)).await;
     assert!(opened.is_err(), "it is waited for");
-    let app = axum::Router::new();
-    tokio::spawn(async move {
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let service = hyper_util::service::TowerToHyperService::new(app.clone());
-            let io = hyper_util::rt::TokioIo::new(stream);
-            tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(io, service));
-        }
-    });
+    let port = secured::serve(axum::Router::new()).await;
     let other = Access { endpoints: vec![("127.0.0.1".to_owned(), port)], ..Access::default() };
     let opened = Etcd::open(Gateway::new(other), PREFIX).await.err().expect("no etcd");
     assert!(opened.to_string().contains("is it an etcd of 3.4 or later?"), "{opened}");

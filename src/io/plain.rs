@@ -6,7 +6,7 @@
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
@@ -18,7 +18,7 @@ use tokio_tun::Tun;
 use super::tap::{Side, Tally, Tap};
 use super::tun::{TunError, explain};
 use super::udp::UdpPort;
-use super::worker::{Clockwork, Look, WorkerError, send, take_in, until_turn, watch};
+use super::worker::{Clockwork, Look, WorkerError, patience, send, take_in, watch};
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::Inbound;
 use crate::engine::outbound::{HEADROOM, Outbound};
@@ -31,10 +31,6 @@ use crate::wire::vnet_hdr;
 /// The offload header that the engine expects before a packet; all zero says that there is nothing left to do.
 const FRONT: usize = (HEADROOM + vnet_hdr::HEADER_LEN).next_multiple_of(64);
 const AT: usize = FRONT - vnet_hdr::HEADER_LEN;
-/// How often tunnels are told the time when there is nothing else to do.
-const TICK: Duration = Duration::from_millis(50);
-/// How often it is looked whether there is a new table with tunnels.
-const IDLE: Duration = Duration::from_secs(1);
 /// Packets that are read before the runtime looks at the sockets again.
 const READS: usize = 32;
 
@@ -98,16 +94,11 @@ impl Plain {
         let mut packet = Vec::new();
         let (mut ticks, mut late) = (true, false);
         loop {
-            let patience = match (late, ticks) {
-                (true, _) => Duration::ZERO,
-                (false, true) => TICK,
-                (false, false) => IDLE,
-            };
             let event = tokio::select! {
                 read = tun.recv(frame.get_mut(FRONT..).unwrap_or_default()) => Event::Read(read),
                 port = any(&ready) => Event::Port(port.map_err(WorkerError::Poll)?),
                 _ = stop.readable() => return Ok(()),
-                _ = sleep(patience.min(until_turn(&vigil, started))) => Event::Tick,
+                _ = sleep(patience(late, ticks, &vigil, started)) => Event::Tick,
             };
             let now_us = started.elapsed().as_micros() as u64;
             let now_ms = now_us / 1000;

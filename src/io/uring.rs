@@ -8,16 +8,17 @@ use std::time::Duration;
 use arc_swap::cache::Cache;
 
 use super::tap::{Side, Tally};
-use super::worker::{Clockwork, Look, Worker, WorkerError, push_tapped, received, send, show_units, until_turn, watch};
+use super::worker::{
+    Clockwork, Look, Worker, WorkerError, patience, push_tapped, received, send, show_units, watch, write_errors,
+};
 use crate::engine::inbound::Inbound;
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::vigil::Vigil;
 use crate::sys::ring::{self, Event, Ring, Source};
 use crate::wire::vnet_hdr;
 
-/// The sources of a worker's ring; its sockets follow.
+/// The sources of a worker's ring: its queue, its stop signal, and its sockets.
 const TUN: usize = 0;
-const STOP: usize = 1;
 const FIRST_PORT: usize = 2;
 /// Room before each frame that is read.
 const FRONT: usize = HEADROOM.next_multiple_of(64);
@@ -25,9 +26,6 @@ const FRONT: usize = HEADROOM.next_multiple_of(64);
 const WRITE_BYTES: usize = 256 << 10;
 /// Reads of the TUN device that may fail one after the other.
 const FAILURES: u32 = 1000;
-/// How often tunnels are told the time, and how often an idle worker looks whether there is a new table with tunnels.
-const TICK: Duration = Duration::from_millis(50);
-const IDLE: Duration = Duration::from_secs(1);
 
 /// Whether this kernel, and whoever confines this process, lets a worker run this way.
 pub fn supported() -> io::Result<()> {
@@ -49,20 +47,19 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     let mut vigil = Vigil::new(index, stats.workers());
     let Some(stats) = stats.worker(index) else { return Ok(()) };
     let mut events = Vec::new();
-    let mut patience = Duration::ZERO;
+    let mut wait = Duration::ZERO;
     let mut failures = 0u32;
     loop {
         events.clear();
-        ring.wait(patience, &mut events).map_err(WorkerError::Ring)?;
-        stats.flow.sleeps.add(u64::from(!patience.is_zero()));
+        ring.wait(wait, &mut events).map_err(WorkerError::Ring)?;
+        stats.flow.sleeps.add(u64::from(!wait.is_zero()));
         for event in &events {
             match *event {
                 Event::Signalled(_) => return Ok(()),
                 Event::Failed(TUN, libc::EBADFD | libc::EBADF | libc::ENODEV) => {
                     return Err(WorkerError::TunGone);
                 }
-                // an error that was pending on a socket is fetched by this; what is wrong shows at the next send
-                Event::Failed(source, libc::EINTR | libc::EAGAIN) if source != STOP => {}
+                Event::Failed(TUN, libc::EINTR | libc::EAGAIN) => {}
                 // a packet that the kernel cannot hand over, say: as long as others come
                 Event::Failed(TUN, error) => {
                     failures += 1;
@@ -71,6 +68,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
                     }
                 }
                 Event::Filled { source: TUN, .. } => failures = 0,
+                // an error that was pending on a socket is fetched by this; what is wrong shows at the next send
                 Event::Failed(..) | Event::Filled { .. } => {}
             }
         }
@@ -101,14 +99,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
         }
         if packets > 0 {
             stats.flow.tun_reads.add(packets);
-            for frame in outbound.errors() {
-                let written = tun.write(frame).is_ok();
-                outbound.error_written(frame, written);
-                if let Some(look) = tap {
-                    let packet = frame.get(vnet_hdr::HEADER_LEN..).unwrap_or_default();
-                    look.tap.packet(now_us, Side::Inner, false, None, packet);
-                }
-            }
+            write_errors(&mut tun, &outbound, tap);
             send(&mut ports, &mut outbound, tables, frames.memory(), stats, tap);
             filled(TUN).for_each(|(buffer, _)| frames.give_back(buffer));
         }
@@ -163,11 +154,6 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
             outbound.post(inbound.outbox());
             send(&mut ports, &mut outbound, tables, &[], stats, tap);
         }
-        patience = match (late || received_any || packets > 0, tables.has_tunnels()) {
-            (true, _) => Duration::ZERO,
-            (false, true) => TICK,
-            (false, false) => IDLE,
-        };
-        patience = patience.min(until_turn(&vigil, started));
+        wait = patience(late || received_any || packets > 0, tables.has_tunnels(), &vigil, started);
     }
 }

@@ -35,14 +35,14 @@ const READ_BYTES: usize = 96 << 10;
 const READ_PACKETS: usize = 128;
 /// Rounds of a busy worker between two looks at whether it is to stop.
 const LOOK_UP: u32 = 32;
-/// How often tunnels are told the time, in milliseconds, and how many a worker looks at each time at least: each has its
-/// turn within four times that.
-const TUNNEL_TICK_MS: u16 = 50;
+/// How often tunnels are told the time, and how many a worker looks at each time at least: each has its turn within four
+/// times that.
+const TUNNEL_TICK: Duration = Duration::from_millis(50);
 const TUNNELS_A_TICK: usize = 256;
 /// Datagrams after which packets have their turn again: a handshake costs some 100 µs, and after a start each peer wants one.
 const LETTERS_A_TURN: usize = 32;
-/// How often an idle worker looks whether there is a new table with tunnels, in milliseconds.
-const IDLE_MS: u16 = 1_000;
+/// How often an idle worker looks whether there is a new table with tunnels.
+const IDLE: Duration = Duration::from_secs(1);
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
@@ -127,12 +127,7 @@ impl Worker {
                 continue;
             }
             // under endless load there is no sleep, yet somebody may want the worker to stop
-            let patience = match (busy || late, tables.has_tunnels()) {
-                (true, _) => 0,
-                (false, true) => TUNNEL_TICK_MS,
-                (false, false) => IDLE_MS,
-            };
-            let patience = patience.min(until_turn(&vigil, started).as_millis() as u16);
+            let patience = patience(busy || late, tables.has_tunnels(), &vigil, started).as_millis() as u16;
             let asked_to_stop = sleep(&tun, &ports, &stop, Some(patience), &mut tun_ready, &mut ports_ready)?;
             stats.flow.sleeps.add(u64::from(!busy));
             if asked_to_stop {
@@ -189,16 +184,21 @@ fn read_and_send<const TAPPED: bool>(
         return Ok(more);
     }
     stats.flow.tun_reads.add(packets as u64);
+    write_errors(tun, outbound, tap);
+    send(ports, outbound, tables, frames, stats, tap);
+    Ok(more)
+}
+
+/// Answers what did not fit or had nowhere to go.
+pub(super) fn write_errors(tun: &mut TunQueue, outbound: &Outbound, tap: Option<Look<'_>>) {
     for frame in outbound.errors() {
         let written = tun.write(frame).is_ok();
         outbound.error_written(frame, written);
-        if let Some(tap) = tap {
+        if let Some(look) = tap {
             let packet = frame.get(vnet_hdr::HEADER_LEN..).unwrap_or_default();
-            tap.tap.packet(tap.now_us, Side::Inner, false, None, packet);
+            look.tap.packet(look.now_us, Side::Inner, false, None, packet);
         }
     }
-    send(ports, outbound, tables, frames, stats, tap);
-    Ok(more)
 }
 
 /// Sends the batch, and starts the next.
@@ -255,11 +255,15 @@ pub(super) fn watch(
     *inbound.heard() = heard;
 }
 
-/// For how long no session is due: whole milliseconds, and a second at most.
-pub(super) fn until_turn(vigil: &Vigil, started: Instant) -> Duration {
+/// For how long a worker may wait: not at all while it is busy, else until tunnels or a session are due. Whole milliseconds.
+pub(super) fn patience(busy: bool, has_tunnels: bool, vigil: &Vigil, started: Instant) -> Duration {
+    let longest = match (busy, has_tunnels) {
+        (true, _) => Duration::ZERO,
+        (false, true) => TUNNEL_TICK,
+        (false, false) => IDLE,
+    };
     let now_us = started.elapsed().as_micros() as u64;
-    let ms = vigil.next_turn_us().saturating_sub(now_us).div_ceil(1000);
-    Duration::from_millis(ms.min(u64::from(IDLE_MS)))
+    longest.min(Duration::from_millis(vigil.next_turn_us().saturating_sub(now_us).div_ceil(1000)))
 }
 
 /// Tells tunnels the time, some of them each tick: those that belong to this worker.
@@ -281,7 +285,7 @@ impl Clockwork {
         if now_ms < self.next_ms || !tables.has_tunnels() {
             return false;
         }
-        self.next_ms = now_ms + u64::from(TUNNEL_TICK_MS);
+        self.next_ms = now_ms + TUNNEL_TICK.as_millis() as u64;
         if let Some(identity) = tables.local().identity.as_ref().filter(|_| self.worker == 0)
             && self.second != now_ms / 1000
         {

@@ -223,12 +223,10 @@ async fn a_server_starts_without_its_etcd() {
     drop(harness::join(&address, &token, "new", Role::Agent).await.expect("positive control"));
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_etcd_that_is_too_old_is_said() {
+/// Something that is not quite an etcd. Returns its port.
+pub(crate) async fn serve(app: axum::Router) -> u16 {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
-    let version = axum::routing::post(async || axum::Json(serde_json::json!({ "version": "3.3.27" })));
-    let app = axum::Router::new().route("/v3/maintenance/status", version);
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
@@ -237,6 +235,13 @@ async fn an_etcd_that_is_too_old_is_said() {
             tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(io, service));
         }
     });
+    port
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_is_too_old_is_said() {
+    let version = axum::routing::post(async || axum::Json(serde_json::json!({ "version": "3.3.27" })));
+    let port = serve(axum::Router::new().route("/v3/maintenance/status", version)).await;
     let endpoint = Some(Secret::new(format!("etcd://127.0.0.1:{port}")));
     refused(
         &Datastore { endpoint, ..Datastore::default() },

@@ -209,27 +209,15 @@ impl fmt::Display for Keys {
 mod tests {
     use super::*;
 
-    use crate::wire::bfd::{Control, Diagnostic, Malformed, SEALED_LEN, State};
+    use crate::wire::bfd::{Control, Diagnostic, Malformed, SEALED_LEN};
 
     fn keys(text: &str) -> Keys {
         Keys::parse(text).unwrap()
     }
 
     fn control() -> Control {
-        Control {
-            diagnostic: Diagnostic::NONE,
-            state: State::Up,
-            poll: false,
-            last: false,
-            demand: false,
-            multiplier: 6,
-            mine: 1,
-            yours: 2,
-            desired_tx_us: 150_000,
-            required_rx_us: 150_000,
-            required_echo_rx_us: 0,
-            sequence: Some(Sequence { number: 0x0102_0304, meticulous: true }),
-        }
+        let sequence = Some(Sequence { number: 0x0102_0304, meticulous: true });
+        Control { diagnostic: Diagnostic::NONE, poll: false, sequence, ..super::super::tests::control() }
     }
 
     /// RFC 5880 §4.4 by hand; the digest is that of `printf … | sha1sum` over the packet with the key in its place.

@@ -3,7 +3,7 @@ use super::*;
 /// State Up, P, multiplier 6, 1 and 2, 150 ms both ways.
 const BYTES: &[u8; LEN] = b"\x21\xe0\x06\x18\x00\x00\x00\x01\x00\x00\x00\x02\x00\x02\x49\xf0\x00\x02\x49\xf0\0\0\0\0";
 
-fn control() -> Control {
+pub(super) fn control() -> Control {
     Control {
         diagnostic: Diagnostic::EXPIRED,
         state: State::Up,
