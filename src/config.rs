@@ -17,6 +17,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::ops::Deref;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::IpNet;
 
@@ -73,6 +74,8 @@ pub struct Settings {
     pub workers: Workers,
     /// `io`
     pub io: Io,
+    /// `busy-poll`; zero is off.
+    pub busy_poll: Duration,
     /// `data-dir`
     pub data_dir: PathBuf,
     /// `socket`
@@ -172,6 +175,7 @@ impl Config {
             bfd_auth_key_file: layers.one("bfd-auth-key-file", values::path)?,
             workers: layers.one("workers", values::workers)?.unwrap_or(Workers::Auto),
             io: layers.one("io", values::io)?.unwrap_or(Io::Auto),
+            busy_poll: layers.one("busy-poll", values::busy_poll)?.unwrap_or(BUSY_POLL),
             data_dir: layers.one("data-dir", values::path)?.unwrap_or_else(|| "/var/lib/meshd".into()),
             socket: layers.one("socket", values::socket)?.unwrap_or_else(|| "/run/meshd/meshd.sock".into()),
             socket_mode: layers.one("socket-mode", values::socket_mode)?.unwrap_or(0o660),
@@ -201,7 +205,13 @@ impl Config {
             log: layers.one("log", values::log)?.unwrap_or_else(|| "info".to_owned()),
             log_format: layers.one("log-format", values::log_format)?.unwrap_or(LogFormat::Text),
         };
-        Ok(Config { settings, says_encryption: layers.says("encryption"), notices: layers.notices })
+        let says_encryption = layers.says("encryption");
+        let says_busy_poll = layers.says("busy-poll");
+        let mut notices = layers.notices;
+        if settings.io == Io::Tokio && says_busy_poll && !settings.busy_poll.is_zero() {
+            notices.push("`busy-poll` does nothing with `io: tokio`; use `auto`, `mmsg` or `uring`".to_owned());
+        }
+        Ok(Config { settings, says_encryption, notices })
     }
 
     /// The same for a member of a cluster, whose default differs: keys come with membership, so it encrypts.
@@ -243,6 +253,7 @@ impl Config {
             "bfd-auth-key-file" => a.bfd_auth_key_file != b.bfd_auth_key_file,
             "workers" => a.workers != b.workers,
             "io" => a.io != b.io,
+            "busy-poll" => a.busy_poll != b.busy_poll,
             "data-dir" => a.data_dir != b.data_dir,
             "socket" => a.socket != b.socket,
             "socket-mode" => a.socket_mode != b.socket_mode,
@@ -316,6 +327,8 @@ fn default_name(hostname: &str) -> Result<NodeName, ConfigError> {
     })
 }
 
+/// Two round trips between nodes that need not be woken.
+const BUSY_POLL: Duration = Duration::from_micros(100);
 const PORT: NonZeroU16 = match NonZeroU16::new(DEFAULT_PORT) {
     Some(port) => port,
     None => panic!("port 0 is none"),

@@ -351,6 +351,7 @@ impl Daemon {
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
+            busy_poll: self.config.busy_poll,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
             tables: shared.tables.clone(),

@@ -81,6 +81,13 @@ pub const KEYS: &[Key] = &[
     ),
     key("workers", "auto|1-64", "Worker threads; auto is one for each core", "auto"),
     key("io", "auto|mmsg|uring|tokio", "I/O back end", "auto"),
+    key(
+        "busy-poll",
+        "off|1-10000",
+        "Microseconds that a worker at most looks for the next packet before it sleeps, where few packets follow each other \
+         closely: shorter round trips for processor time; not with `io: tokio`",
+        "100",
+    ),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),

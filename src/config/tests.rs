@@ -34,7 +34,7 @@ fn without_any_source_there_are_the_documented_defaults() {
         assert_eq!(config.encryption, Encryption::None);
         assert_eq!(config.bfd, Bfd { enabled: true, interval_ms: 150, multiplier: 6, vni: Vni::new(4095).unwrap() });
         assert_eq!(config.workers, Workers::Auto);
-        assert_eq!(config.io, Io::Auto);
+        assert_eq!((config.io, config.busy_poll), (Io::Auto, Duration::from_micros(100)));
         assert_eq!(config.data_dir, PathBuf::from("/var/lib/meshd"));
         assert_eq!(config.socket, PathBuf::from("/run/meshd/meshd.sock"));
         assert_eq!(config.socket_mode, 0o660);
@@ -75,7 +75,7 @@ fn bfd_is_a_mapping_in_the_file_and_pairs_elsewhere() {
 fn every_key_can_be_set() {
     let config = parse(
         "node-name: a\nnode-ip: [10.9.0.1, fd00::1]\nadvertise-address: 192.0.2.7\ntun: m1\naddress: 10.42.0.9\n\
-         port: 4789\nvni: 7\nmtu: 1400\nencryption: none\nworkers: 3\nio: tokio\ndata-dir: /d\nsocket: /s\n\
+         port: 4789\nvni: 7\nmtu: 1400\nencryption: none\nworkers: 3\nio: tokio\nbusy-poll: 50\ndata-dir: /d\nsocket: /s\n\
          socket-mode: 0600\nsocket-group: adm\nnodes-file: /n.yaml\nlog: debug,meshd::io=warn\nlog-format: json\n",
     )
     .unwrap();
@@ -89,7 +89,12 @@ fn every_key_can_be_set() {
     assert_eq!((config.port.get(), config.vni.get()), (4789, 7));
     assert_eq!(config.mtu, Mtu::Fixed(NonZeroU16::new(1400).unwrap()));
     assert_eq!(config.workers, Workers::Fixed(3.try_into().unwrap()));
-    assert_eq!(config.io, Io::Tokio);
+    assert_eq!((config.io, config.busy_poll), (Io::Tokio, Duration::from_micros(50)));
+    assert!(
+        config.notices().iter().any(|notice| notice.contains("`busy-poll` does nothing")),
+        "{:?}",
+        config.notices()
+    );
     assert_eq!((config.data_dir.to_str(), config.socket.to_str()), (Some("/d"), Some("/s")));
     assert_eq!(config.socket_mode, 0o600);
     assert_eq!(config.socket_group.as_deref(), Some("adm"));
@@ -187,6 +192,7 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
         ("private-key-file", &["/x", "x"], &["''", "[/x]"]),
         ("workers", &["auto", "1", "64"], &["0", "65", "many"]),
         ("io", &["auto", "mmsg", "uring", "tokio"], &["iouring", "epoll"]),
+        ("busy-poll", &["off", "1", "10000"], &["0", "10001", "50us", "-1", "on"]),
         ("data-dir", &["/x", "x"], &["''", "[/x]"]),
         (
             "socket",
@@ -267,7 +273,8 @@ fn no_key_is_forgotten_when_comparing() {
         "wireguard",
         "/k",
         "2",
-        "tokio",
+        "uring",
+        "50",
         "/d",
         "/s",
         "0600",

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU8, NonZeroU16};
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 
@@ -264,6 +265,15 @@ pub(crate) fn workers(text: &str) -> Read<Workers> {
             .and_then(NonZeroU8::new)
             .map(Workers::Fixed)
             .ok_or_else(|| "use `auto` or a number from 1 to 64".into()),
+    }
+}
+
+pub(crate) fn busy_poll(text: &str) -> Read<Duration> {
+    match text {
+        "off" => Ok(Duration::ZERO),
+        _ => number(text, 1, 10_000)
+            .map(|micros| Duration::from_micros(micros.into()))
+            .ok_or_else(|| "use `off` or a number of microseconds from 1 to 10000".into()),
     }
 }
 

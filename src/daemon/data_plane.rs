@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use socket2::Socket;
@@ -33,6 +33,7 @@ type Sources = Vec<(Socket, u16)>;
 pub(super) struct Parts {
     pub tun: String,
     pub io: Io,
+    pub busy_poll: Duration,
     pub addresses: Vec<IpAddr>,
     pub port: u16,
     pub tables: Arc<ArcSwap<Tables>>,
@@ -145,6 +146,7 @@ impl DataPlane {
                 tap: parts.tap.clone(),
                 started: parts.started,
                 stop: stopped,
+                busy_poll: parts.busy_poll,
             });
         }
         for port in workers.first().map(|worker| worker.ports.as_slice()).unwrap_or_default() {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use arc_swap::cache::Cache;
 
+use super::spin::Spin;
 use super::tap::{Side, Tally};
 use super::worker::{
     Clockwork, Look, Worker, WorkerError, patience, push_tapped, received, send, show_units, watch, write_errors,
@@ -34,7 +35,7 @@ pub fn supported() -> io::Result<()> {
 
 /// Works until the other side of the worker's `stop` is closed.
 pub fn run(worker: Worker) -> Result<(), WorkerError> {
-    let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop } = worker;
+    let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } = worker;
     let mut ring = {
         let mut sources = vec![Source::Frames(tun.as_fd(), FRONT), Source::Signal(stop.as_fd())];
         sources.extend(ports.iter().map(|port| Source::Datagrams(port.as_fd())));
@@ -48,6 +49,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     let Some(stats) = stats.worker(index) else { return Ok(()) };
     let mut events = Vec::new();
     let mut wait = Duration::ZERO;
+    let mut spin = Spin::new(busy_poll);
     let mut failures = 0u32;
     loop {
         events.clear();
@@ -154,6 +156,8 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
             outbound.post(inbound.outbox());
             send(&mut ports, &mut outbound, tables, &[], stats, tap);
         }
-        wait = patience(late || received_any || packets > 0, tables.has_tunnels(), &vigil, started);
+        let busy = received_any || packets > 0;
+        spin.looked(busy, now_us, stats);
+        wait = patience(late || busy || spin.goes_on(now_us), tables.has_tunnels(), &vigil, started);
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 
+use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tun::TunQueue;
 use super::udp::UdpPort;
@@ -68,6 +69,8 @@ pub struct Worker {
     pub started: Instant,
     /// Closed from the other side to end the worker.
     pub stop: UnixStream,
+    /// For how long it looks for the next packet before it sleeps.
+    pub busy_poll: Duration,
 }
 
 /// Why a worker ended without being asked to.
@@ -87,12 +90,13 @@ pub enum WorkerError {
 impl Worker {
     /// Works until the other side of `stop` is closed.
     pub fn run(self) -> Result<(), WorkerError> {
-        let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop } = self;
+        let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), index, senders);
         let mut inbound = Inbound::new(stats.clone(), index, accepts).with_data_socket(outbound.data_socket());
         let mut clockwork = Clockwork::new(index, stats.workers());
         let mut vigil = Vigil::new(index, stats.workers());
+        let mut spin = Spin::new(busy_poll);
         let Some(stats) = stats.worker(index) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut tun_ready = true;
@@ -103,6 +107,7 @@ impl Worker {
             let now_ms = now_us / 1000;
             let tables = tables.load();
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
+            spin.looked(tun_ready || ports_ready.contains(&true), now_us, stats);
             if tun_ready {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
                 tun_ready = read(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
@@ -127,9 +132,10 @@ impl Worker {
                 continue;
             }
             // under endless load there is no sleep, yet somebody may want the worker to stop
-            let patience = patience(busy || late, tables.has_tunnels(), &vigil, started).as_millis() as u16;
+            let awake = busy || late || spin.goes_on(now_us);
+            let patience = patience(awake, tables.has_tunnels(), &vigil, started).as_millis() as u16;
             let asked_to_stop = sleep(&tun, &ports, &stop, Some(patience), &mut tun_ready, &mut ports_ready)?;
-            stats.flow.sleeps.add(u64::from(!busy));
+            stats.flow.sleeps.add(u64::from(!awake));
             if asked_to_stop {
                 return Ok(());
             }
