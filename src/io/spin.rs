@@ -27,18 +27,18 @@ impl Spin {
         Spin { at_most_us: busy_poll.as_micros() as u64, last_us: 0, until_us: 0, bytes: 0, calm_from_us: 0 }
     }
 
-    /// Something came, or nothing did: then whoever else wants this core has it first, such as who is to send the next packet.
-    pub(super) fn looked(&mut self, found: bool, now_us: u64, stats: &WorkerStats) {
+    /// After each round: if nothing came, whoever else wants this core has it first, such as who is to send the next packet.
+    pub(super) fn looked(&mut self, now_us: u64, stats: &WorkerStats) {
         if self.at_most_us == 0 {
             return;
         }
-        if !found {
+        let bytes = stats.flow.tun_rx_bytes.get() + stats.flow.udp_rx_bytes.get();
+        if bytes == self.bytes {
             if self.goes_on(now_us) {
                 std::thread::yield_now();
             }
             return;
         }
-        let bytes = stats.flow.tun_rx_bytes.get() + stats.flow.udp_rx_bytes.get();
         if bytes - self.bytes >= BULK_BYTES {
             self.calm_from_us = now_us + BULK_US;
         }
@@ -62,30 +62,31 @@ mod tests {
     fn a_worker_polls_busily_where_few_packets_follow_each_other_closely() {
         let stats = WorkerStats::default();
         let mut spin = Spin::new(Duration::from_micros(50));
-        spin.looked(true, 10_100, &stats);
-        assert!(!spin.goes_on(10_100), "nothing came shortly before");
-        spin.looked(true, 10_149, &stats);
-        spin.looked(false, 10_198, &stats);
-        assert!(spin.goes_on(10_198));
-        assert!(!spin.goes_on(10_199), "what found nothing does not count");
-        spin.looked(true, 10_250, &stats);
-        assert!(!spin.goes_on(10_250), "that was too long");
-        spin.looked(true, 10_260, &stats);
-        assert!(spin.goes_on(10_309) && !spin.goes_on(10_310));
+        let mut round = |now_us, received| {
+            stats.flow.udp_rx_bytes.add(received);
+            spin.looked(now_us, &stats);
+            [0, 49, 50].map(|later| spin.goes_on(now_us + later))
+        };
+        assert_eq!(round(10_100, 90), [false; 3], "nothing came shortly before");
+        assert_eq!(round(10_101, 0), [false; 3]);
+        assert_eq!(round(10_149, 90), [true, true, false]);
+        assert_eq!(round(10_198, 0), [true, false, false], "what found nothing does not count");
+        assert_eq!(round(10_250, 90), [false; 3], "that was too long");
+        assert_eq!(round(10_260, 90), [true, true, false]);
+        assert_eq!(round(10_300, 65_000), [false; 3], "bulk traffic");
+        assert_eq!(round(10_330, 90), [false; 3], "and what is between");
+        assert_eq!(round(11_290, 90), [false; 3]);
+        assert_eq!(round(11_310, 90), [true, true, false], "it is over");
+    }
 
-        stats.flow.tun_rx_bytes.add(65_000);
-        spin.looked(true, 10_300, &stats);
-        assert!(!spin.goes_on(10_300), "bulk traffic");
-        stats.flow.udp_rx_bytes.add(52);
-        spin.looked(true, 10_330, &stats);
-        assert!(!spin.goes_on(10_330), "and what is between");
-        spin.looked(true, 11_290, &stats);
-        spin.looked(true, 11_310, &stats);
-        assert!(spin.goes_on(11_310), "it is over");
-
+    #[test]
+    fn off_is_off() {
+        let stats = WorkerStats::default();
         let mut off = Spin::new(Duration::ZERO);
-        off.looked(true, 100, &stats);
-        off.looked(true, 100, &stats);
-        assert!(!off.goes_on(100));
+        for now_us in [10_000, 10_000] {
+            stats.flow.udp_rx_bytes.add(90);
+            off.looked(now_us, &stats);
+            assert!(!off.goes_on(now_us));
+        }
     }
 }

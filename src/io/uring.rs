@@ -157,7 +157,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
             send(&mut ports, &mut outbound, tables, &[], stats, tap);
         }
         let busy = received_any || packets > 0;
-        spin.looked(busy, now_us, stats);
+        spin.looked(now_us, stats);
         wait = patience(late || busy || spin.goes_on(now_us), tables.has_tunnels(), &vigil, started);
     }
 }

@@ -107,7 +107,6 @@ impl Worker {
             let now_ms = now_us / 1000;
             let tables = tables.load();
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
-            spin.looked(tun_ready || ports_ready.contains(&true), now_us, stats);
             if tun_ready {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
                 tun_ready = read(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
@@ -127,6 +126,7 @@ impl Worker {
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
             let busy = tun_ready || ports_ready.contains(&true);
+            spin.looked(now_us, stats);
             rounds = rounds.wrapping_add(1);
             if busy && !rounds.is_multiple_of(LOOK_UP) {
                 continue;
