@@ -10,7 +10,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
-use std::time::SystemTime;
 
 use axum::extract::Request;
 use axum::http::{HeaderMap, StatusCode, Version, header};
@@ -27,6 +26,7 @@ use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
 use super::{HEAD, Peer, Shared, routes};
+use crate::membership::clock::Now;
 
 /// The answers, to be given over connections.
 pub(super) type Routes = TowerToHyperService<axum::Router>;
@@ -143,7 +143,7 @@ fn head(status: StatusCode, headers: &HeaderMap, length: usize) -> Vec<u8> {
             head.extend_from_slice(part);
         }
     }
-    let _ = write!(head, "content-length: {length}\r\ndate: {}\r\n\r\n", httpdate::fmt_http_date(SystemTime::now()));
+    let _ = write!(head, "content-length: {length}\r\ndate: {}\r\n\r\n", Now::read().http_date());
     head
 }
 
