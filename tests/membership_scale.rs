@@ -247,6 +247,9 @@ fn many_nodes() {
             used.1,
             used.2
         );
+        // 64 MiB, and 16 KiB a node; a debug build's may be larger.
+        let limit = (64 << 10) + 16 * u64::from(count);
+        assert!(cfg!(debug_assertions) || used.2 <= limit, "{} KiB resident at most, and not {limit}", used.2);
 
         for (id, request) in [
             (2, Request::NodeDrain { name: "node-1".to_owned() }),

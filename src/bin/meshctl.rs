@@ -542,11 +542,21 @@ fn ping(client: &Client, screen: &Screen, node: &str, count: u32, patience: Dura
         anyhow::bail!("{}; `meshctl why {node}` says more", way.verdict);
     };
     let asked = probe::Probe { to, from: way.source, sizes: probe::sizes(mtu.ping_payload), count, patience };
-    let rows = probe::run(&asked).with_context(|| format!("cannot send echoes to {to} (run it as root)"))?;
+    let rows = probe::run(&asked).map_err(|error| no_echoes(to, &error))?;
     let good = rows.iter().all(|row| row.received == row.sent);
     let document = json!({"node": node, "destination": to, "good": good, "sizes": rows});
     screen.print(&document, || format!("{node} at {to}\n{}", render::why::ping(node, &rows, screen.look)))?;
     Ok(good)
+}
+
+/// meshctl sends them itself, so it needs the right and the place to.
+fn no_echoes(to: IpAddr, error: &io::Error) -> anyhow::Error {
+    let hint = match error.kind() {
+        io::ErrorKind::PermissionDenied => "; run it as root",
+        io::ErrorKind::AddrNotAvailable => "; run it in the network namespace that meshd runs in",
+        _ => "",
+    };
+    anyhow::anyhow!("cannot send echoes to {to}: {error}{hint}")
 }
 
 /// Between two looks for packets.
@@ -631,7 +641,7 @@ fn test(client: &Client, screen: &Screen, count: u32, patience: Duration) -> any
     let echoes = |target: &TargetView| {
         let TargetView { address: to, source, ping_payload, .. } = target;
         let asked = probe::Probe { to: *to, from: Some(*source), sizes: probe::sizes(*ping_payload), count, patience };
-        let rows = probe::run(&asked).with_context(|| format!("cannot send echoes to {to} (run it as root)"));
+        let rows = probe::run(&asked).map_err(|error| no_echoes(*to, &error));
         rows.map(|sizes| render::test::Echoes::new(target, sizes))
     };
     let mut echoed = Vec::new();

@@ -27,6 +27,13 @@ impl Now {
     pub fn date(self) -> OffsetDateTime {
         OffsetDateTime::from_unix_timestamp(self.unix).unwrap_or(OffsetDateTime::UNIX_EPOCH)
     }
+
+    /// The same moment as HTTP writes it (RFC 9110 §5.6.7), to the end of the year 9999.
+    pub fn http_date(self) -> String {
+        const END: u64 = 253_402_300_799;
+        let seconds = u64::try_from(self.unix).unwrap_or(0).min(END);
+        httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(seconds))
+    }
 }
 
 /// Seconds since 1970 as RFC 3339, in UTC.

@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::joined::{create, has_peers};
-use crate::mesh::{Builder, Node, V4, has, skipped};
+use crate::mesh::{Builder, MESHCTL, Node, Run, V4, has, skipped};
 use crate::namespace::until;
 use crate::traffic::{ping, pings};
 
@@ -91,6 +91,10 @@ fn meshd_keeps_net_admin_alone_and_everything_works() {
     until("the MTU is another", || a.ns.sh("cat /proc/sys/net/ipv6/conf/mesh0/mtu").trim() == "1300");
     a.ns.sh("ip addr del 10.9.0.1/24 dev ul0; sleep 0.2; ip addr add 10.9.0.1/24 dev ul0");
     until("the underlay address is back", || pings(&a.ns, b.overlay(V4)));
+    let mut echoes = a.ns.command(MESHCTL); // its echoes leave from where it runs
+    echoes.arg("--socket").arg(a.socket()).args(["ping", "b"]);
+    let answer = Run::of(echoes);
+    assert_eq!(answer.code, 0, "{answer:?}");
     has_only(a, NET_ADMIN);
     assert_eq!(a.stop(), 0);
     assert!(!a.socket().exists());

@@ -3,6 +3,7 @@
 //! Owns the listener, the server's certificate and its renewal, time limits and connection limits. What is answered is in
 //! `routes`; what is decided, in [`registry`](super::registry).
 
+mod connection;
 mod limiter;
 mod openapi;
 mod routes;
@@ -10,12 +11,9 @@ mod routes;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hyper::server::conn::http1;
-use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use rustls::ServerConfig;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -26,6 +24,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
+use self::connection::Routes;
 use self::limiter::Limiter;
 use super::authority::{self, AuthorityError};
 use super::clock::Now;
@@ -35,7 +34,7 @@ use super::tls::{self, LiveCertificate, TlsError};
 
 /// A client has so long for its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// And so long from one request to the end of the next one's head.
+/// And so long from one request to the next one's first byte, and from there to the end of its head.
 const HEAD: Duration = Duration::from_secs(30);
 /// A stranger's connection ends after so long, whatever it does.
 const STRANGER: Duration = Duration::from_secs(60);
@@ -97,6 +96,14 @@ struct Peer {
     identity: Option<String>,
     binding: pake::Binding,
     exchange: Mutex<Option<pake::Exchanged>>,
+    /// The revision that it has, once it is to be told of what is after that.
+    waits_for: Mutex<Option<u64>>,
+}
+
+impl Peer {
+    fn waits_for(&self) -> MutexGuard<'_, Option<u64>> {
+        self.waits_for.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Server {
@@ -224,13 +231,7 @@ async fn accept(listener: TcpListener, config: Arc<ServerConfig>, shared: Arc<Sh
     }
 }
 
-async fn serve(
-    stream: TcpStream,
-    from: SocketAddr,
-    acceptor: TlsAcceptor,
-    shared: Arc<Shared>,
-    routes: TowerToHyperService<axum::Router>,
-) {
+async fn serve(stream: TcpStream, from: SocketAddr, acceptor: TlsAcceptor, shared: Arc<Shared>, routes: Routes) {
     let from = SocketAddr::new(from.ip().to_canonical(), from.port());
     let Some(stranger) = shared.enter(from.ip()) else { return };
     if let Err(error) = tune(&stream) {
@@ -253,24 +254,15 @@ async fn serve(
         identity,
         binding: pake::Binding::new(exporter, &live.cert),
         exchange: Mutex::new(None),
+        waits_for: Mutex::new(None),
     });
     drop(live); // a connection lives long
-    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(peer.clone());
-        routes.call(request)
-    });
-    let mut served = Box::pin(
-        http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD)
-            .max_buf_size(16 << 10)
-            .serve_connection(TokioIo::new(stream), service),
-    );
+    let served = connection::converse(stream, peer, shared.clone(), routes);
     let result = if known {
         drop(stranger);
-        served.as_mut().await
+        served.await
     } else {
-        let result = timeout(STRANGER, served.as_mut()).await.unwrap_or(Ok(()));
+        let result = timeout(STRANGER, served).await.unwrap_or(Ok(()));
         drop(stranger);
         result
     };

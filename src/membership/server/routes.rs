@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::{Peer, Shared, openapi};
+use super::{Peer, Shared, connection, openapi};
 use crate::membership::api::{
     CaAnswer, ErrorAnswer, JoinAnswer, JoinRequest, Myself, PakeFinish, PakeFinished, PakeStart, PakeStarted, Poll,
     Promoted, RenewAnswer, RenewRequest, ServerJoin, ServersAnswer, TokenProof,
@@ -173,6 +173,7 @@ async fn rejoin(State(app): App, request: Request) -> Result<Response, Failure> 
 }
 
 async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
+    let may_leave = connection::may_leave(&request);
     let (peer, member) = app.member(peer(&request)?).await?;
     let poll: Poll = body(request).await?;
     let registry = &app.registry;
@@ -185,13 +186,25 @@ async fn poll(State(app): App, request: Request) -> Result<Response, Failure> {
         // It comes from a server that knows more; from this one it would get the list of before.
         registry.catch().await?;
     }
-    if let Some(from) = poll.revision.filter(|_| !poll.no_wait) {
-        let _ = timeout(INTERVAL, registry.wait_for_news(from)).await;
-        // It may have been removed meanwhile.
-        app.registry.member(peer.identity.as_deref().unwrap_or_default())?;
+    match poll.revision.filter(|_| !poll.no_wait) {
+        Some(from) if may_leave => {
+            // `connection` answers.
+            *peer.waits_for() = Some(from);
+            std::future::pending().await
+        }
+        Some(from) => Ok(news(&app, &peer, from).await),
+        None => Ok(ready_made(registry.news(poll.revision))),
     }
-    let news = registry.news(poll.revision);
-    Ok(([(header::CONTENT_TYPE, "application/json")], news).into_response())
+}
+
+/// Waits for what is after this revision, and then tells it.
+pub(super) async fn news(app: &Shared, peer: &Peer, from: u64) -> Response {
+    let _ = timeout(INTERVAL, app.registry.wait_for_news(from)).await;
+    // It may have been removed meanwhile.
+    match app.registry.member(peer.identity.as_deref().unwrap_or_default()) {
+        Ok(_) => ready_made(app.registry.news(Some(from))),
+        Err(refused) => Failure::from(refused).into_response(),
+    }
 }
 
 async fn nodes(State(app): App, request: Request) -> Result<Response, Failure> {
@@ -387,6 +400,12 @@ fn fail(status: StatusCode, code: &'static str, message: &str) -> Failure {
 }
 
 fn json(status: StatusCode, answer: &impl Serialize) -> Response {
-    let bytes = serde_json::to_vec(answer).unwrap_or_default();
-    (status, [(header::CONTENT_TYPE, "application/json")], Body::from(bytes)).into_response()
+    let mut response = ready_made(serde_json::to_vec(answer).unwrap_or_default());
+    *response.status_mut() = status;
+    response
+}
+
+/// A success, of an answer that is JSON already.
+fn ready_made(answer: impl Into<Body>) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], answer.into()).into_response()
 }
