@@ -31,7 +31,8 @@ step_clippy() {
 step_test() {
     # what the netns tests call; without it they are skipped and say so
     want ip:iproute2 curl:curl ping:iputils-ping ethtool:ethtool iperf3:iperf3 tshark:tshark tcpdump:tcpdump capsh:libcap2-bin \
-        setpriv:util-linux nft:nftables tc:iproute2 faketime:faketime strace:strace unshare:util-linux jq:jq wg:wireguard-tools \
+        setpriv:util-linux setsid:util-linux nft:nftables iptables:iptables tc:iproute2 faketime:faketime strace:strace \
+        unshare:util-linux nsenter:util-linux jq:jq wg:wireguard-tools \
         wireguard-go:wireguard-go vtysh:frr bird:bird2 || true
     other_wireguard
     databases

@@ -39,7 +39,7 @@ pub struct Check {
     pub level: Level,
     /// What was found.
     pub found: String,
-    /// A command, or a key of the config.
+    /// A command that can be pasted as it stands, remarks behind a `#`; or what to do, where no command does it.
     pub fix: Option<String>,
 }
 

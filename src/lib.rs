@@ -15,6 +15,7 @@
 //! | [`admin`] | the unix socket and what it shows |
 //! | [`why`] | the whole way of a packet, worked out for whoever asks |
 //! | [`probe`] | ICMP echoes through the mesh (`meshctl ping`) |
+//! | [`top`] | the mesh as it lives, on a terminal (`meshctl top`) |
 //! | [`pcap`] | captured packets as a file (`meshctl capture`) |
 //! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
 //! | [`selftest`] | what kernel, offloads and permissions allow here, tried out |
@@ -49,5 +50,6 @@ pub mod pcap;
 pub mod probe;
 pub mod selftest;
 pub mod sys;
+pub mod top;
 pub mod why;
 pub mod wire;

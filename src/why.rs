@@ -152,6 +152,10 @@ fn own(facts: &Facts<'_>, destination: IpAddr) -> Option<Finding> {
             format!("{destination} is the underlay address of {}: it is reached beside the mesh", peer.spec.name);
         return Some(bad("underlay_address", message, format!("meshctl why {}", peer.spec.name)));
     }
+    if destination.is_loopback() {
+        let message = format!("{destination} is this machine's own loopback address: such a packet never leaves it");
+        return Some(bad("loopback", message, "ask for a node, or for an address in its subnets"));
+    }
     if !classify::is_unicast(destination) {
         let message = format!("{destination} is no unicast address: the mesh is layer 3, and carries unicast alone");
         return Some(bad("not_unicast", message, "use unicast"));

@@ -318,6 +318,30 @@ fn why_has_the_verdict_first_and_as_exit_code() {
 }
 
 #[test]
+fn top_wants_a_terminal_and_names_what_does_not() {
+    let served = Served::new();
+    for args in [&["top"][..], &["top", "--json"]] {
+        let refused = served.ctl(args);
+        assert_eq!((refused.status.code(), out(&refused)), (Some(2), ""), "{}", err(&refused));
+        assert!(err(&refused).contains("meshctl peers --watch") && err(&refused).contains("meshctl stats --watch"));
+    }
+}
+
+#[test]
+fn a_capture_that_never_began_leaves_the_file_of_before() {
+    let served = Served::new();
+    let file = served.dir.path().join("before.pcapng");
+    fs::write(&file, "of before").unwrap();
+    let path = file.to_str().unwrap();
+    for args in [&["capture", "--time", "1s", "-w", path][..], &["capture", "--recorded", "-w", path]] {
+        let refused = served.ctl(args);
+        assert_eq!(refused.status.code(), Some(1), "{}", err(&refused));
+        assert!(err(&refused).contains("nothing passes here"), "{}", err(&refused));
+        assert_eq!(fs::read_to_string(&file).unwrap(), "of before");
+    }
+}
+
+#[test]
 fn a_bugreport_has_no_secrets() {
     let served = Served::new();
     let dir = served.dir.path();

@@ -73,7 +73,7 @@ pub fn peers(peers: &[PeerView], before: Option<Before<'_, [PeerView]>>, look: L
             session(peer),
             peer.last_seen_ms.map_or(dash(), |ms| units::span(ms) + " ago"),
             peer.rtt_us.map_or(dash(), units::round_trip),
-            peer.loss_permille.map_or(dash(), |lost| format!("{}.{} %", lost / 10, lost % 10)),
+            peer.loss_permille.map_or(dash(), units::permille),
             peer.path_mtu.to_string(),
             units::count(peer.tx_packets),
             units::bytes(peer.tx_bytes),

@@ -32,6 +32,16 @@ pub fn packet_rate(packets_a_second: f64) -> String {
     scaled(packets_a_second, 1000.0, "", &["/s", "k/s", "M/s", "G/s"])
 }
 
+/// `12.3k`, where the column says what of.
+pub fn short(n: f64) -> String {
+    scaled(n, 1000.0, "", &["", "k", "M", "G", "T"])
+}
+
+/// `1.6 %`, of a thousandth.
+pub fn permille(n: u32) -> String {
+    format!("{}.{} %", n / 10, n % 10)
+}
+
 /// `850ms`, `42s`, `3h 12m`, `5d 1h`: two units at most.
 pub fn span(ms: u64) -> String {
     let seconds = ms / 1000;
@@ -101,6 +111,10 @@ mod tests {
             assert_eq!(bytes(n), text);
         }
         assert_eq!(bytes(1024 * 1024 - 1), "1.0 MiB");
+        for (n, text) in [(0.0, "0"), (999.0, "999"), (12_345.0, "12.3k"), (1.5e9, "1.5G")] {
+            assert_eq!(short(n), text);
+        }
+        assert_eq!([permille(0), permille(16), permille(1000)], ["0.0 %", "1.6 %", "100.0 %"]);
         for (n, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (12_345_678, "12,345,678")] {
             assert_eq!(count(n), text);
         }

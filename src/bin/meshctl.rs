@@ -27,6 +27,7 @@ use meshd::membership::record::Role;
 use meshd::node::DEFAULT_PORT;
 use meshd::pcap;
 use meshd::probe;
+use meshd::top::{self, TopError};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -40,6 +41,7 @@ Examples:
   meshctl why 10.42.2.1             would a packet to there arrive, which way, and if not, why
   meshctl ping b                    echoes through the mesh, of sizes up to the longest that fits
   meshctl test                      who reaches whom, and echoes of all sizes to each node
+  meshctl top                       the mesh as it lives: peers, rates, drops; `?` shows the keys
   meshctl doctor                    what is wrong with this machine, and the command that mends it
   meshctl --socket /run/meshd/b.sock nodes
   meshctl token create --print-join the line to paste on a new node (on a server)
@@ -64,6 +66,18 @@ Examples:
 Inner packets are on the interface of the TUN device's name, outer datagrams on `underlay`. Datagrams in the clear are also \
 found by what they carry, encrypted ones by their outer addresses alone. One capture at a time; it slows meshd down while it \
 runs, the flight recorder too.";
+
+const TOP_HELP: &str = "\
+Keys:
+  n r t d l         order by name, received, sent, round trip (delay), loss; the same key again: the other way round
+  /                 show peers whose name, endpoint, prefix or state has this in it; Enter keeps it, Esc ends it
+  p, space          pause
+  up down k j       one line; Page Up, Page Down, Home (g), End (G)
+  ? h               the keys
+  q, Ctrl-C         quit
+
+Rates are of the last second. A meshd that is restarted is shown as away until it is back. For files and pipes there are \
+`meshctl peers --watch` and `meshctl stats --watch`, with --json one document a line.";
 
 const WHY_HELP: &str = "\
 Examples:
@@ -122,6 +136,9 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// The mesh as it lives, on a terminal: peers with rates, the engine, drops; sorted and filtered by keys
+    #[command(after_help = TOP_HELP)]
+    Top,
     /// This node at a glance; exit code 1 when it is not ready
     Status {
         /// Wait until it is ready, but not longer than this (500ms, 30s, 2m; 30s when left out)
@@ -421,6 +438,7 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
             let draw = |now: &StatsView, before: Option<Before<'_, StatsView>>| render::stats(now, before, look);
             show(&screen, *watch, || client.stats(), draw)?;
         }
+        Command::Top => top(&client, &screen)?,
         Command::Status { wait } => return status(&client, &screen, *wait),
         Command::Nodes { action: None } => {
             let nodes = client.nodes()?;
@@ -510,6 +528,22 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// On a terminal alone; anything else is a wrong command line.
+fn top(client: &Client, screen: &Screen) -> anyhow::Result<()> {
+    let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+    if screen.json || dumb || !screen.terminal || !io::stdin().is_terminal() {
+        let why = "`meshctl top` draws on a terminal and reads its keys, and this is none: use `meshctl peers --watch` or \
+                   `meshctl stats --watch`, with --json for a script";
+        Cli::command().error(clap::error::ErrorKind::ArgumentConflict, why).exit();
+    }
+    let stop = interrupted()?;
+    top::run(client, screen.look.colour, &stop).map_err(|error| match error {
+        // known by its kind to whoever chooses the exit code
+        TopError::Client(error) => error.into(),
+        other => other.into(),
+    })
+}
+
 fn key(client: &Client, screen: &Screen) -> anyhow::Result<bool> {
     let keys = client.keys()?;
     screen.print(&keys, || keys.public_key.iter().map(|key| format!("{key}\n")).collect())?;
@@ -575,10 +609,13 @@ fn capture(
     wanted: Option<(FilterView, Option<u64>, Option<Duration>)>,
 ) -> anyhow::Result<()> {
     let standard = path.as_os_str() == "-";
-    let out: Box<dyn Write> = if standard {
-        Box::new(io::stdout().lock())
-    } else {
-        Box::new(std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?)
+    // made when there is something to write: what stands there from an earlier time is lost for nothing otherwise
+    let out = || -> anyhow::Result<Box<dyn Write>> {
+        if standard {
+            return Ok(Box::new(io::stdout().lock()));
+        }
+        let file = std::fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Box::new(file))
     };
     let (packets, lost) = match wanted {
         None => {
@@ -586,7 +623,7 @@ fn capture(
             if view.keeps == 0 {
                 anyhow::bail!("the flight recorder is off: `meshctl capture --recorder 10000` switches it on");
             }
-            let mut file = pcap::File::start(out, &view)?;
+            let mut file = pcap::File::start(out()?, &view)?;
             file.add(&view.packets)?;
             (file.packets(), 0)
         }
@@ -607,12 +644,13 @@ fn capture(
 /// Writes packets as they pass. Returns how many, and how many did not fit.
 fn follow(
     client: &Client,
-    out: Box<dyn Write>,
+    out: impl FnOnce() -> anyhow::Result<Box<dyn Write>>,
     filter: FilterView,
     count: Option<u64>,
     time: Option<Duration>,
 ) -> anyhow::Result<(u64, u64)> {
     let begun = client.capture(capture::Ask::Begin { filter })?;
+    let out = out().inspect_err(|_| _ = client.capture(capture::Ask::End { id: begun.id }))?;
     let mut file = pcap::File::start(out, &begun)?;
     file.add(&[])?;
     let (stop, start) = (interrupted()?, Instant::now());

@@ -96,7 +96,7 @@ impl Known {
     }
 
     /// The same where peers' lives are watched. `first` is the first session's discriminator: a former run's should be
-    /// others (RFC 5880 §6.3).
+    /// others, and nobody should guess them (RFC 5880 §6.8.1).
     pub fn watching(self, bfd: Settings, first: u32) -> Self {
         Known { bfd: Some(bfd), discriminator: first, ..self }
     }

@@ -49,7 +49,7 @@ pub fn daemon(facts: &Facts) -> Check {
         }
         Some(daemon) => {
             let found = format!("{} is not ready: {}", daemon.status.node, daemon.status.reasons.join("; "));
-            Check::bad(name, found, "mend what is named there; journalctl -u meshd says more")
+            Check::bad(name, found, "meshctl status; journalctl -u meshd -n 50  # mend what is named there")
         }
     }
 }
@@ -71,7 +71,7 @@ pub fn udp_port(facts: &Facts) -> Check {
     let (own, others) = split(&facts.udp, "meshd");
     if let Some(other) = others.first() {
         let found = format!("UDP {port} on {} belongs to {}", shown(other.ip), other.text);
-        let fix = format!("{}, or choose another port, the same on all nodes, with `port:`", other.remedy);
+        let fix = format!("{}  # or choose another port, the same on all nodes, with `port:`", other.remedy);
         return Check::bad(name, found, fix);
     }
     let mut pids: Vec<u32> = own.iter().filter_map(|holder| holder.process.as_ref().map(|(pid, _)| *pid)).collect();
@@ -103,7 +103,7 @@ pub fn server_port(facts: &Facts) -> Check {
     match (own.as_slice(), others.first(), &facts.daemon) {
         ([], Some(other), _) => {
             let found = format!("TCP {port} on {} belongs to {}", shown(other.ip), other.text);
-            Check::bad(name, found, format!("{}, or set another `bind-address:`", other.remedy))
+            Check::bad(name, found, format!("{}  # or set another `bind-address:`", other.remedy))
         }
         ([], None, Some(_)) => Check::bad(
             name,
@@ -139,7 +139,7 @@ pub fn etcd_ports(facts: &Facts) -> Vec<Check> {
             (None, false, None) => Check::ok(name, format!("TCP {port} is free")),
             (None, false, Some(_)) => {
                 let found = format!("this server's etcd does not listen on TCP {port}");
-                Check::bad(name, found, "meshctl cluster status; journalctl -u meshd says more")
+                Check::bad(name, found, "meshctl cluster status; journalctl -u meshd -n 50")
             }
         }
     };
@@ -249,7 +249,7 @@ pub fn mtu(facts: &Facts) -> Check {
     let fits = underlay.mtu.saturating_sub(overhead);
     let both = format!("{} has {}, {} has {}", underlay.name, underlay.mtu, tun.name, tun.mtu);
     if tun.mtu > fits {
-        let fix = format!("leave `mtu:` out of the configuration (auto), or set it to {fits}");
+        let fix = format!("ip link set {} mtu {fits}  # and leave `mtu:` out of the configuration (auto)", tun.name);
         return Check::bad(name, format!("{both}: its longest packets need {} bytes", tun.mtu + overhead), fix);
     }
     if tun.mtu < 1280 {
@@ -329,7 +329,7 @@ pub fn leftovers(facts: &Facts) -> Vec<Check> {
     for device in devices {
         let of = known.iter().find(|(known, _)| *known == device.name).map(|(_, whose)| *whose);
         let same_port = device.vxlan_port == Some(facts.port);
-        let fix = format!("if it is a leftover: ip link del {}", device.name);
+        let fix = format!("ip link del {}  # if it is a leftover", device.name);
         match (of, same_port) {
             (whose, true) => {
                 let whose = whose.map(|whose| format!(", {whose}'s")).unwrap_or_default();
@@ -355,7 +355,11 @@ pub fn leftovers(facts: &Facts) -> Vec<Check> {
         if !own.is_empty() && !link_local && !own.iter().any(|subnet| subnet.contains(net)) {
             let found =
                 format!("{} has {net}, which is not in this node's subnet: pods there are not reached", device.name);
-            checks.push(Check::bad(name, found, format!("ip link del {} (the CNI plugin makes it anew)", device.name)));
+            checks.push(Check::bad(
+                name,
+                found,
+                format!("ip link del {}  # the CNI plugin makes it anew", device.name),
+            ));
         }
     }
     if checks.is_empty() {
@@ -483,7 +487,7 @@ pub fn receive_buffer(facts: &Facts) -> Check {
     let Some(max) = facts.sysctl("net.core.rmem_max").and_then(|v| v.parse::<u64>().ok()) else {
         return Check::skipped(name, "net.core.rmem_max cannot be read");
     };
-    let fix = format!("sysctl -w net.core.rmem_max={RMEM_WANTED}, and restart meshd");
+    let fix = format!("sysctl -w net.core.rmem_max={RMEM_WANTED} && systemctl restart meshd");
     match (lost, max < RMEM_WANTED) {
         (1.., _) => Check::warning(name, format!("{lost} datagrams found no room in the receive queue"), fix),
         // With CAP_NET_ADMIN meshd gets what it asks for, whatever the limit.

@@ -3,13 +3,15 @@
 //! Two nets, of which one would do: what is known to be secret is removed wherever it stands, and what looks like one is
 //! removed although nobody knows it. Public keys are the exception, since they are known.
 
+use crate::config::KEYS;
+
 /// What replaces a secret.
 pub const REMOVED: &str = "[removed]";
 
 /// Keys of the configuration whose values are secret.
-const SECRET_KEYS: &[&str] = &["token", "secret", "password", "preshared-key", "private-key"];
-/// Those that only sound so.
-const NOT_SECRET: &[&str] = &["token-file", "private-key-file", "preshared-key-file", "public-key"];
+const SECRET_KEYS: &[&str] = &["token", "secret", "password", "preshared-key", "private-key", "auth-key"];
+/// How those end that only name a file.
+const FILES: &[&str] = &["-file", "-keyfile"];
 /// What a join token starts with.
 const TOKEN: &str = "mesh1";
 /// Characters of a 32-byte key in base64.
@@ -36,24 +38,35 @@ impl Redactor {
         known.split_inclusive('\n').map(|line| self.line(line)).collect()
     }
 
-    /// A configuration: also the values of secret keys, however they are written.
+    /// A configuration: the values of the keys that are known and no secret, however they are written. What is mistyped may
+    /// be anything.
     pub fn config(&self, text: &str) -> String {
         let mut out = String::new();
         let mut inside: Option<usize> = None;
         for line in text.lines() {
-            let indent = line.len() - line.trim_start().len();
-            let blank = line.trim().is_empty();
+            let (bare, indent) = (line.trim(), line.len() - line.trim_start().len());
             // A value goes on in lines that are indented deeper, or are empty.
-            if inside.is_some_and(|key| blank || indent > key || line.trim_start().starts_with("- ")) {
+            if inside.is_some_and(|key| bare.is_empty() || indent > key || bare.starts_with("- ")) {
                 continue;
             }
             inside = None;
-            match secret_key(line) {
-                Some(front) => {
+            if bare.is_empty() || bare.starts_with('#') || bare.starts_with("- ") || bare == "---" {
+                out += &format!("{line}\n");
+                continue;
+            }
+            let Some((front, value)) = line.split_once(':') else {
+                out += &format!("{REMOVED}\n");
+                continue;
+            };
+            let key = front.trim().trim_matches(['"', '\'']);
+            match KEYS.iter().find(|known| known.name == key) {
+                _ if indent > 0 && !sounds_secret(key) => out += &format!("{line}\n"),
+                Some(key) if !key.secret => out += &format!("{line}\n"),
+                Some(key) if key.name == "datastore-endpoint" => out += &format!("{front}: {}\n", endpoint(value)),
+                _ => {
                     inside = Some(indent);
                     out += &format!("{front}: {REMOVED}\n");
                 }
-                None => out += &format!("{line}\n"),
             }
         }
         self.text(&out)
@@ -88,19 +101,32 @@ impl Redactor {
     }
 }
 
-/// The line up to its secret key's colon, if it has one.
-fn secret_key(line: &str) -> Option<&str> {
-    let (front, _) = line.split_once(':')?;
-    let key = front.trim().trim_start_matches("- ").trim_matches(['"', '\'']).to_ascii_lowercase();
-    let secret = SECRET_KEYS.iter().any(|secret| key.contains(secret)) && !NOT_SECRET.contains(&key.as_str());
-    secret.then_some(front)
+/// Whether a key within a mapping may be one whose value is secret.
+fn sounds_secret(key: &str) -> bool {
+    let key = key.to_ascii_lowercase();
+    SECRET_KEYS.iter().any(|secret| key.contains(secret)) && !FILES.iter().any(|end| key.ends_with(end))
+}
+
+/// A datastore's address: its kind and its hosts, and nothing of what stands around them.
+fn endpoint(value: &str) -> String {
+    let value = value.split(" #").next().unwrap_or_default().trim().trim_matches(['"', '\'']);
+    let Some((scheme, rest)) = value.split_once("://") else { return REMOVED.to_owned() };
+    let (rest, options) = rest.split_once('?').unwrap_or((rest, ""));
+    let options = if options.is_empty() { String::new() } else { format!("?{REMOVED}") };
+    match rest.rsplit_once('@') {
+        Some((_, hosts)) => format!("{scheme}://{REMOVED}@{hosts}{options}"),
+        None => format!("{scheme}://{rest}{options}"),
+    }
 }
 
 /// `scheme://user:password@host` without what is before the `@`.
 fn without_passwords(line: &str) -> String {
     let Some((front, behind)) = line.split_once("://") else { return line.to_owned() };
-    let end = behind.find(|c: char| c.is_whitespace() || "\"'/,".contains(c)).unwrap_or(behind.len());
-    let (authority, rest) = behind.split_at(end);
+    // a password may hold what should have been percent-encoded: rather too much goes than too little
+    let word = behind.find(|c: char| c.is_whitespace() || "\"'".contains(c)).unwrap_or(behind.len());
+    let at = behind.get(..word).and_then(|word| word.rfind('@')).unwrap_or(0);
+    let end = behind.get(at..).and_then(|rest| rest.find(|c: char| c.is_whitespace() || "\"'/,".contains(c)));
+    let (authority, rest) = behind.split_at(end.map_or(behind.len(), |end| at + end));
     let host = authority.rsplit_once('@').map_or(authority.to_owned(), |(_, host)| format!("{REMOVED}@{host}"));
     format!("{front}://{host}{}", without_passwords(rest))
 }
@@ -128,6 +154,8 @@ mod tests {
             format!("\"{KEY}\""),
             "with a shared secret in it".to_owned(),
             "mysql://root:hunter22@db:3306/x and postgres://u:hunter22@h".to_owned(),
+            "mysql://root:hun/ter22,@hunter22@db:3306/x".to_owned(),
+            "etcds://u:hunter22@h1,h2/where".to_owned(),
         ] {
             let text = redactor().text(&line);
             assert!(text.contains(REMOVED), "{text}");
@@ -140,6 +168,7 @@ mod tests {
     #[test]
     fn what_is_not_secret_stays() {
         for line in [
+            "etcd://h1,h2,h3/some/where and https://[fd00::1]:9345".to_owned(),
             format!("{{\"public_key\":\"{PUBLIC}\"}}\n"),
             "a 10.9.0.1:8472, fd00::1/64 — 0a:58:0a:09:00:01\n".to_owned(),
             "server: https://10.9.0.1:9345\nmesh1 is a prefix, mesh0 a device\n".to_owned(),
@@ -151,15 +180,36 @@ mod tests {
     #[test]
     fn a_configuration_keeps_all_but_its_secrets() {
         let config = format!(
-            "node-name: a\ntoken: hunter22\ntoken-file: /run/token\n\"token\": >-\n  hunter22\n\n  more hunter22\n\
-             tls-san: [x]\nprivate-key-file: /k\ndatastore-endpoint: mysql://r:hunter22@h/d # {TOKEN}\nport: 8472\n"
+            "# {KEY}\nnode-name: a\ntoken: hunter22\ntoken-file: /run/token\n\"token\": >-\n  hunter22\n\n  more hunter22\n\
+             tls-san:\n- x\nbfd:\n  interval: 150\nprivate-key-file: /k\nbfd-auth-key-file: /b\n\
+             datastore-endpoint: mysql://r:hunter22@h/d?sslmode=hunter22 # {TOKEN}\nport: 8472\n"
         );
         assert_eq!(
             redactor().config(&config),
             format!(
-                "node-name: a\ntoken: {REMOVED}\ntoken-file: /run/token\n\"token\": {REMOVED}\ntls-san: [x]\n\
-                 private-key-file: /k\ndatastore-endpoint: mysql://{REMOVED}@h/d # {REMOVED}\nport: 8472\n"
+                "# {REMOVED}\nnode-name: a\ntoken: {REMOVED}\ntoken-file: /run/token\n\"token\": {REMOVED}\n\
+                 tls-san:\n- x\nbfd:\n  interval: 150\nprivate-key-file: /k\nbfd-auth-key-file: /b\n\
+                 datastore-endpoint: mysql://{REMOVED}@h/d?{REMOVED}\nport: 8472\n"
             )
         );
+    }
+
+    #[test]
+    fn what_is_mistyped_in_a_configuration_is_not_shown_either() {
+        for line in [
+            "tokn: hunter22",
+            "tokn:\n  - hunter22",
+            "bfd-auth-key: 1 hunter22",
+            "{token: hunter22, port: 1}",
+            "password = hunter22",
+            "bfd:\n  password: hunter22",
+            "datastore-endpoint: mysql//u:hunter22@h/x",
+            "datastore-endpoint: postgres://u@h/x?password=hunter22",
+            "datastore-endpoint: mysql://u:hunt/hunter22@h/x",
+        ] {
+            let text = redactor().config(&format!("node-name: seen\n{line}\nport: 1\n"));
+            assert!(!text.contains("hunter22"), "{line}: {text}");
+            assert!(text.contains("node-name: seen") && text.contains("port: 1"), "positive control: {text}");
+        }
     }
 }

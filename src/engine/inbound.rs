@@ -394,7 +394,7 @@ impl Inbound {
         &mut self.heard
     }
 
-    /// Takes a frame of the management network (RFC 8971 §6).
+    /// Takes a frame of the management network, which goes no further whatever it is (RFC 8971 §4 and §6).
     #[cold]
     fn bfd_frame(&mut self, tables: &Tables, now_ms: u64, peer: PeerIndex, datagram: &[u8]) -> Result<(), Drop> {
         let liveness = tables.liveness(peer).ok_or(Drop::WrongVni)?;

@@ -204,7 +204,7 @@ impl Session {
     }
 
     /// The same where sequence numbers follow a clock, which read `epoch` at 0 µs in steps of [`NUMBERS_A_SECOND`]: those of
-    /// a later run are ahead of all before.
+    /// a later run are ahead of all before, which random ones, as RFC 5880 §6.8.1 begins with, would not be.
     pub fn numbered_from(self, epoch: u32) -> Self {
         Session { numbers: Numbers { epoch, next: None }, ..self }
     }
@@ -235,7 +235,8 @@ impl Session {
         }
     }
 
-    /// Goes to AdminDown, and says so once.
+    /// Goes to AdminDown, and says so once; again with [`Session::repeat`], instead of for a whole detection time
+    /// (RFC 5880 §6.8.16).
     pub fn stop(&mut self, now_us: u64) {
         if self.state != State::AdminDown {
             self.become_down(now_us, Diagnostic::ADMIN_DOWN);
@@ -330,6 +331,7 @@ impl Session {
     }
 
     /// Something else than BFD came from the other side at `at_us`: it sends. What it does not hear of us it says itself.
+    /// (RFC 5880 §6.8.4 counts control packets alone; what must be authentic, the caller sees to.)
     pub fn sign_of_life(&mut self, at_us: u64) {
         if self.state == State::Up {
             self.heard_us = self.heard_us.max(at_us);
@@ -398,18 +400,21 @@ impl Session {
         self.enter(State::Down, now_us);
     }
 
-    /// The other side may have asked for more than what is planned; for less, the next packet sees to it.
+    /// The other side may have asked for more than what is planned; for less, the next packet sees to it. Who wants no
+    /// periodic packets is told of a change nevertheless.
     fn bring_forward(&mut self, now_us: u64) {
         let latest = self.interval_us().map(|interval| now_us + interval);
         self.next_tx_us = match (self.next_tx_us, latest) {
             (Some(planned), Some(latest)) => Some(planned.min(latest)),
-            (_, latest) => latest,
+            (planned, None) => planned.filter(|at| *at <= now_us),
+            (None, latest) => latest,
         };
     }
 
     /// RFC 5880 §6.8.7: the interval between periodic packets; `None` where there are none.
     fn interval_us(&self) -> Option<u64> {
-        let quiet = self.remote.demand && self.state == State::Up && self.remote.state == State::Up;
+        let both_up = self.state == State::Up && self.remote.state == State::Up;
+        let quiet = self.remote.demand && both_up && matches!(self.poll, Poll::Next { .. });
         if self.state == State::AdminDown || quiet || self.remote.required_rx_us == 0 {
             return None;
         }

@@ -4,16 +4,21 @@
 //! [`PathMtu::next_deadline`] says when the next one is due. Sizes are those of inner IP packets, the headers around them
 //! being the same for all. Does not know what carries probes, nor who enforces what was found.
 //!
-//! Where it differs from the RFC's defaults, it is for traffic that is there already when the session begins: the size that
-//! follows from this node's own link is used until it proves wrong, instead of beginning with the base size (every sender
-//! would be told a small MTU, and remember it for minutes); and probes are given up after some round trips, as RFC 8899
-//! §5.1.1 has it for who knows the round trip, instead of after seconds.
+//! Where it differs from the RFC, it is for traffic that is there already, and must not stall for seconds:
+//!
+//! - The size that follows from this node's own link is used until it proves wrong, instead of beginning with the base size
+//!   (§5.2): every sender would be told a small MTU, and remember it for minutes.
+//! - PROBE_TIMER is four round trips, within 0.12 and 3 s; §5.1.1 says never below 1 s, for who knows nothing of the path. Here
+//!   the round trip is measured, BFD says all the while whether the peer is there, tries that nothing else arrived beside do
+//!   not count, and a late answer to any of a probe's tries does. Probes stay a round trip apart, as §3 demands.
+//! - What is too long by a router's word is not set back to the base size at once (§4.6.2, a SHOULD): anybody on the path could
+//!   forge that. The size in use is probed first.
 
-/// Probes of one size that may go unanswered in a row before the size counts as too large (RFC 8899 §5.1.2, MAX_PROBES).
+/// Probes of one size that go unanswered in a row before the size counts as too large (RFC 8899 §5.1.2, MAX_PROBES).
 const MAX_PROBES: u8 = 3;
-/// The same for a size that is in use: it is given up less easily.
+/// The same for a size that is in use: more than MAX_PROBES, as §4.3 has it.
 const MAX_CONFIRMS: u8 = 4;
-/// PROBE_TIMER (RFC 8899 §5.1.1), in microseconds: four round trips, within these.
+/// PROBE_TIMER (RFC 8899 §5.1.1; see above), in microseconds: four round trips, within these.
 const PROBE_US: (u64, u64) = (120_000, 3_000_000);
 /// Who sent nothing of any size for so long is not there, or not reached: two packets of BFD as it is by default.
 const SILENCE_US: u64 = 300_000;
@@ -45,8 +50,8 @@ pub struct Bounds {
 
 impl Bounds {
     /// For paths whose outer headers take `overhead` bytes, and `max` as longest inner packet. The base size is the minimum
-    /// MTU of IPv6 (1,280), below what RFC 8899 §5.1.2 recommends for nobody who carries IPv6; the minimum is that same or,
-    /// over IPv4, what every host must take (576, RFC 791).
+    /// MTU of IPv6 (1,280), over IPv4 too, where RFC 8899 §5.1.2 recommends 1,200; the minimum is that same or, over IPv4, what
+    /// every host is able to reassemble (576), not the 68 bytes that §5.1.2 allows.
     pub fn new(overhead: u16, max: u16, v6: bool) -> Self {
         let inner = |outer: u16| outer.saturating_sub(overhead).min(max);
         Bounds { min: inner(if v6 { 1280 } else { 576 }), base: inner(1280), max, overhead }

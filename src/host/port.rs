@@ -31,7 +31,7 @@ impl Owner {
         match self {
             Owner::Process(pid, _) => format!("kill {pid}"),
             Owner::Vxlan(name) => format!("ip link del {name}"),
-            Owner::Unknown => format!("ss -ulpn sport = :{port} (to find it)"),
+            Owner::Unknown => format!("ss -tulpn sport = :{port}  # shows it"),
         }
     }
 }

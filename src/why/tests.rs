@@ -148,6 +148,8 @@ fn what_the_mesh_has_nothing_to_do_with() {
         ("10.42.1.7", "own_subnet"),
         ("10.9.0.2", "underlay_address"),
         ("224.0.0.1", "not_unicast"),
+        ("127.0.0.1", "loopback"),
+        ("::1", "loopback"),
         ("10.43.0.1", "no_peer"),
         ("fd43::1", "no_peer"),
         ("nobody", "no_such_node"),

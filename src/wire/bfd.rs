@@ -16,15 +16,17 @@
 //!
 //! # RFC 8971
 //!
-//! As §5 has it: the management network's VNI, the inner MAC 00-00-5E-00-52-02, the VTEP's own MAC and address as the source,
-//! an inner destination from 127/8 or ::ffff:127.0.0.0/104, TTL 255, port 3784; and as §6 has it, what comes in that network
-//! ends here and reaches no tenant. Different on purpose:
+//! As §5 has it: the management network's VNI, the inner MAC 00-00-5E-00-52-02 (the text's `00-52-02` is its end, below IANA's
+//! 00-00-5E), the VTEP's own MAC and address as the source, an inner destination from 127/8 or ::ffff:127.0.0.0/104, TTL 255,
+//! port 3784. As §4 has it, what comes in that network ends here and reaches no tenant; as §6 has it, its IP packet is held to
+//! RFC 5881 §4 and §5; and as §3 and §9 ask, how many sessions two VTEPs can have is limited: to one. Different on purpose:
 //!
 //! - The network is 4095 unless said otherwise; the 1 that §4 allows as a default is the data network of meshd and flannel.
 //! - Also taken are frames to the VTEP's own MAC, and packets to its own address (which §5 allows) or to ::1.
-//! - §7 leaves echo packets out; here they measure the path.
-//! - There is no throttle for received packets (§9): those of no member are dropped before this, one of a member costs what a
-//!   data packet does, and however many polls and probes come, they are answered eight at a time at most.
+//! - §7 leaves echo packets out; here they measure the path. They go where control packets go, not to an address that has the
+//!   peer forward them back (RFC 5881 §4): the peer's meshd answers them.
+//!
+//! However many polls and probes come, they are answered eight at a time at most; what comes from no member never gets here.
 
 pub mod auth;
 
@@ -52,7 +54,7 @@ pub const ECHO_PORT: u16 = 3785;
 pub const FIRST_SOURCE_PORT: u16 = 49152;
 /// TTL and hop limit: what has another one came from further away (RFC 5881 §5, RFC 8971 §5).
 pub const TTL: u8 = 255;
-/// The inner destination MAC of frames of the management network, which have no tenant (RFC 8971 §5 and §8).
+/// The inner destination MAC of frames of the management network, which has no tenants (RFC 8971 §5 and §8).
 pub const MANAGEMENT_MAC: [u8; 6] = [0x00, 0x00, 0x5e, 0x00, 0x52, 0x02];
 
 /// The session's state as its sender sees it (RFC 5880 §4.1).

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Unlike RFC 5880's, they are not looped back whole: the answer is short and says what arrived, so that a probe tells of one
-//! direction alone (RFC 8899 §4.1).
+//! direction alone (the feedback that RFC 8899 §3 and §4.2 ask for), and its number tells it from all others (§4.1).
 
 use zerocopy::byteorder::network_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};

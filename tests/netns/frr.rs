@@ -81,6 +81,17 @@ fn frr_and_meshd_watch_each_other() {
     drop(bfdd);
     let _bfdd = daemon(BFDD, "bfdd");
     until("they are up again", || state(a, "k") == "up" && frr().contains("Status: up"));
+    // it knows no authentication: with a key alone it is not heard, and with `none` before it is
+    let keys = mesh.dir().join("bfd.keys");
+    std::fs::write(&keys, "7 correct-horse\n").unwrap();
+    std::fs::set_permissions(&keys, PermissionsExt::from_mode(0o600)).unwrap();
+    a.set("bfd-auth-key-file", Some(&keys.display().to_string()));
+    a.restart();
+    until("it is refused", || a.drops("bfd_not_authentic") > 2);
+    until("neither says up", || state(a, "k") != "up" && !frr().contains("Status: up"));
+    std::fs::write(&keys, "none\n7 correct-horse\n").unwrap();
+    a.signal(nix::sys::signal::Signal::SIGHUP);
+    until("both say up", || state(a, "k") == "up" && frr().contains("Status: up"));
     a.kill();
     until("FRR sees that meshd is gone", || frr().contains("Status: down"));
 }

@@ -18,6 +18,7 @@
 //! /dev/net/tun or a tool that is needed a story prints SKIPPED and the reason. Nothing is measured here: waiting ends
 //! when what is waited for is so.
 
+mod advice;
 mod authentic;
 mod captured;
 mod carried;
@@ -56,5 +57,6 @@ mod steered;
 mod storms;
 mod tested;
 mod told;
+mod top;
 mod traffic;
 mod why;

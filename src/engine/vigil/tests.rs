@@ -288,7 +288,7 @@ fn what_is_no_bfd_in_the_management_network_is_another_network() {
     assert_eq!((a.stats.sum(|worker| worker.drops(Drop::WrongVni)), a.consumed()), (1, before));
 }
 
-/// RFC 8971 §5 and §6.
+/// RFC 8971 §4 to §6.
 #[test]
 fn a_frame_of_the_management_network_is_for_this_vtep_and_from_nearby() {
     let [mut a, mut b] = up(false);

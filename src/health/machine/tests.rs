@@ -122,6 +122,26 @@ fn packet(state: State) -> Control {
     }
 }
 
+/// RFC 5880 §6.8.7 with §6.8.3: the interval changes as the session comes up, which is said by a poll sequence until it is
+/// answered, also to who wants no periodic packets.
+#[test]
+fn who_wants_no_periodic_packets_is_polled_all_the_same() {
+    let mut session = Session::new(TIMERS, 7);
+    session.start(0);
+    assert!(session.send(0).is_some_and(|first| !first.poll));
+    let demand = |state| Control { demand: true, ..packet(state) };
+    session.receive(10 * MS, &Control { yours: 0, ..packet(State::Down) });
+    assert_eq!(session.send(10 * MS).map(|sent| sent.state), Some(State::Init));
+    assert_eq!(session.receive(20 * MS, &demand(State::Up)).event, Event::Up);
+    assert_eq!(session.send(20 * MS).map(|sent| (sent.state, sent.poll, sent.demand)), Some((State::Up, true, false)));
+    assert_eq!(session.send(180 * MS).map(|sent| sent.poll), Some(true), "until it is answered");
+    session.receive(181 * MS, &Control { last: true, ..demand(State::Up) });
+    assert!((181..700).all(|ms| session.send(ms * MS).is_none()), "and then nothing");
+    // positive control: without the demand bit packets go on
+    session.receive(700 * MS, &packet(State::Up));
+    assert!((700..900).any(|ms| session.send(ms * MS).is_some()));
+}
+
 fn session_in(state: State) -> Session {
     let mut session = Session::new(TIMERS, 7);
     session.start(0);
