@@ -31,7 +31,7 @@ manual() { # FOLDER of the programs: man pages and completions, which they write
 
 # The licences of what is linked in: each text once, below the packages that it came with.
 licences() { # RUST TARGET
-    local sources=${CARGO_HOME:-$HOME/.cargo}/registry/src package version licence file sum sums=() files
+    local sources=${CARGO_HOME:-$HOME/.cargo}/registry/src package version licence file files sum sums=()
     local -A text=() of=()
     echo "meshd contains the following packages. Their licences, as their authors state them, and the texts that came with them:"
     echo
@@ -48,7 +48,7 @@ licences() { # RUST TARGET
             [ -n "${text[$sum]:-}" ] || { text[$sum]=$file; sums+=("$sum"); }
             of[$sum]+=" $package"
         done <<<"$files"
-    done < <(cargo tree --locked --edges normal --target "$1" --prefix none --format '{p}|{l}' | sort -u)
+    done < <(cargo tree --locked --edges normal --target "$1" --prefix none --format '{p}|{l}' | sed 's/ (\*)$//' | sort -u)
     printf '\n  the Rust standard library: MIT OR Apache-2.0\n'
     case $1 in *-musl) printf '  musl libc (c) 2005-2020 Rich Felker, et al.: MIT\n' ;; esac
     for sum in "${sums[@]}"; do
