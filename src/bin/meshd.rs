@@ -25,7 +25,7 @@ const USAGE: u8 = 2;
 const EXAMPLES: &str = "\
 Without a command, on a terminal: asks whether to join a cluster, and for what that needs.
 
-Examples, as root:
+Examples:
   meshd server                              the first node of a cluster
   MESHD_TOKEN=mesh1… meshd agent            joins it, with a token of `meshctl token create`
   meshd config check                        is /etc/meshd/config.yaml good?
