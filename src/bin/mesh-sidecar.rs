@@ -19,9 +19,9 @@ const MAX_SETTINGS: usize = 1 << 20;
 
 const HELP: &str = "\
 Examples:
-  mesh-sidecar backup /root/mesh.backup      on a server that runs; the file holds the cluster's keys
-  mesh-sidecar restore /root/mesh.backup     with meshd stopped on all servers
-  mesh-sidecar cluster-reset                 most servers are lost: this one goes on alone";
+  mesh-sidecar backup mesh.backup      on a server that runs; the file holds the cluster's keys
+  mesh-sidecar restore mesh.backup     with meshd stopped on all servers
+  mesh-sidecar cluster-reset           most servers are lost: this one goes on alone";
 
 /// Membership for meshd, which starts it by itself. Without a command it expects meshd on its standard input.
 #[derive(Parser)]
@@ -33,10 +33,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Write a copy of a server's database, which may be running. It holds the cluster's keys: keep it safe
+    /// Write a copy of all that a server keeps of the cluster, while it runs. It holds the cluster's keys: keep it safe
     Backup {
         /// The server's data-dir
-        #[arg(long, default_value = "/var/lib/meshd")]
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/meshd")]
         data_dir: PathBuf,
         /// The file to write; it must not exist
         file: PathBuf,
@@ -45,7 +45,7 @@ enum Verb {
     /// first; start this one, then the others, which join it again by themselves
     ClusterReset {
         /// The server's data-dir
-        #[arg(long, default_value = "/var/lib/meshd")]
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/meshd")]
         data_dir: PathBuf,
         /// Also while other servers of the cluster still answer
         #[arg(long)]
@@ -58,15 +58,15 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<std::ffi::OsString>,
     },
-    /// Put a copy in the place of a server's database. Stop meshd first
+    /// Put such a copy in the place of what a server keeps. Stop meshd on all servers first
     Restore {
         /// The server's data-dir
-        #[arg(long, default_value = "/var/lib/meshd")]
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/meshd")]
         data_dir: PathBuf,
         /// Also while other servers of the cluster still answer
         #[arg(long)]
         force: bool,
-        /// The copy
+        /// What `mesh-sidecar backup` wrote
         file: PathBuf,
     },
     /// Write man pages and shell completions

@@ -58,9 +58,9 @@ Reading is for root and the socket's group, changing is for root.";
 const CAPTURE_HELP: &str = "\
 Examples:
   meshctl capture -w mesh.pcapng peer b tcp port 443     until Ctrl-C
-  meshctl capture --time 10s drop                        what is dropped, each with the reason as its comment
+  meshctl capture --time 10s drop                        what is dropped, the reason as its comment
   meshctl capture --inner -w - host 10.42.2.1 | tshark -r -
-  meshctl capture --recorder 10000                       from now on keep the headers of the last 10,000 packets
+  meshctl capture --recorder 10000                       keep the headers of the last 10,000 packets
   meshctl capture --recorded -w before.pcapng            and write them, after something went wrong
 
 Inner packets are on the interface of the TUN device's name, outer datagrams on `underlay`. Datagrams in the clear are also \
@@ -81,23 +81,24 @@ Rates are of the last second. A meshd that is restarted is shown as away until i
 
 const WHY_HELP: &str = "\
 Examples:
-  meshctl why 10.42.2.1                                             an ICMP echo to there
-  meshctl why b                                                     to the node b
-  meshctl why 10.42.2.1 --proto tcp --sport 40000 --dport 443       this very flow: its lane, its outer source port
+  meshctl why 10.42.2.1                                 an ICMP echo to there
+  meshctl why b                                         to the node b
+  meshctl why 10.42.2.1 --proto tcp --sport 40000 --dport 443
+                                                        this very flow: its lane, its outer source port
   meshctl why 10.42.2.1 --json | jq .verdict";
 
 const ADD_HELP: &str = "\
 Examples:
-  meshctl node add k --underlay 10.9.0.7                            a kernel VXLAN device, in the clear
-  meshctl node add w --underlay 10.9.0.8 --public-key BASE64        a stock WireGuard peer
-  meshctl node commands k | ssh root@k sh                           what is printed, run there; again when nodes change";
+  meshctl node add k --underlay 10.9.0.7                        a kernel VXLAN device, in the clear
+  meshctl node add w --underlay 10.9.0.8 --public-key BASE64    a stock WireGuard peer
+  meshctl node commands k | ssh root@k sh                       again, when nodes have changed";
 
 const TOKEN_HELP: &str = "\
 Examples:
-  meshctl token create --print-join                                 the line to paste on a new node
-  meshctl token create --uses 1 --node b --ttl 30m                  for the node b alone, once, for half an hour
-  meshctl token create --role server                                for another server
-  meshctl token create --print-script | ssh root@b sh               join b from here";
+  meshctl token create --print-join                     the line to paste on a new node
+  meshctl token create --uses 1 --node b --ttl 30m      for the node b alone, once, for half an hour
+  meshctl token create --role server                    for another server
+  meshctl token create --print-script | ssh root@b sh   join b from here";
 
 /// Shows and steers the meshd on this machine.
 #[derive(Debug, Parser)]

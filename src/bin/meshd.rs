@@ -23,12 +23,14 @@ const FAILED: u8 = 1;
 const USAGE: u8 = 2;
 
 const EXAMPLES: &str = "\
+Without a command, on a terminal: asks whether to join a cluster, and for what that needs.
+
 Examples:
   meshd server                              the first node of a cluster
   MESHD_TOKEN=mesh1… meshd agent            joins it, with a token of `meshctl token create`
-  meshd datastore check                     can a server use the database of datastore-endpoint?
   meshd config check                        is /etc/meshd/config.yaml good?
-  meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a
+  meshd datastore check                     can a server use the database of datastore-endpoint?
+  meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a     no servers, a list of nodes
   meshd run --config ./a.yaml --log debug   a flag wins over the file
   MESHD_PORT=4789 meshd run                 so does a variable; a flag wins over both
   meshd cleanup                             after the last stop, to leave no trace
@@ -53,11 +55,17 @@ SIGTERM and SIGINT stop it. The TUN device and an `unreachable` route for the me
 nothing leaves in clear by another way meanwhile; `meshd cleanup` removes them. SIGHUP reads the configuration again, \
 and names what needs a restart. The nodes-file is read again by itself when it changes.
 
+  meshd run --nodes-file /etc/meshd/nodes.yaml --node-name a
+
 Exit codes: 0 clean stop, 1 failure while running, 2 wrong usage or configuration.";
 
 const SERVER_HELP: &str = "\
 A node that also serves the control plane, over HTTPS on port 9345. The first start makes the cluster: its authority, its \
 state below `data-dir`, and a token for agents in <data-dir>/server/node-token. `meshctl token create` makes further ones.
+
+  meshd server                                              with the defaults, in the foreground
+  meshd server --cluster-cidr 10.42.0.0/16,fd42::/48        subnets of IPv6 as well
+  MESHD_TOKEN=mesh1… meshd server                           one more server, with a token of the role `server`
 
 Each flag is a key of the configuration file and an environment variable, as with `meshd run`.";
 
@@ -65,6 +73,9 @@ const AGENT_HELP: &str = "\
 Joins a cluster with the token that `meshctl token create` on a server prints, or with a shared secret and `--server`. \
 It waits and tries again while no server answers. A node that has joined needs neither token nor server again: it starts \
 by the node list that it has kept, also without any server.
+
+  MESHD_TOKEN=mesh1… meshd agent                            what `meshctl token create --print-join` prints
+  meshd agent --token-file /etc/meshd/token --node-ip eth1  the underlay is at eth1
 
 A token on the command line can be read by every user of this machine: MESHD_TOKEN or `--token-file` keep it apart.
 

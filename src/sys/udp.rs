@@ -214,11 +214,13 @@ impl<'d> Sending<'_, 'd> {
             headers.push(header);
         }
         let (fd, count) = (socket.as_raw_fd(), headers.len() as libc::c_uint);
+        // musl's function of that name is a loop of sendmsg. Its structures are those of the kernel, with zeroes for the
+        // upper halves of what it holds to be ints.
         // SAFETY: sendmmsg(2) reads `count` headers. Each points to the address and control bytes of a message in
         // `messages` and to `parts` iovecs from `first_part` on (message() and part() count them together); neither
         // vector changes during the call. The iovecs point to slices that are borrowed for 'd, which outlives `self`.
-        let sent = check(unsafe { libc::sendmmsg(fd, headers.as_mut_ptr(), count, libc::MSG_DONTWAIT) })?;
-        Ok(sent as usize)
+        let sent = unsafe { libc::syscall(libc::SYS_sendmmsg, fd, headers.as_mut_ptr(), count, libc::MSG_DONTWAIT) };
+        Ok(check(sent as libc::c_int)? as usize)
     }
 }
 
@@ -228,7 +230,11 @@ fn put_control(control: &mut Control, at: usize, level: i32, kind: i32, data: &[
     let length = unsafe { libc::CMSG_LEN(data.len() as u32) };
     // SAFETY: likewise.
     let space = unsafe { libc::CMSG_SPACE(data.len() as u32) };
-    let header = libc::cmsghdr { cmsg_len: length as _, cmsg_level: level, cmsg_type: kind };
+    // SAFETY: cmsghdr is plain data, for which all bits zero is a value; some C libraries name its padding.
+    let mut header: libc::cmsghdr = unsafe { zeroed() };
+    header.cmsg_len = length as _;
+    header.cmsg_level = level;
+    header.cmsg_type = kind;
     let data_at = at + length as usize - data.len();
     if at + space as usize <= CONTROL_LEN {
         // SAFETY: cmsghdr is plain data without padding, and as many bytes as it has are read from it.
