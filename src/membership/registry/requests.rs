@@ -142,7 +142,11 @@ impl Registry {
         } else {
             // One SQLite store is one server: it may not fail. Of servers over a shared store all but one may, as far as
             // they are concerned. Forwarding goes on without any.
-            (self.others().servers.len().saturating_sub(1), None)
+            let all = self.others().count();
+            let (tolerance, plural) = (all.saturating_sub(1), if all == 1 { "" } else { "s" });
+            let may = if tolerance == 0 { "none".to_owned() } else { tolerance.to_string() };
+            let summary = format!("{all} server{plural}, {may} may fail, as long as the datastore answers");
+            (tolerance, self.is_shared().then_some(summary))
         };
         let mut status = json!({
             "cluster": self.cluster(),
