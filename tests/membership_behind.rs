@@ -216,3 +216,29 @@ async fn no_list_goes_back_in_time() {
     let refused = connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await;
     assert_eq!(refused.err().unwrap().code(), Some("store"));
 }
+
+/// Of the servers that run nobody is missed, whatever this one wrote itself since it last heard from the store.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_came_before_a_change_of_ours_is_known_when_we_follow() {
+    let two = two().await;
+    let running = async |registry: &Registry| {
+        let status = registry.request(Now::read(), &Request::ClusterStatus).await.unwrap();
+        status["tolerance"].as_u64().unwrap() + 1
+    };
+    two.first.set_servers(vec![two.at_first.address().into()]);
+    two.second.set_servers(vec![two.at_second.address().into()]);
+    two.second.tick(Now::read()).await.unwrap();
+    two.first.tick(Now::read()).await.unwrap();
+    assert_eq!(running(&two.first).await, 1, "positive control: it has not heard of the second yet");
+    two.token().await;
+    let followed = two.first.clone();
+    let following = tokio::spawn(async move { followed.follow().await });
+    for _ in 0..200 {
+        if running(&two.first).await == 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(running(&two.first).await, 2);
+    following.abort();
+}

@@ -151,6 +151,7 @@ impl Etcds {
     }
 
     /// The revision, and how many proposals its log holds.
+    #[allow(dead_code)] // of interest to `membership_scale` alone
     pub(crate) fn progress(&self) -> (u64, u64) {
         let out = self.etcdctl(&self.members[0], "endpoint status").args(["-w", "json"]).output().unwrap();
         let all: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();

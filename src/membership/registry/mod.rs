@@ -217,6 +217,9 @@ struct Known {
 
 struct Writer {
     guard: Revision,
+    /// Up to here everything that was written was heard of. What servers say of themselves does not touch the guard, which a
+    /// change of this server's own may have taken beyond it.
+    followed: Revision,
     /// The outcome of something is unknown: read everything again before the next change.
     stale: bool,
     audited: u64,
@@ -298,6 +301,7 @@ impl Registry {
             known: RwLock::new(Known { state: found.state, feed: found.feed }),
             writer: tokio::sync::Mutex::new(Writer {
                 guard: found.guard,
+                followed: found.guard,
                 stale: false,
                 audited: 0,
                 flushed: now.mono,
@@ -788,6 +792,7 @@ impl Registry {
         *self.others() = found.others;
         *self.known_mut() = Known { state: found.state, feed: found.feed };
         writer.guard = found.guard;
+        writer.followed = found.guard;
         writer.stale = false;
         self.changed.notify_one();
         Ok(())
