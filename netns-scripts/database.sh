@@ -29,10 +29,10 @@ databases() {
 
 DB_BIN=$(compgen -G '/usr/lib/postgresql/*/bin' | sort -V | tail -n1)
 
-in_db() { # CMD…: as the database's own user, where its disk and its network are
+in_db() { # CMD…: as the database's own user, where its disk and its network are; with EXEC=exec in this shell's place
     local user=mysql
     [ "$STORE" = mysql ] || user=postgres
-    nsenter --target "${HOLDER[db]}" --net --mount --wd="$LAB/db/data" \
+    ${EXEC:-} nsenter --target "${HOLDER[db]}" --net --mount --wd="$LAB/db/data" \
         setpriv --reuid=$user --regid=$user --clear-groups "$@"
 }
 
@@ -60,10 +60,10 @@ SQL
 
 database_start() {
     if [ "$STORE" = mysql ]; then
-        in_db mariadbd --no-defaults --datadir="$LAB/db/data/d" --socket="$LAB/db/data/d/s" --init-file="$LAB/db/data/init.sql" \
+        EXEC="exec" in_db mariadbd --no-defaults --datadir="$LAB/db/data/d" --socket="$LAB/db/data/d/s" --init-file="$LAB/db/data/init.sql" \
             --bind-address="$(underlay db)" --skip-name-resolve --innodb-buffer-pool-size=32M >>"$LAB/db.log" 2>&1 </dev/null &
     else
-        in_db "$DB_BIN/postgres" -D "$LAB/db/data/d" -k "$LAB/db/data/d" -h "$(underlay db)" -c shared_buffers=16MB \
+        EXEC="exec" in_db "$DB_BIN/postgres" -D "$LAB/db/data/d" -k "$LAB/db/data/d" -h "$(underlay db)" -c shared_buffers=16MB \
             >>"$LAB/db.log" 2>&1 </dev/null &
     fi
     LAST=$!

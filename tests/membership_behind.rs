@@ -128,8 +128,17 @@ async fn a_server_without_its_store_says_so_and_judges_nobody() {
     store.1.store(true, Ordering::Relaxed);
     assert_eq!(pass(8, false).await, (true, false, State::Ready), "an election is no reason to go");
     assert_eq!(pass(100, false).await, (true, true, State::Ready));
+    let said = async |later: u64| {
+        let now = Now { mono: Now::read().mono + Duration::from_secs(later), ..Now::read() };
+        registry.request(now, &Request::ClusterStatus).await.unwrap()
+    };
+    let status = said(1000).await;
+    assert!(status["summary"].as_str().unwrap().contains("nothing can be changed"), "{status}");
+    assert!(status["warnings"][0].as_str().unwrap().contains("has not answered"), "{status}");
     store.1.store(false, Ordering::Relaxed);
     assert_eq!(pass(20, false).await, (false, false, State::Ready));
+    let status = said(0).await;
+    assert_eq!(status["warnings"].as_array().map(Vec::len), Some(0), "positive control: {status}");
     assert_eq!(pass(60, false).await, (false, false, State::NotReady), "positive control");
 }
 
