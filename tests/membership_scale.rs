@@ -100,7 +100,7 @@ fn usage(pid: u32) -> (f64, u64, u64) {
 /// The store that the server uses.
 enum Place {
     Sqlite(std::path::PathBuf),
-    Etcd(etcds::Etcds),
+    Etcd(Box<etcds::Etcds>),
     Sql(servers::Server),
 }
 
@@ -115,11 +115,11 @@ struct Load {
 impl Place {
     async fn start(kind: &str, dir: &std::path::Path) -> (Self, Datastore) {
         match kind {
-            "sqlite" => (Place::Sqlite(dir.join("server/meshd.db")), Datastore::default()),
+            "sqlite" => (Place::Sqlite(dir.join(meshd::membership::sidecar::DATABASE)), Datastore::default()),
             "etcd" => {
                 let etcds = etcds::Etcds::start("many_nodes", 1).await.expect("it is installed");
                 let endpoint = Some(Secret::new(format!("etcd://127.0.0.1:{}", etcds.port())));
-                (Place::Etcd(etcds), Datastore { endpoint, ..Datastore::default() })
+                (Place::Etcd(Box::new(etcds)), Datastore { endpoint, ..Datastore::default() })
             }
             "mysql" | "postgres" => {
                 let kind = if kind == "mysql" { servers::Kind::MariaDb } else { servers::Kind::Postgres };
