@@ -26,12 +26,20 @@
 # longest time without an acknowledged write, and the time from a fault's end until each
 # server is good again. (etcd reads the kernel's clock: "clock" is meshd and mesh-sidecar.)
 #
+# STORE=mysql or STORE=postgres puts a MariaDB or PostgreSQL server on a machine of its own in
+# the place of the etcds: what hits an etcd hits the database then, the servers are equals, and
+#
+#   kill-db  pause-db   the database is killed, and starts again a little later; SIGSTOP, SIGCONT
+#   cut  cut-in  cut-out     a server and the database do not hear each other; one way alone
+#
+# FAULTS=N ends the run after so many faults, however long that takes unless MINUTES are given.
 # ONLY="FAULT FAULT…" limits the faults, NODES=N is how many agents stay connected (20), DRY=1
 # prints the schedule, OUT=FOLDER keeps the history and the logs, and SABOTAGE=1 changes the
 # datastore behind the servers' back, which has to be found. Exit code 0 only if all of it holds.
 # shellcheck disable=SC2046,SC2086 # lists of pids are words
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/database.sh"
 
 case ${1:-} in
 -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -39,7 +47,10 @@ case ${1:-} in
 esac
 case ${2:-10} in *[!0-9]*) echo "usage: chaos.sh [SEED [MINUTES]]" >&2; exit 2 ;; esac
 SEED=${1:-$((RANDOM * 32768 + RANDOM))}
-MINUTES=${2:-10}
+FAULTS=${FAULTS:-}
+case $FAULTS in *[!0-9]*) die "FAULTS is how many there are to be: a number" ;; esac
+MINUTES=${2:-$([ -n "$FAULTS" ] && echo 600 || echo 10)}
+STORE=${STORE:-etcd}
 SERVERS=(a b c)
 declare -A HOLDER=()
 
@@ -49,20 +60,33 @@ declare -A HOLDER=()
 BAG=(kill-leader kill-leader kill-leader kill-leader kill-leader kill-leader kill-server kill-server kill-server
     kill-sidecar kill-sidecar pause-etcd pause-sidecar pause-server cut cut cut-in cut-out alone disk-full slow-disk
     restart-all clock)
+MAY_FAIL=1
+case $STORE in
+etcd) ;;
+mysql | postgres)
+    BAG=(kill-db kill-db kill-db pause-db pause-db kill-server kill-server kill-server kill-sidecar pause-sidecar
+        pause-server pause-server cut cut cut-in cut-in cut-out cut-out alone disk-full slow-disk restart-all clock)
+    MAY_FAIL=2
+    ;;
+*) die "no STORE '$STORE'; there are: etcd mysql postgres" ;;
+esac
 # shellcheck disable=SC2206
 [ -z "${ONLY:-}" ] || BAG=($ONLY)
 
-schedule() { # lines of FAULT WHOM SECONDS PAUSE: WHOM is leader, a, b or c
+schedule() { # lines of FAULT WHOM SECONDS PAUSE: WHOM is leader, a, b, c, db or all
     local i left whom
     RANDOM=$((SEED % 32768)) # this very sequence for this very seed
     for ((i = 0; i < SEED / 32768 % 97; i++)); do : $RANDOM; done
-    for ((i = 0; i < 40; i++)); do
+    for ((i = 0; i < ${FAULTS:-1000}; )); do
         left=("${BAG[@]}")
-        while [ ${#left[@]} -gt 0 ]; do
+        while [ ${#left[@]} -gt 0 ] && [ $((i++)) -lt "${FAULTS:-1000}" ]; do
             local at=$((RANDOM % ${#left[@]}))
             whom=${SERVERS[RANDOM % 3]}
-            [ $((RANDOM % 2)) = 0 ] || whom=leader
-            case ${left[at]} in kill-*) whom=leader ;; restart-all) whom=all ;; esac
+            if [ $STORE = etcd ]; then
+                [ $((RANDOM % 2)) = 0 ] || whom=leader
+                case ${left[at]} in kill-*) whom=leader ;; esac
+            fi
+            case ${left[at]} in restart-all) whom=all ;; kill-db | pause-db) whom=db ;; disk-full | slow-disk) [ $STORE = etcd ] || whom=db ;; esac
             echo "${left[at]} $whom $((RANDOM % 14 + 1)) $((RANDOM % 3)).$((RANDOM % 10))"
             left=("${left[@]:0:at}" "${left[@]:at+1}")
         done
@@ -75,8 +99,11 @@ fi
 
 need_root "$@"
 lab_begin
-need ip:iproute2 nft:nftables etcd:etcd-server etcdctl:etcd-client jq:jq strace:strace faketime:faketime \
-    nsenter:util-linux unshare:util-linux
+need ip:iproute2 nft:nftables jq:jq strace:strace faketime:faketime nsenter:util-linux unshare:util-linux
+case $STORE in
+etcd) need etcd:etcd-server etcdctl:etcd-client ;;
+*) databases ;;
+esac
 need_namespaces
 need_tun
 build
@@ -89,7 +116,7 @@ CHAOS=${CHAOS:-$(cd "$ROOT" && cargo test --quiet --locked --no-run --test chaos
 
 # ----------------------------------------------------------------- the lab
 
-# Each server's data lies on a small disk of its own, in a mount namespace that a sleeper holds.
+# Each server's data lies on a small disk of its own, in a mount namespace that a sleeper holds; so does a database's.
 server_add() { # NAME NUMBER
     node_add "$1" "$2" && plug "$1" || return 1
     mkdir -p "$LAB/$1/data"
@@ -151,7 +178,7 @@ leader() { # the name of the server whose etcd leads, as any tells
 
 is_good() { # NAME: it sees all, and stores something
     timeout 10 "$MESHCTL" --socket "$LAB/$1/meshd.sock" --json cluster status >"$LAB/$1/status" 2>/dev/null &&
-        [ "$(jq -r .summary "$LAB/$1/status")" = "3 servers, 1 may fail" ] &&
+        [ "$(jq -r .tolerance "$LAB/$1/status")" = $MAY_FAIL ] &&
         timeout 20 "$MESHCTL" --socket "$LAB/$1/meshd.sock" --json token create --ttl 60s >/dev/null 2>&1
 }
 all_good() {
@@ -183,8 +210,9 @@ ms() {
 
 # -------------------------------------------------------------- the faults
 
-others_of() { # NAME: the other servers' addresses
+others_of() { # NAME: the other servers' addresses; the database's, where there is one
     local n all=()
+    [ $STORE = etcd ] || { underlay db; return; }
     for n in "${SERVERS[@]}"; do [ "$n" = "$1" ] || all+=("$(underlay "$n")"); done
     local IFS=,
     echo "${all[*]}"
@@ -199,8 +227,19 @@ cut_off() { # NAME FAULT: cut, cut-in, cut-out or alone
 }
 
 harm() { # FAULT NAME SECONDS: does it, waits, and undoes it; ENDED is when nothing was in the way any more
-    local n=$2 secs=$3 p
+    local n=$2 secs=$3 p tasks
     case $1 in
+    kill-db)
+        database_kill
+        sleep $((secs / 2))
+        database_start
+        ;;
+    pause-db)
+        p=$(database_pids)
+        send STOP $p
+        sleep "$secs"
+        send CONT $p
+        ;;
     kill-leader) send KILL $(pids "$n" etcd) ;;
     kill-sidecar) send KILL $(pids "$n" mesh-sidecar) ;;
     kill-server)
@@ -230,11 +269,13 @@ harm() { # FAULT NAME SECONDS: does it, waits, and undoes it; ENDED is when noth
         send KILL $(pids "$n" etcd)
         sleep "$secs"
         rm -f "$(disk "$n")/fill" "$(disk "$n")/more"
+        # a database that ended over it is started again by whoever looks after it
+        [ "$n" != db ] || database_answers || { database_kill && database_start; }
         ;;
     slow-disk)
-        p=$(pids "$n" etcd | head -n1)
-        [ -n "$p" ] || return 0
-        strace -f -qq -o /dev/null -e trace=fdatasync,fsync -e inject=fdatasync,fsync:delay_exit=200000 -p "$p" >/dev/null 2>&1 &
+        mapfile -t tasks < <(if [ "$n" = db ]; then database_pids; else pids "$n" etcd | head -n1; fi)
+        [ ${#tasks[@]} -gt 0 ] || return 0
+        strace -f -qq -o /dev/null -e trace=fdatasync,fsync -e inject=fdatasync,fsync:delay_exit=200000 "${tasks[@]/#/-p}" >/dev/null 2>&1 &
         p=$!
         remember $p
         sleep $((secs + 5))
@@ -251,7 +292,7 @@ harm() { # FAULT NAME SECONDS: does it, waits, and undoes it; ENDED is when noth
         sleep "$secs"
         echo +0 >"$LAB/$n/clock"
         ;;
-    *) die "no fault '$1'; there are: ${BAG[*]}" ;;
+    *) die "no fault '$1'; see chaos.sh --help" ;;
     esac
     ENDED=$(ms)
 }
@@ -260,7 +301,7 @@ keep() { # OUT=FOLDER: what there is to look at
     local n
     [ -n "${OUT:-}" ] || return 0
     mkdir -p "$OUT"
-    cp "$LAB/chaos"/* "$LAB/clients.log" "$OUT" 2>/dev/null
+    cp "$LAB/chaos"/* "$LAB/clients.log" "$LAB/db.log" "$OUT" 2>/dev/null
     for n in "${SERVERS[@]}" p q; do cp "$LAB/$n/meshd.log" "$OUT/$n.log"; done
 }
 logs() { # when something does not come back
@@ -286,11 +327,16 @@ for n in p q x; do
     i=$((i + 1))
     { node_add $n $i && plug $n; } || die "no namespace for $n"
 done
+[ $STORE = etcd ] || { server_add db $((i + 1)) && database_make && database_start && wait_for 60 database_answers; } ||
+    { tail -n 20 "$LAB/db.log" >&2; die "the database does not start"; }
 for n in "${SERVERS[@]}"; do
     printf 'node-name: %s\nnode-ip: "%s"\ndata-dir: %s\nsocket: %s\ncluster-cidr: 10.64.0.0/10\n' \
         "$n" "$(underlay "$n")" "$LAB/$n/data" "$LAB/$n/meshd.sock" >"$LAB/$n/config.yaml"
+    case $STORE in
+    etcd) [ "$n" != a ] || echo 'cluster-init: true' >>"$LAB/a/config.yaml" ;;
+    *) printf 'datastore-endpoint: %s://mesh@%s/meshd\ndatastore-password-file: %s\n' $STORE "$(underlay db)" "$LAB/db.password" >>"$LAB/$n/config.yaml" ;;
+    esac
 done
-echo 'cluster-init: true' >>"$LAB/a/config.yaml"
 
 step "Three servers, two agents"
 t0=$(ms)
@@ -333,12 +379,13 @@ etcd_ctl() { # NAME ARGS…
 }
 sabotage() { # a member that was acknowledged vanishes
     local key
+    [ $STORE = etcd ] || { database_sabotage || die "the datastore cannot be changed"; return; }
     key=$(etcd_ctl a get --prefix meshd/k/node/ -w json |
         jq -r '[.kvs[] | select(.value | @base64d | fromjson | .record.name | test("^n[0-9]"))][0].key | @base64d')
     printf '\ndel "%s"\nput "meshd/k/guard" ""\n\n\n' "$key" | etcd_ctl a txn || die "the datastore cannot be changed"
 }
 
-step "Faults for $MINUTES minutes, seed $SEED"
+step "Faults, ${FAULTS:+$FAULTS of them, }at most $MINUTES minutes, seed $SEED${STORE:+, over $STORE}"
 END=$((SECONDS - $(still) + MINUTES * 60)) count=0 kills=0
 mapfile -t SCHEDULE < <(schedule)
 if [ -n "${SABOTAGE:-}" ]; then
@@ -383,5 +430,7 @@ if [ -n "${SABOTAGE:-}" ]; then
     good "positive control: the sabotage was found"
     exit 0
 fi
-[ $rc = 0 ] || die "something is wrong; the same again: chaos.sh $SEED $MINUTES"
-say "${GREEN}$count faults ($kills leaders killed): nothing that was acknowledged is lost, and not one packet$PLAIN"
+[ $rc = 0 ] || die "something is wrong; the same again: ${FAULTS:+FAULTS=$FAULTS }STORE=$STORE chaos.sh $SEED $MINUTES"
+what=leaders
+[ $STORE = etcd ] || what='servers or databases'
+say "${GREEN}$count faults ($kills $what killed): nothing that was acknowledged is lost, and not one packet$PLAIN"

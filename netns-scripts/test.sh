@@ -8,6 +8,7 @@
 # those need root and /dev/net/tun, and say SKIPPED with the reason elsewhere.
 set -uo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/database.sh"
 
 ALL=(fmt clippy test bench shell deny)
 case ${1:-} in
@@ -44,28 +45,6 @@ other_wireguard() {
     PATH=$PATH:$ROOT/target/tools/bin
     export PATH
     command -v boringtun-cli >/dev/null || cargo install --quiet --locked --root "$ROOT/target/tools" boringtun-cli || true
-}
-# The database servers that stores are tested on. The tests start their own, so the packages' services must not start: no
-# service does while policy-rc.d says 101, and PostgreSQL makes no cluster.
-databases() {
-    local policy=/usr/sbin/policy-rc.d conf=/etc/postgresql-common missing=()
-    [ -x /usr/sbin/mariadbd ] || missing+=(mariadb-server)
-    compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null || missing+=(postgresql)
-    command -v etcd >/dev/null || missing+=(etcd-server)
-    command -v etcdctl >/dev/null || missing+=(etcd-client)
-    [ ${#missing[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
-    if [ ! -e $conf/createcluster.conf ]; then
-        mkdir -p $conf
-        echo 'create_main_cluster = false' >$conf/createcluster.conf
-    fi
-    if [ -e $policy ]; then
-        apt_install "${missing[@]}"
-    else
-        printf '#!/bin/sh\nexit 101\n' >$policy
-        chmod +x $policy
-        apt_install "${missing[@]}"
-        rm -f $policy
-    fi || warn "no ${missing[*]}: stores are not tested on them"
 }
 # that they build and link; whoever measures builds them with optimisation
 step_bench() { cargo bench --locked --no-run --profile dev; }

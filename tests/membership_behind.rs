@@ -128,8 +128,17 @@ async fn a_server_without_its_store_says_so_and_judges_nobody() {
     store.1.store(true, Ordering::Relaxed);
     assert_eq!(pass(8, false).await, (true, false, State::Ready), "an election is no reason to go");
     assert_eq!(pass(100, false).await, (true, true, State::Ready));
+    let said = async |later: u64| {
+        let now = Now { mono: Now::read().mono + Duration::from_secs(later), ..Now::read() };
+        registry.request(now, &Request::ClusterStatus).await.unwrap()
+    };
+    let status = said(1000).await;
+    assert!(status["summary"].as_str().unwrap().contains("nothing can be changed"), "{status}");
+    assert!(status["warnings"][0].as_str().unwrap().contains("has not answered"), "{status}");
     store.1.store(false, Ordering::Relaxed);
     assert_eq!(pass(20, false).await, (false, false, State::Ready));
+    let status = said(0).await;
+    assert_eq!(status["warnings"].as_array().map(Vec::len), Some(0), "positive control: {status}");
     assert_eq!(pass(60, false).await, (false, false, State::NotReady), "positive control");
 }
 
@@ -215,4 +224,30 @@ async fn no_list_goes_back_in_time() {
     let poll = Poll { revision: Some(two.first.revision()), no_wait: true, reaches: vec![], paths: vec![] };
     let refused = connection.ask::<PollAnswer>(Method::POST, "/v1/poll", &poll).await;
     assert_eq!(refused.err().unwrap().code(), Some("store"));
+}
+
+/// Of the servers that run nobody is missed, whatever this one wrote itself since it last heard from the store.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_came_before_a_change_of_ours_is_known_when_we_follow() {
+    let two = two().await;
+    let running = async |registry: &Registry| {
+        let status = registry.request(Now::read(), &Request::ClusterStatus).await.unwrap();
+        status["tolerance"].as_u64().unwrap() + 1
+    };
+    two.first.set_servers(vec![two.at_first.address().into()]);
+    two.second.set_servers(vec![two.at_second.address().into()]);
+    two.second.tick(Now::read()).await.unwrap();
+    two.first.tick(Now::read()).await.unwrap();
+    assert_eq!(running(&two.first).await, 1, "positive control: it has not heard of the second yet");
+    two.token().await;
+    let followed = two.first.clone();
+    let following = tokio::spawn(async move { followed.follow().await });
+    for _ in 0..200 {
+        if running(&two.first).await == 2 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(running(&two.first).await, 2);
+    following.abort();
 }

@@ -1,8 +1,18 @@
 //! One server and many nodes: what it costs. Prints figures; run by hand, since it takes a while:
 //! `MESHD_SCALE_NODES=10000 cargo test --release --test membership_scale -- --ignored --nocapture`
 //!
+//! `MESHD_SCALE_STORE` is sqlite, etcd, mysql or postgres: a real one that is started for it, and whose load is told as well.
+//! `MESHD_SCALE_SIDECAR` names another build of the server's program.
+//!
 //! The server is the real process. The nodes are real as far as the server can tell: each has its own key, certificate and TLS
 //! connection, and polls as an agent does; only their lists are not kept.
+
+#[path = "membership/etcds.rs"]
+#[allow(dead_code)]
+mod etcds;
+#[path = "datastores/servers.rs"]
+#[allow(dead_code)]
+mod servers;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -22,7 +32,7 @@ use meshd::membership::clock::Now;
 use meshd::membership::link::{FromMeshd, FromSidecar, Hello, Request};
 use meshd::membership::random;
 use meshd::membership::record::{Mode, Role};
-use meshd::membership::settings::{Secret, Settings};
+use meshd::membership::settings::{Datastore, Secret, Settings};
 use meshd::membership::tls::{ClientIdentity, Trust};
 use meshd::membership::token::Token;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
@@ -87,6 +97,113 @@ fn usage(pid: u32) -> (f64, u64, u64) {
     (ticks / 100.0, kib("VmRSS:"), kib("VmHWM:"))
 }
 
+/// The store that the server uses.
+enum Place {
+    Sqlite(std::path::PathBuf),
+    Etcd(Box<etcds::Etcds>),
+    Sql(servers::Server),
+}
+
+/// What it has done so far.
+struct Load {
+    revision: u64,
+    /// Statements of a database; proposals of etcd.
+    asked: u64,
+    cpu: f64,
+}
+
+impl Place {
+    async fn start(kind: &str, dir: &std::path::Path) -> (Self, Datastore) {
+        match kind {
+            "sqlite" => (Place::Sqlite(dir.join(meshd::membership::sidecar::DATABASE)), Datastore::default()),
+            "etcd" => {
+                let etcds = etcds::Etcds::start("many_nodes", 1).await.expect("it is installed");
+                let endpoint = Some(Secret::new(format!("etcd://127.0.0.1:{}", etcds.port())));
+                (Place::Etcd(Box::new(etcds)), Datastore { endpoint, ..Datastore::default() })
+            }
+            "mysql" | "postgres" => {
+                let kind = if kind == "mysql" { servers::Kind::MariaDb } else { servers::Kind::Postgres };
+                let server =
+                    tokio::task::block_in_place(|| servers::Server::start(kind, true)).expect("it is installed");
+                let datastore = server.database("scale").await;
+                (Place::Sql(server), datastore)
+            }
+            other => panic!("MESHD_SCALE_STORE is sqlite, etcd, mysql or postgres, and not {other}"),
+        }
+    }
+
+    /// TCP connections to it.
+    fn connections(&self) -> usize {
+        let port = match self {
+            Place::Sqlite(_) => return 0,
+            Place::Etcd(etcds) => etcds.port(),
+            Place::Sql(server) => server.port,
+        };
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let to = format!(":{port:04X}");
+        let there = |line: &&str| {
+            let mut fields = line.split_whitespace().skip(2);
+            fields.next().is_some_and(|remote| remote.ends_with(&to)) && fields.next() == Some("01")
+        };
+        table.lines().filter(there).count()
+    }
+
+    async fn load(&self) -> Load {
+        match self {
+            Place::Sqlite(path) => {
+                let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path).read_only(true);
+                let mut c = sqlx::ConnectOptions::connect(&options).await.unwrap();
+                let revision: i64 =
+                    sqlx::query_scalar("SELECT revision FROM meshd_state").fetch_one(&mut c).await.unwrap();
+                Load { revision: revision as u64, asked: 0, cpu: 0.0 }
+            }
+            Place::Etcd(etcds) => {
+                let (revision, index) = etcds.progress();
+                Load { revision, asked: index, cpu: cpu_of(&["etcd"]) }
+            }
+            Place::Sql(server) => {
+                let asked = match server.kind {
+                    servers::Kind::MariaDb => {
+                        "SELECT CAST(variable_value AS SIGNED) FROM information_schema.global_status
+                         WHERE variable_name = 'QUESTIONS'"
+                    }
+                    servers::Kind::Postgres => {
+                        "SELECT CAST(xact_commit + xact_rollback AS int8) FROM pg_stat_database WHERE datname = 'scale'"
+                    }
+                };
+                let asked = server.number("scale", asked).await as u64;
+                let revision = server.number("scale", "SELECT revision FROM meshd_state").await as u64;
+                Load { revision, asked, cpu: cpu_of(&["mariadbd", "postgres"]) }
+            }
+        }
+    }
+}
+
+/// CPU seconds of all processes of these names below this one.
+fn cpu_of(names: &[&str]) -> f64 {
+    let mut processes = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let (head, tail) = stat.rsplit_once(')').unwrap();
+        let name = head.split_once('(').unwrap().1.to_owned();
+        let fields: Vec<u64> = tail.split_whitespace().skip(1).map(|field| field.parse().unwrap_or(0)).collect();
+        // ended children count for their parent
+        processes.insert(pid, (fields[0] as u32, name, fields[10] + fields[11] + fields[12] + fields[13]));
+    }
+    let mine = |mut pid: u32| {
+        while let Some((parent, ..)) = processes.get(&pid) {
+            if *parent == std::process::id() {
+                return true;
+            }
+            pid = *parent;
+        }
+        false
+    };
+    let all = processes.iter().filter(|(pid, (_, name, _))| names.contains(&name.as_str()) && mine(**pid));
+    all.map(|(_, (_, _, ticks))| *ticks as f64 / 100.0).sum()
+}
+
 fn percentile(sorted: &[Duration], p: usize) -> Duration {
     sorted[(sorted.len() - 1) * p / 100]
 }
@@ -99,12 +216,17 @@ fn many_nodes() {
     let count: u32 = std::env::var("MESHD_SCALE_NODES").map_or(1000, |n| n.parse().unwrap());
     let dir = tempfile::TempDir::new().unwrap();
     let address: SocketAddr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let kind = std::env::var("MESHD_SCALE_STORE").unwrap_or_else(|_| "sqlite".to_owned());
+    let (place, datastore) = runtime.block_on(Place::start(&kind, dir.path()));
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut child =
-        Command::new(env!("CARGO_BIN_EXE_mesh-sidecar")).stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
+    let program =
+        std::env::var("MESHD_SCALE_SIDECAR").unwrap_or_else(|_| env!("CARGO_BIN_EXE_mesh-sidecar").to_owned());
+    let mut child = Command::new(program).stdin(Stdio::from(OwnedFd::from(theirs))).spawn().unwrap();
     let pid = child.id();
     let mut settings = Settings::new(Role::Server, dir.path());
     settings.bind_address = address;
+    settings.datastore = datastore;
     settings.cluster_cidr = vec!["10.0.0.0/8".parse().unwrap()];
     settings.log = std::env::var("MESHD_SCALE_LOG").unwrap_or_else(|_| "error".to_owned());
     let say = |message: serde_json::Value| (&ours).write_all(format!("{message}\n").as_bytes()).unwrap();
@@ -128,10 +250,9 @@ fn many_nodes() {
     };
     std::thread::spawn(move || lines.for_each(drop)); // as meshd would
 
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (_, rss, _) = usage(pid);
-        println!("start: {rss} KiB resident");
+        println!("start: {rss} KiB resident; {kind}, {} connections", place.connections());
         for (what, at_once) in [("alone", 1), ("50 at once", 50)] {
             let mut times = Vec::new();
             for round in 0..20 / at_once.min(5) {
@@ -150,6 +271,17 @@ fn many_nodes() {
             times.sort();
             println!("joins, {what}: p50 {:.1?}, p99 {:.1?} of {}", percentile(&times, 50), percentile(&times, 99), times.len());
         }
+        let told = |what: &str, seconds: f64, before: &Load, after: &Load| {
+            let per_second = |n: u64| n as f64 / seconds;
+            println!(
+                "{kind}, {what}: {:.2} revisions a second, {:.2} statements or proposals a second, {:.1} % of a core, {} connections",
+                per_second(after.revision - before.revision),
+                per_second(after.asked - before.asked),
+                (after.cpu - before.cpu) / seconds * 100.0,
+                place.connections()
+            );
+        };
+        let loaded = place.load().await;
         let (begin, (cpu, ..)) = (Instant::now(), usage(pid));
         let gate = Arc::new(Semaphore::new(50));
         let joins: Vec<_> = (0..count)
@@ -178,6 +310,7 @@ fn many_nodes() {
             used.0 - cpu,
             used.1
         );
+        told("joins", took.as_secs_f64(), &loaded, &place.load().await);
 
         // One whole list, to know where the others start, and how long and large it is.
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -238,12 +371,15 @@ fn many_nodes() {
             used.1
         );
         tokio::time::sleep(Duration::from_secs(12)).await;
+        let seconds: u64 = std::env::var("MESHD_SCALE_SECONDS").map_or(30, |n| n.parse().unwrap());
+        let loaded = place.load().await;
         let (begin, before) = (Instant::now(), usage(pid));
-        tokio::time::sleep(Duration::from_secs(30)).await;
-        let used = usage(pid);
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        let (used, took) = (usage(pid), begin.elapsed());
+        told("heartbeats", took.as_secs_f64(), &loaded, &place.load().await);
         println!(
             "heartbeats of {count} nodes: {:.1} % of a core, {} KiB resident, {} KiB at most",
-            (used.0 - before.0) / begin.elapsed().as_secs_f64() * 100.0,
+            (used.0 - before.0) / took.as_secs_f64() * 100.0,
             used.1,
             used.2
         );

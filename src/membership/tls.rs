@@ -119,7 +119,8 @@ pub fn client_config(
     Ok((Arc::new(config), presented))
 }
 
-/// What a datastore is connected to with: who it may be (PEM), and what is shown to it, certificate and key (PEM).
+/// What a datastore is connected to with: who it may be (PEM), and what is shown to it, certificate and key (PEM). TLS 1.2 as
+/// well: etcd 3.5 knows 1.3 only since 3.5.8 (<https://github.com/etcd-io/etcd/issues/13506>).
 pub fn datastore_config(roots: &str, identity: Option<(&str, &str)>) -> Result<ClientConfig, TlsError> {
     let told = |e: &dyn std::fmt::Display| TlsError(e.to_string());
     let mut store = RootCertStore::empty();
@@ -131,7 +132,7 @@ pub fn datastore_config(roots: &str, identity: Option<(&str, &str)>) -> Result<C
         return Err(TlsError("no certificate of an authority is in the CA file".to_owned()));
     }
     let builder = ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&version::TLS13])
+        .with_protocol_versions(&[&version::TLS13, &version::TLS12])
         .map_err(|e| told(&e))?
         .with_root_certificates(store);
     let mut config = match identity {

@@ -49,6 +49,8 @@ fn all(kind: Kind) {
         told("writers of two servers queue");
         what_was_cut_is_done_once(&server).await;
         told("what was cut is done once");
+        who_is_cut_off_holds_nobody_up(&server).await;
+        told("who is cut off holds nobody up");
         sessions_are_killed(&server).await;
         told("sessions are killed");
         refusals::all(&server).await;
@@ -163,6 +165,39 @@ async fn what_was_cut_is_done_once(server: &Server) {
     }
     let leases = server.number("severed", "SELECT COUNT(*) FROM meshd_lease").await;
     assert_eq!(leases, 0);
+}
+
+/// A server vanishes behind a network that is gone in the middle of a transaction, with the lock that every writer needs. The
+/// others go on; and once it is back its transaction is done, once.
+async fn who_is_cut_off_holds_nobody_up(server: &Server) {
+    let direct = open(&server.database("cut_off").await).await;
+    let proxy = Proxy::start(server.port).await;
+    let gone = open(&server.at("cut_off", proxy.port)).await;
+    put(&gone, "warm", b"").await;
+    assert!(!server.is_locked("cut_off").await, "positive control");
+    // who looks for news asks over connections of its own, of which some fall into the silence: BEGIN, SELECT … FOR UPDATE
+    let mut locked = false;
+    for after in 2..10 {
+        proxy.hush(after);
+        let writer = tokio::spawn({
+            let gone = gone.clone();
+            async move { put(&gone, "gone", b"x").await }
+        });
+        proxy.hushed().await;
+        locked = server.is_locked("cut_off").await;
+        if locked {
+            put(&direct, "others", b"x").await;
+        }
+        proxy.speak();
+        writer.await.unwrap();
+        if locked {
+            break;
+        }
+    }
+    assert!(locked, "positive control: the lock was held");
+    let logged = "SELECT COUNT(*) FROM meshd_log";
+    let revision = server.number("cut_off", "SELECT revision FROM meshd_state").await;
+    assert_eq!(server.number("cut_off", logged).await, revision, "each once");
 }
 
 /// Somebody kills every session again and again: what was acknowledged is there, and nothing is there twice.

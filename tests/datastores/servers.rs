@@ -228,6 +228,21 @@ impl Server {
         }
     }
 
+    /// Whether some writer holds the lock that all need.
+    pub(crate) async fn is_locked(&self, database: &str) -> bool {
+        let ask = "SELECT CAST(revision AS CHAR(20)) FROM meshd_state WHERE id = 0 FOR UPDATE NOWAIT";
+        match self.kind {
+            Kind::MariaDb => {
+                let mut c = MySqlConnection::connect(&self.admin_url(database)).await.unwrap();
+                c.execute(ask).await.is_err()
+            }
+            Kind::Postgres => {
+                let mut c = PgConnection::connect(&self.admin_url(database)).await.unwrap();
+                c.execute(ask).await.is_err()
+            }
+        }
+    }
+
     /// A database for `meshd`, whose user may do what it has to.
     pub(crate) async fn database(&self, name: &str) -> Datastore {
         self.user().await;

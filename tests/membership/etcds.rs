@@ -150,6 +150,15 @@ impl Etcds {
         panic!("etcd does not start: {}", std::fs::read_to_string(self.dir.path().join("log")).unwrap());
     }
 
+    /// The revision, and how many proposals its log holds.
+    #[allow(dead_code)] // of interest to `membership_scale` alone
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        let out = self.etcdctl(&self.members[0], "endpoint status").args(["-w", "json"]).output().unwrap();
+        let all: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        let status = &all[0]["Status"];
+        (status["header"]["revision"].as_u64().unwrap(), status["raftIndex"].as_u64().unwrap())
+    }
+
     pub(crate) async fn leader(&self) -> usize {
         for _ in 0..100 {
             for (n, member) in self.members.iter().enumerate() {

@@ -43,7 +43,9 @@ async fn refused(datastore: &Datastore, problem: &str, fix: &str) {
 
 async fn good(datastore: &Datastore, format: i64) {
     let report = look(datastore).await;
-    assert!(report.ok && report.findings.is_empty() && report.format == Some(format), "{report:#?}");
+    // of the release that is installed here, whatever it is, there may be something to say
+    let fine = report.findings.iter().all(|finding| finding.warning && finding.fix.contains("3.5.3 or later"));
+    assert!(report.ok && fine && report.format == Some(format), "{report:#?}");
     assert!(report.server.unwrap().contains(", version 3."));
 }
 
@@ -107,7 +109,8 @@ async fn what_stands_in_the_way_is_said_and_what_is_said_mends_it() {
     // of two members one: a server works with that
     let report = look(&at(format!("etcds://mesh@127.0.0.1:1,127.0.0.1:{port}"))).await;
     assert!(report.ok && report.findings.iter().all(|finding| finding.warning), "{report:#?}");
-    assert_eq!(report.findings.len(), 1, "{report:#?}");
+    let away = report.findings.iter().filter(|finding| finding.fix.contains("endpoint health")).count();
+    assert_eq!(away, 1, "{report:#?}");
     // etcd takes another certificate while it runs
     etcds.certify(366);
     refused(&mesh, "its certificate has expired", "--cert-file").await;

@@ -37,7 +37,7 @@ impl Registry {
     /// Keeps up with what other servers write. Ends where the store is no longer this cluster's.
     pub async fn follow(&self) -> OpenError {
         loop {
-            let from = self.writer.lock().await.guard;
+            let from = self.writer.lock().await.followed;
             let gone = match self.store.watch("", from).await {
                 Ok(mut watch) => loop {
                     match timeout(LOOK, watch.recv()).await {
@@ -46,6 +46,7 @@ impl Registry {
                             if let Err(error) = self.take(&mut writer, &events) {
                                 break Some(error);
                             }
+                            writer.followed = events.last().map_or(writer.followed, Event::revision);
                         }
                         Ok(Some(Err(error))) => break Some(error.into()),
                         Ok(None) => break None,

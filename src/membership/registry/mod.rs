@@ -55,8 +55,10 @@ use super::settings::{MaskSizes, PurgeAfter, SERVER_PORT, Secret};
 use super::store::{Compare, Op, Outcome, Revision, Store, StoreError, Txn};
 use super::token::{Token, TokenId, TokenSecret};
 
-/// A change is tried again so often when somebody came in between.
+/// A change is tried again at least so often, and for so long, when somebody came in between: where the store is slow and the
+/// others write much, most tries meet another's.
 const TRIES: usize = 20;
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Lines that the audit log keeps.
 const AUDIT_KEEP: usize = 1000;
 /// Lines that one change removes at most, whatever there is too much: etcd takes 128 steps in a transaction.
@@ -217,6 +219,9 @@ struct Known {
 
 struct Writer {
     guard: Revision,
+    /// Up to here everything that was written was heard of. What servers say of themselves does not touch the guard, which a
+    /// change of this server's own may have taken beyond it.
+    followed: Revision,
     /// The outcome of something is unknown: read everything again before the next change.
     stale: bool,
     audited: u64,
@@ -298,6 +303,7 @@ impl Registry {
             known: RwLock::new(Known { state: found.state, feed: found.feed }),
             writer: tokio::sync::Mutex::new(Writer {
                 guard: found.guard,
+                followed: found.guard,
                 stale: false,
                 audited: 0,
                 flushed: now.mono,
@@ -596,7 +602,10 @@ impl Registry {
             verdict
         };
         for part in verdict.parts() {
-            self.change(now, |state| Ok(((), judged(state, now, &part)))).await?;
+            let flips = self.change(now, |state| Ok(judged(state, now, &part))).await?;
+            for (name, ready) in flips {
+                tracing::info!(node = name, "{}", if ready { "ready" } else { "not ready" });
+            }
         }
         let (flush, tidy) = {
             let mut writer = self.writer.lock().await;
@@ -691,7 +700,10 @@ impl Registry {
         decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
     ) -> Result<T, Refused> {
         let mut writer = self.writer.lock().await;
-        for _ in 0..TRIES {
+        let begun = tokio::time::Instant::now();
+        let mut tries = 0;
+        while tries < TRIES || begun.elapsed() < PATIENCE {
+            tries += 1;
             if writer.stale {
                 self.reload(&mut writer).await?;
             }
@@ -788,6 +800,7 @@ impl Registry {
         *self.others() = found.others;
         *self.known_mut() = Known { state: found.state, feed: found.feed };
         writer.guard = found.guard;
+        writer.followed = found.guard;
         writer.stale = false;
         self.changed.notify_one();
         Ok(())
@@ -819,9 +832,10 @@ impl Known {
     }
 }
 
-/// What the verdict on everybody's health means for the rows.
-fn judged(state: &State, now: Now, verdict: &health::Verdict) -> Plan {
+/// What the verdict on everybody's health means for the rows, and whose readiness changes.
+fn judged(state: &State, now: Now, verdict: &health::Verdict) -> (Vec<(String, bool)>, Plan) {
     let mut plan = Plan::default();
+    let mut changed = Vec::new();
     for id in &verdict.purge {
         if let Ok(purge) = state.remove(now, id, How::Purged) {
             plan.drop_nodes.extend(purge.drop_nodes);
@@ -834,11 +848,11 @@ fn judged(state: &State, now: Now, verdict: &health::Verdict) -> Plan {
         if let Some(mut row) = state.nodes.get(id).filter(|row| row.ready != ready).cloned() {
             row.ready = ready;
             row.settle();
-            tracing::info!(node = row.record.name, "{}", if ready { "ready" } else { "not ready" });
+            changed.push((row.record.name.clone(), ready));
             plan.put_nodes.push(row);
         }
     }
-    plan
+    (changed, plan)
 }
 
 /// A node's record with what is known of it beside the store.

@@ -1,6 +1,6 @@
 //! The other servers of the cluster, as the store says: where they are reached, and which node heartbeats at which. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::rows;
 use crate::membership::address::ServerAddress;
@@ -29,8 +29,32 @@ impl Others {
         }
     }
 
+    /// How many servers run. One that starts anew draws another id, and the one before stands there until its lease ends:
+    /// by their addresses they are one.
+    pub(super) fn count(&self) -> usize {
+        self.servers.values().collect::<BTreeSet<_>>().len()
+    }
+
     /// Whether the node is for this server to judge: it heartbeats here, or nowhere that runs.
     pub(super) fn is_mine(&self, me: &str, node: &str) -> bool {
         self.via.get(node).is_none_or(|server| server == me || !self.servers.contains_key(server))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_started_anew_is_one() {
+        let mut others = Others::default();
+        let at = |address: &str| serde_json::to_vec(&[address]).unwrap();
+        others.take("server/before", Some(&at("https://192.0.2.1:9345")));
+        others.take("server/after", Some(&at("https://192.0.2.1:9345")));
+        assert_eq!(others.count(), 1);
+        others.take("server/other", Some(&at("https://192.0.2.2:9345")));
+        assert_eq!(others.count(), 2, "positive control");
+        others.take("server/before", None);
+        assert_eq!(others.count(), 2);
     }
 }

@@ -56,7 +56,7 @@ impl Registry {
                 self.decide(now, true, |state| Ok(((), state.revoke(now, &id.to_string())?))).await?;
                 Ok(json!({ "id": id.to_string(), "revoked": true }))
             }
-            Request::ClusterStatus => Ok(self.cluster_status()),
+            Request::ClusterStatus => Ok(self.cluster_status(now)),
             Request::ClusterMatrix => Ok(json!(self.matrix(now))),
         }
     }
@@ -106,7 +106,7 @@ impl Registry {
         Value::Array(tokens.collect())
     }
 
-    fn cluster_status(&self) -> Value {
+    fn cluster_status(&self, now: Now) -> Value {
         let records = self.records();
         let count = |state: Readiness| records.iter().filter(|r| r.state == state).count();
         let members = self.members.get().map(|members| members.view()).unwrap_or_default();
@@ -126,7 +126,10 @@ impl Registry {
         if !records.is_empty() && !workers {
             warnings.push("no node carries a workload subnet: all are control-only".to_owned());
         }
-        let away = self.away();
+        let mut away = self.away();
+        if away.is_empty() && self.is_away(now) {
+            away.push("the datastore has not answered for some time; `/readyz` of this server says more".to_owned());
+        }
         let (tolerance, summary) = if !away.is_empty() {
             warnings.extend(away);
             (0, Some("the datastore does not answer: nothing can be changed".to_owned()))
@@ -138,11 +141,17 @@ impl Registry {
             let tolerance = there.saturating_sub(quorum);
             let plural = if voters.len() == 1 { "" } else { "s" };
             let may = if tolerance == 0 { "none".to_owned() } else { tolerance.to_string() };
-            (tolerance, Some(format!("{} server{plural}, {may} may fail", voters.len())))
+            // none are known until they were looked at
+            let summary = format!("{} server{plural}, {may} may fail", voters.len());
+            (tolerance, (!voters.is_empty()).then_some(summary))
         } else {
             // One SQLite store is one server: it may not fail. Of servers over a shared store all but one may, as far as
             // they are concerned. Forwarding goes on without any.
-            (self.others().servers.len().saturating_sub(1), None)
+            let all = self.others().count();
+            let (tolerance, plural) = (all.saturating_sub(1), if all == 1 { "" } else { "s" });
+            let may = if tolerance == 0 { "none".to_owned() } else { tolerance.to_string() };
+            let summary = format!("{all} server{plural}, {may} may fail, as long as the datastore answers");
+            (tolerance, (self.is_shared() && all > 0).then_some(summary))
         };
         let mut status = json!({
             "cluster": self.cluster(),

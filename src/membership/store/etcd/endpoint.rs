@@ -61,8 +61,9 @@ pub async fn look(datastore: &Datastore, shown: String) -> Report {
     });
     for looked in join_all(members).await {
         match looked {
-            Ok((server, format)) => {
+            Ok((server, format, warning)) => {
                 report.ok = true;
+                report.findings.extend(warning.filter(|new| report.findings.iter().all(|known| known.fix != new.fix)));
                 report.server.get_or_insert(server);
                 report.format = Some(format);
             }
@@ -75,8 +76,8 @@ pub async fn look(datastore: &Datastore, shown: String) -> Report {
     report
 }
 
-/// What answers, and the format of what it holds; 0: nothing.
-async fn look_at(gateway: Gateway, prefix: &str, encrypted: bool) -> Result<(String, i64), Finding> {
+/// What answers, the format of what it holds (0: nothing), and what is to be warned of.
+async fn look_at(gateway: Gateway, prefix: &str, encrypted: bool) -> Result<(String, i64, Option<Finding>), Finding> {
     let place = gateway.place();
     let user = gateway.user().unwrap_or("USER").to_owned();
     let finding = |problem: String, fix: String| Finding { problem, fix, warning: false };
@@ -123,7 +124,11 @@ async fn look_at(gateway: Gateway, prefix: &str, encrypted: bool) -> Result<(Str
         };
         finding(error.to_string(), fix)
     })?;
-    Ok((format!("{place}, version {version}"), format))
+    let warning = super::loses(&version).then(|| {
+        let fix = "install etcd 3.4, or 3.5.3 or later, on each of its machines".to_owned();
+        Finding { warning: true, ..finding(format!("{place}: {} (it is {version})", super::LOSES), fix) }
+    });
+    Ok((format!("{place}, version {version}"), format, warning))
 }
 
 fn health(host: &str, port: u16) -> String {
@@ -218,6 +223,12 @@ mod tests {
 
     fn read(endpoint: &str) -> Result<(Access, String), String> {
         access(&Datastore { endpoint: Some(Secret::new(endpoint)), ..Datastore::default() })
+    }
+
+    #[test]
+    fn releases_that_lose_are_known() {
+        assert!(["3.5.0", "3.5.2", "3.5.1-rc.1"].iter().all(|version| super::super::loses(version)));
+        assert!(["3.4.23", "3.5.3", "3.5.21", "3.6.0"].iter().all(|version| !super::super::loses(version)));
     }
 
     #[test]

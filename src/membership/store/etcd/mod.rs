@@ -55,6 +55,14 @@ struct Inner {
     marker: Mutex<Marker>,
 }
 
+/// What is wrong with the first releases of 3.5: <https://github.com/etcd-io/etcd/issues/13766>.
+const LOSES: &str =
+    "etcd 3.5.0 to 3.5.2 may come to differ from the other members when it is killed; use 3.4, or 3.5.3 or later";
+
+fn loses(version: &str) -> bool {
+    ["3.5.0", "3.5.1", "3.5.2"].iter().any(|bad| version == *bad || version.starts_with(&format!("{bad}-")))
+}
+
 /// What tells that a transaction was done.
 #[derive(Default)]
 struct Marker {
@@ -74,6 +82,9 @@ impl Etcd {
         if (parts.next(), parts.next().unwrap_or(0)) < (Some(3), 4) {
             let problem = format!("it is version {}; use 3.4 or later", status.version);
             return Err(StoreError::Unfit { place: gateway.place(), problem });
+        }
+        if loses(&status.version) {
+            tracing::warn!("{}: {LOSES} (it is {})", gateway.place(), status.version);
         }
         // A later release may keep something else there, and then says so in `format`, which this one does without.
         let format = number(&gateway, prefix, "format").await?.unwrap_or(FORMAT);

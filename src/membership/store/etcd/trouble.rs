@@ -50,8 +50,8 @@ fn said(error: &rustls::Error) -> Option<(String, String)> {
             ("it does not speak TLS".to_owned(), "write `etcd://` instead of `etcds://`".to_owned())
         }
         E::AlertReceived(AlertDescription::ProtocolVersion | AlertDescription::HandshakeFailure) => {
-            let fix = "an etcd is needed that was built with Go 1.13 or later, as each since 3.4.10 is";
-            ("it does not speak TLS 1.3".to_owned(), fix.to_owned())
+            let fix = "let it speak TLS 1.2 with ECDHE or TLS 1.3 (`--cipher-suites`, `--tls-max-version`)";
+            ("it speaks no TLS that is safe".to_owned(), fix.to_owned())
         }
         E::AlertReceived(
             why @ (AlertDescription::CertificateRequired

@@ -11,6 +11,10 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgRow};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteRow};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection as _, Executor, Row as _};
 
+/// The database ends a transaction of which it has heard nothing for so long: whoever began it has gone, stands still or is
+/// cut off, and all others wait for it.
+const IDLE_SECONDS: u32 = 5;
+
 /// How to connect.
 #[derive(Clone)]
 pub(super) enum Options {
@@ -71,22 +75,25 @@ impl Options {
                 // have committed. Not every server knows every one.
                 let isolation = "TRANSACTION ISOLATION LEVEL REPEATABLE READ";
                 for setting in [isolation, "innodb_lock_wait_timeout = 5", "wsrep_sync_wait = 7"] {
-                    let set = connection.execute(AssertSqlSafe(format!("SET SESSION {setting}"))).await;
-                    if let Err(error) = set
-                        && mysql_number(&error) != Some(1193)
-                    {
-                        return Err(error);
-                    }
+                    set_mysql(&mut connection, setting).await?;
+                }
+                // Who stands still, or is cut off, in the middle of a transaction holds the lock that every writer needs.
+                // MySQL knows no limit of a transaction alone: there who writes seldom connects anew.
+                let idle = format!("idle_transaction_timeout = {IDLE_SECONDS}");
+                if !set_mysql(&mut connection, &idle).await? {
+                    set_mysql(&mut connection, &format!("wait_timeout = {}", 4 * IDLE_SECONDS)).await?;
                 }
                 Ok(Connection::MySql(connection))
             }
             Options::Postgres(options) => {
                 let mut connection = options.connect().await?;
-                let settings = "SET default_transaction_isolation = 'read committed'; SET lock_timeout = '5s';
-                    SET statement_timeout = '15s'; SET idle_in_transaction_session_timeout = '15s';
+                let settings = format!(
+                    "SET default_transaction_isolation = 'read committed'; SET lock_timeout = '5s';
+                    SET statement_timeout = '15s'; SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s';
                     SELECT set_config('synchronous_commit', 'on', false)
-                        WHERE current_setting('synchronous_commit') = 'off'";
-                sqlx::raw_sql(settings).execute(&mut connection).await?;
+                        WHERE current_setting('synchronous_commit') = 'off'"
+                );
+                sqlx::raw_sql(AssertSqlSafe(settings)).execute(&mut connection).await?;
                 Ok(Connection::Postgres(connection))
             }
         }
@@ -231,6 +238,16 @@ impl Row {
         }
         let key = self.bytes(at)?.map(String::from_utf8).transpose();
         key.map_err(|error| sqlx::Error::Decode(error.into()))
+    }
+}
+
+/// Whether this server knows the setting.
+async fn set_mysql(connection: &mut MySqlConnection, setting: &str) -> Result<bool, sqlx::Error> {
+    match connection.execute(AssertSqlSafe(format!("SET SESSION {setting}"))).await {
+        Ok(_) => Ok(true),
+        // ER_UNKNOWN_SYSTEM_VARIABLE
+        Err(error) if mysql_number(&error) == Some(1193) => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -28,9 +28,11 @@ pub(super) fn is_lost(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::InvalidData,
         sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
-        // shutting down, killed, starting, too many, not prepared yet (Galera), read-only (a former primary)
+        // shutting down, killed, starting, too many, not prepared yet (Galera), read-only (a former primary), idle for
+        // too long (1159; MySQL: 4031)
         _ => {
-            matches!(mysql_number(error), Some(1040 | 1047 | 1053 | 1077 | 1079 | 1080 | 1290 | 1317 | 1836 | 1927))
+            let number = mysql_number(error);
+            matches!(number, Some(1040 | 1047 | 1053 | 1077 | 1079 | 1080 | 1159 | 1290 | 1317 | 1836 | 1927 | 4031))
                 || sqlstate(error).is_some_and(|s| s.starts_with("57P") || s.starts_with("08") || s == "25006")
                 || matches!(sqlstate(error).as_deref(), Some("53300" | "25P03"))
         }
