@@ -57,8 +57,13 @@ impl Screen {
 
 impl Drop for Screen {
     fn drop(&mut self) {
-        ratatui::restore();
+        give_back();
     }
+}
+
+/// Gives the terminal back where no [`Screen`] goes any more.
+pub fn give_back() {
+    ratatui::restore();
 }
 
 /// Shows the mesh until `q`, Ctrl-C or `stop`. A meshd that goes away is waited for, once it has answered.

@@ -7,7 +7,7 @@
 mod harness;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -70,10 +70,13 @@ fn drain(name: &str, draining: bool) -> Request {
     if draining { Request::NodeDrain { name } } else { Request::NodeUndrain { name } }
 }
 
-/// A store that can be cut off.
-struct Cut(Sqlite, AtomicBool);
+/// A store that can be cut off, and counts how often it was asked for what it has forgotten.
+struct Cut(Sqlite, AtomicBool, AtomicU32);
 
 impl Cut {
+    fn of(store: Sqlite) -> Arc<Self> {
+        Arc::new(Cut(store, AtomicBool::new(false), AtomicU32::new(0)))
+    }
     fn there(&self) -> Result<&Sqlite, StoreError> {
         let (place, detail) = ("here".to_owned(), "cut off".to_owned());
         if self.1.load(Ordering::Relaxed) { Err(StoreError::Unavailable { place, detail }) } else { Ok(&self.0) }
@@ -88,7 +91,11 @@ impl Store for Cut {
         Box::pin(async move { self.there()?.txn(txn).await })
     }
     fn watch<'a>(&'a self, prefix: &'a str, after: u64) -> BoxFuture<'a, Result<Watch, StoreError>> {
-        Box::pin(async move { self.there()?.watch(prefix, after).await })
+        Box::pin(async move {
+            let watch = self.there()?.watch(prefix, after).await;
+            self.2.fetch_add(u32::from(matches!(watch, Err(StoreError::Compacted { .. }))), Ordering::Relaxed);
+            watch
+        })
     }
     fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<LeaseId, StoreError>> {
         Box::pin(async move { self.there()?.grant(ttl).await })
@@ -105,7 +112,7 @@ impl Store for Cut {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_without_its_store_says_so_and_judges_nobody() {
     let dir = TempDir::new().unwrap();
-    let store = Arc::new(Cut(Sqlite::open(&dir.path().join("db")).await.unwrap(), AtomicBool::new(false)));
+    let store = Cut::of(Sqlite::open(&dir.path().join("db")).await.unwrap());
     let setup = Setup { candidate: Some("c".to_owned()), shared: true, ..harness::setup() };
     let mut now = Now::read();
     let registry = Registry::open(store.clone(), setup, now).await.unwrap();
@@ -249,5 +256,35 @@ async fn who_came_before_a_change_of_ours_is_known_when_we_follow() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(running(&two.first).await, 2);
+    following.abort();
+}
+
+/// Where nobody changed the list for long, the store has forgotten that last change, and no later one: it is read once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_forgot_its_last_change_is_not_read_again_and_again() {
+    let two = two().await;
+    // what servers say of themselves changes no list
+    two.first.set_servers(vec![two.at_first.address().into()]);
+    two.first.tick(Now::read()).await.unwrap();
+    let now = two.store.range("").await.unwrap().revision;
+    two.store.compact(now).await.unwrap();
+    let store = Cut::of(two.store.clone());
+    let setup = Setup { candidate: Some("c".to_owned()), shared: true, ..harness::setup() };
+    let third = Arc::new(Registry::open(store.clone(), setup, Now::read()).await.unwrap());
+    let followed = third.clone();
+    let following = tokio::spawn(async move { followed.follow().await });
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(store.2.load(Ordering::Relaxed), 0);
+    let token = two.token().await;
+    harness::join(&two.at_first.address().into(), &token, "n", Role::Agent).await.unwrap();
+    for _ in 0..100 {
+        if !third.records().is_empty() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(third.records().len(), 1, "positive control: it follows");
+    let last = store.watch("", now - 1).await;
+    assert!(matches!(last, Err(StoreError::Compacted { .. })), "positive control: that is forgotten");
     following.abort();
 }

@@ -30,6 +30,7 @@ use meshd::probe;
 use meshd::top::{self, TopError};
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
 
 const HELP: &str = "\
 Examples:
@@ -537,7 +538,19 @@ fn top(client: &Client, screen: &Screen) -> anyhow::Result<()> {
                    `meshctl stats --watch`, with --json for a script";
         Cli::command().error(clap::error::ErrorKind::ArgumentConflict, why).exit();
     }
-    let stop = interrupted()?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let told = stop.clone();
+    // whoever takes the terminal away wants it to end, even where it was told not to care (nohup)
+    on_signal(
+        &[SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup(), SignalKind::quit()],
+        move || {
+            told.store(true, Ordering::Relaxed);
+            // reading keys does not come back from a terminal that is gone
+            std::thread::sleep(Duration::from_secs(1));
+            top::give_back();
+            std::process::exit(1);
+        },
+    )?;
     top::run(client, screen.look.colour, &stop).map_err(|error| match error {
         // known by its kind to whoever chooses the exit code
         TopError::Client(error) => error.into(),
@@ -838,32 +851,29 @@ fn show<T: Serialize>(
 
 /// Ctrl-C is how a watch ends, so it is no failure. A thread of its own, since the watch may be waiting for meshd.
 fn end_on_interrupt() -> anyhow::Result<()> {
-    on_interrupt(|| std::process::exit(0))
+    on_signal(&INTERRUPTS, || std::process::exit(0))
 }
 
 /// Becomes true with Ctrl-C, or SIGTERM.
 fn interrupted() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let told = stop.clone();
-    on_interrupt(move || told.store(true, Ordering::Relaxed))?;
+    on_signal(&INTERRUPTS, move || told.store(true, Ordering::Relaxed))?;
     Ok(stop)
 }
 
-fn on_interrupt(then: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+const INTERRUPTS: [SignalKind; 2] = [SignalKind::interrupt(), SignalKind::terminate()];
+
+/// With the first of these signals, once.
+fn on_signal(kinds: &[SignalKind], then: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let signals = {
-        use tokio::signal::unix::{SignalKind, signal};
         let _guard = runtime.enter();
-        signal(SignalKind::interrupt()).and_then(|interrupt| Ok((interrupt, signal(SignalKind::terminate())?)))
+        kinds.iter().map(|kind| signal(*kind)).collect::<io::Result<Vec<_>>>()
     };
-    let (mut interrupt, mut terminate) = signals.context("cannot catch Ctrl-C")?;
+    let mut signals = signals.context("cannot catch Ctrl-C")?;
     std::thread::spawn(move || {
-        runtime.block_on(async {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
-        });
+        runtime.block_on(futures::future::select_all(signals.iter_mut().map(|signal| Box::pin(signal.recv()))));
         then();
     });
     Ok(())

@@ -39,7 +39,7 @@ impl Redactor {
     }
 
     /// A configuration: the values of the keys that are known and no secret, however they are written. What is mistyped may
-    /// be anything.
+    /// be anything, and what is in a comment may have been a value yesterday.
     pub fn config(&self, text: &str) -> String {
         let mut out = String::new();
         let mut inside: Option<usize> = None;
@@ -50,19 +50,29 @@ impl Redactor {
                 continue;
             }
             inside = None;
-            if bare.is_empty() || bare.starts_with('#') || bare.starts_with("- ") || bare == "---" {
+            let line = match line.split_once('#') {
+                Some((front, _)) if front.trim().is_empty() => "# [removed]",
+                _ => line.split(" #").next().unwrap_or_default(),
+            };
+            let item = bare.starts_with("- ") && !bare.contains(": ") && !sounds_secret(bare);
+            if bare.is_empty() || bare.starts_with('#') || item || bare == "---" {
                 out += &format!("{line}\n");
                 continue;
             }
-            let Some((front, value)) = line.split_once(':') else {
+            let Some((front, value)) = line.split_once(':').filter(|_| !bare.starts_with("- ")) else {
                 out += &format!("{REMOVED}\n");
                 continue;
             };
+            let (value, goes_on) = (value.trim(), value.trim().is_empty() || value.trim().starts_with(['>', '|']));
             let key = front.trim().trim_matches(['"', '\'']);
             match KEYS.iter().find(|known| known.name == key) {
-                _ if indent > 0 && !sounds_secret(key) => out += &format!("{line}\n"),
-                Some(key) if !key.secret => out += &format!("{line}\n"),
-                Some(key) if key.name == "datastore-endpoint" => out += &format!("{front}: {}\n", endpoint(value)),
+                _ if indent > 0 && !sounds_secret(bare) => out += &format!("{line}\n"),
+                Some(key) if !(key.secret || value.starts_with('{') && sounds_secret(value)) => {
+                    out += &format!("{line}\n");
+                }
+                Some(key) if key.name == "datastore-endpoint" && !goes_on => {
+                    out += &format!("{front}: {}\n", endpoint(value));
+                }
                 _ => {
                     inside = Some(indent);
                     out += &format!("{front}: {REMOVED}\n");
@@ -109,14 +119,27 @@ fn sounds_secret(key: &str) -> bool {
 
 /// A datastore's address: its kind and its hosts, and nothing of what stands around them.
 fn endpoint(value: &str) -> String {
-    let value = value.split(" #").next().unwrap_or_default().trim().trim_matches(['"', '\'']);
+    let value = value.trim_matches(['"', '\'']);
     let Some((scheme, rest)) = value.split_once("://") else { return REMOVED.to_owned() };
+    // a password may hold what should have been percent-encoded, a `?` too
+    if rest.split_once('?').is_some_and(|(_, options)| options.contains('@')) {
+        return REMOVED.to_owned();
+    }
     let (rest, options) = rest.split_once('?').unwrap_or((rest, ""));
     let options = if options.is_empty() { String::new() } else { format!("?{REMOVED}") };
     match rest.rsplit_once('@') {
         Some((_, hosts)) => format!("{scheme}://{REMOVED}@{hosts}{options}"),
-        None => format!("{scheme}://{rest}{options}"),
+        // what stands behind a colon and is no port may be a password whose end is missing
+        None if hosts_alone(rest) => format!("{scheme}://{rest}{options}"),
+        None => REMOVED.to_owned(),
     }
+}
+
+/// Whether a datastore's address without its scheme, user and options is hosts and ports, and a path behind them.
+fn hosts_alone(rest: &str) -> bool {
+    let hosts = rest.split('/').next().unwrap_or_default();
+    let port = |host: &str| host.rsplit_once(':').is_none_or(|(_, port)| port.parse::<u16>().is_ok());
+    hosts.split(',').all(|host| host.ends_with(']') || port(host))
 }
 
 /// `scheme://user:password@host` without what is before the `@`.
@@ -206,6 +229,19 @@ mod tests {
             "datastore-endpoint: mysql//u:hunter22@h/x",
             "datastore-endpoint: postgres://u@h/x?password=hunter22",
             "datastore-endpoint: mysql://u:hunt/hunter22@h/x",
+            "datastore-endpoint: mysql://u:hunter22?x@h/x",
+            "datastore-endpoint: mysql://u:hunter22 #x@h/x",
+            "datastore-endpoint: mysql://u:hunter22,h:1/x",
+            "datastore-endpoint:\n  postgres://u@h/x?password=hunter22",
+            "datastore-endpoint: >-\n  postgres://u@h/x?password=hunter22",
+            "# datastore-endpoint: postgres://u@h/x?password=hunter22",
+            "#token: hunter22",
+            "log: info # token: hunter22",
+            "  # token: hunter22",
+            "- token: hunter22",
+            "bfd:\n  - password: hunter22",
+            "bfd: {interval: 150, password: hunter22}",
+            "bfd: {interval: 150,\n  multiplier: 6, password: hunter22}",
         ] {
             let text = redactor().config(&format!("node-name: seen\n{line}\nport: 1\n"));
             assert!(!text.contains("hunter22"), "{line}: {text}");

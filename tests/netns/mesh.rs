@@ -589,8 +589,9 @@ impl Node {
         command
     }
 
-    /// Starts meshd without waiting for it.
+    /// Starts meshd without waiting for it; one that still runs is killed before.
     pub(crate) fn spawn(&self) {
+        drop(self.daemon().take());
         let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
         let verb = if let Kind::Joins(verb) = self.kind { verb } else { "run" };
         let mut command = self.meshd(verb);
@@ -628,6 +629,7 @@ impl Node {
 
     /// The same with another command before it, such as `unshare … --`.
     pub(crate) fn spawn_under(&self, front: &[&str], environment: &[(&str, &str)]) {
+        drop(self.daemon().take());
         self.write_config();
         let log = OpenOptions::new().create(true).append(true).open(self.dir.join("log")).unwrap();
         let verb = if let Kind::Joins(verb) = self.kind { verb } else { "run" };

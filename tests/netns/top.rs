@@ -154,10 +154,12 @@ fn top_shows_the_mesh_and_gives_the_terminal_back() {
     top.shows("NAME");
     top.press("\x03"); // Ctrl-C
     top.ends(0);
-    let top = Terminal::top(a);
-    top.shows("NAME");
-    top.process.signal(Signal::SIGTERM);
-    top.ends(0);
+    for signal in [Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        let top = Terminal::top(a);
+        top.shows("NAME");
+        top.process.signal(signal);
+        top.ends(0);
+    }
     let itself = std::env::current_exe().unwrap();
     let panics = ["--exact", "top::it_panics_on_a_terminal", "--ignored", "--nocapture"];
     let panics: Vec<&str> = std::iter::once(itself.to_str().unwrap()).chain(panics).collect();

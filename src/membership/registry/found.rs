@@ -22,6 +22,8 @@ pub(super) struct Found {
     pub(super) ca: Option<Kept>,
     pub(super) secret: Option<pake::Verifier>,
     pub(super) guard: Revision,
+    /// When it was read, which may be long after the last change of the guard.
+    pub(super) revision: Revision,
     pub(super) beats: HashMap<String, i64>,
     pub(super) state: State,
     pub(super) feed: Feed,
@@ -31,6 +33,7 @@ pub(super) struct Found {
 impl Found {
     pub(super) async fn read(store: &dyn Store, space: &Space) -> Result<Self, OpenError> {
         let snapshot = store.range("").await?;
+        let revision = snapshot.revision;
         let mut state = State::new(space.clone());
         let (mut cluster, mut ca, mut secret) = (None, None, None);
         let (mut guard, mut list, mut beats) = (0, 0, HashMap::new());
@@ -59,7 +62,7 @@ impl Found {
                 _ => others.take(key, Some(value)),
             }
         }
-        Ok(Found { cluster, ca, secret, guard, beats, state, feed: Feed::new(list), others })
+        Ok(Found { cluster, ca, secret, guard, revision, beats, state, feed: Feed::new(list), others })
     }
 }
 

@@ -303,7 +303,7 @@ impl Registry {
             known: RwLock::new(Known { state: found.state, feed: found.feed }),
             writer: tokio::sync::Mutex::new(Writer {
                 guard: found.guard,
-                followed: found.guard,
+                followed: found.revision,
                 stale: false,
                 audited: 0,
                 flushed: now.mono,
@@ -800,7 +800,7 @@ impl Registry {
         *self.others() = found.others;
         *self.known_mut() = Known { state: found.state, feed: found.feed };
         writer.guard = found.guard;
-        writer.followed = found.guard;
+        writer.followed = found.revision;
         writer.stale = false;
         self.changed.notify_one();
         Ok(())
