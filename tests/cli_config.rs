@@ -153,6 +153,16 @@ fn a_bad_flag_and_a_bad_variable_are_named() {
     let o = outcome(meshd(&["run", "--config", &config, "--port", "0"]).env("MESHD_PORT", "x"));
     assert_eq!(o.code, 2);
     assert!(o.err.contains("flag --port: `port` cannot be `0`"), "{}", o.err);
+    // a switch needs no value, and takes one
+    for (switch, fault) in [
+        (&["--cluster-init", "--log", "debgu"][..], "--log"),
+        (&["--cluster-init", "false", "--log", "debgu"], "--log"),
+        (&["--cluster-init", "x"], "--cluster-init"),
+    ] {
+        let o = outcome(&mut meshd(&[&["server"], switch].concat()));
+        assert_eq!(o.code, 2);
+        assert!(o.err.contains(&format!("flag {fault}:")), "{switch:?}: {}", o.err);
+    }
     let o = outcome(meshd(&["config", "check", &config]).env("MESHD_PORT", "4789").env("MESHD_PROT", "1"));
     assert_eq!(o.code, 0);
     assert!(o.out.contains("UDP port 4789"), "{}", o.out);
@@ -182,7 +192,8 @@ fn every_key_is_a_flag_with_help() {
     let o = outcome(&mut meshd(&["run", "--help"]));
     assert_eq!(o.code, 0);
     for key in meshd::config::KEYS {
-        assert!(o.out.contains(&format!("--{} <{}>", key.name, key.value)), "{}", key.name);
+        let value = if key.value == "true|false" { "[<true|false>]".to_owned() } else { format!("<{}>", key.value) };
+        assert!(o.out.contains(&format!("--{} {value}", key.name)), "{}", key.name);
     }
 }
 

@@ -470,6 +470,8 @@ impl Args for Settings {
                 .allow_negative_numbers(true)
                 .help(format!("{} [default: {}]", key.help, key.default))
                 .help_heading("Configuration keys");
+            // `--cluster-init` alone is what others' users are used to
+            let arg = if key.value == "true|false" { arg.num_args(0..=1).default_missing_value("true") } else { arg };
             command.arg(arg)
         })
     }
