@@ -50,20 +50,22 @@ impl Redactor {
                 continue;
             }
             inside = None;
-            let line = match line.split_once('#') {
-                Some((front, _)) if front.trim().is_empty() => "# [removed]",
-                _ => line.split(" #").next().unwrap_or_default(),
-            };
-            let item = bare.starts_with("- ") && !bare.contains(": ") && !sounds_secret(bare);
-            if bare.is_empty() || bare.starts_with('#') || item || bare == "---" {
+            if bare.starts_with('#') {
+                out += &format!("# {REMOVED}\n");
+                continue;
+            }
+            let line = line.split(" #").next().unwrap_or_default();
+            let item = bare.starts_with("- ");
+            if bare.is_empty() || bare == "---" || item && !bare.contains(": ") && !sounds_secret(bare) {
                 out += &format!("{line}\n");
                 continue;
             }
-            let Some((front, value)) = line.split_once(':').filter(|_| !bare.starts_with("- ")) else {
+            let Some((front, value)) = line.split_once(':').filter(|_| !item) else {
                 out += &format!("{REMOVED}\n");
                 continue;
             };
-            let (value, goes_on) = (value.trim(), value.trim().is_empty() || value.trim().starts_with(['>', '|']));
+            let value = value.trim();
+            let goes_on = value.is_empty() || value.starts_with(['>', '|']);
             let key = front.trim().trim_matches(['"', '\'']);
             match KEYS.iter().find(|known| known.name == key) {
                 _ if indent > 0 && !sounds_secret(bare) => out += &format!("{line}\n"),
