@@ -48,7 +48,7 @@ use self::view::{Concern, Shared, lock};
 use crate::admin::server;
 use crate::admin::socket::{AdminSocket, SocketOptions};
 use crate::config::load::Loader;
-use crate::config::{Bfd, Config, Encryption, NodeIp, Workers};
+use crate::config::{Bfd, Config, Encryption, NodeIp};
 use crate::control::known::Known;
 use crate::control::nodes_file;
 use crate::control::plan::{Carrier, Plan, plan};
@@ -230,10 +230,8 @@ impl Daemon {
         let tun = config.tun.as_str().to_owned();
         let lock = Lock::take(&tun)?;
         let host = Host::open()?;
-        let workers = match config.workers {
-            Workers::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(64),
-            Workers::Fixed(workers) => usize::from(workers.get()),
-        };
+        // each worker has two threads
+        let threads = 2 * config.workers.count();
         let mac = config.node_name.derived_mac();
         let local = Local {
             mac,
@@ -245,7 +243,7 @@ impl Daemon {
             former_identity: None,
             bfd_keys: None,
         };
-        let (tables, stats) = (Tables::empty(local), Stats::new(workers));
+        let (tables, stats) = (Tables::empty(local), Stats::new(threads));
         let mut shared = Shared::new(config.node_name.clone(), tun.clone(), config.port.get(), tables, stats);
         let (ends, inbox) = match &join {
             Some(join) => {
@@ -260,7 +258,7 @@ impl Daemon {
             host,
             source: Source::None,
             shared: Arc::new(shared),
-            known: Known::new(workers, None).watching(settings, getrandom::u32().unwrap_or(1)),
+            known: Known::new(threads, None).watching(settings, getrandom::u32().unwrap_or(1)),
             lives: Lives::default(),
             underlays: Vec::new(),
             desired: Desired { tun, mtu: 0, addresses: Vec::new(), routes: Vec::new(), own_subnets: Vec::new() },
@@ -351,6 +349,7 @@ impl Daemon {
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
+            workers: self.config.workers.count(),
             busy_poll: self.config.busy_poll,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
@@ -396,7 +395,7 @@ impl Daemon {
             }
             false => key_file::load(&path)?,
         };
-        let (shared, workers) = (&self.shared, self.shared.stats.workers());
+        let (shared, workers) = (&self.shared, self.config.workers.count());
         let stamps = self.stamps.get_or_insert_with(|| Stamps::start(&config.data_dir, shared.started));
         let identity = Identity::new(&key, workers).started_at(stamps.epoch_ms());
         Ok(Some(Arc::new(identity)))

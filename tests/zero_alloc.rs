@@ -296,7 +296,7 @@ fn who_is_watched_for_long_allocates_nothing() {
         let tables = |own| watched(&if encrypted { encrypted_mesh(own, 1, Policy::Required) } else { mesh(own) });
         let mut pair = [1, 2].map(|own| Watcher {
             tables: tables(own),
-            vigil: Vigil::new(0, 1),
+            vigil: Vigil::new(0, 1, 1),
             inbound: Inbound::new(Stats::new(1), 0, ALL),
             outbound: Outbound::new(Stats::new(1), 0, 1),
             outbox: Outbox::default(),

@@ -17,7 +17,7 @@ use crate::wire::bfd::auth::Keys;
 /// The peers that there were in the last list.
 #[derive(Debug)]
 pub struct Known {
-    workers: usize,
+    threads: usize,
     identity: Option<Arc<Identity>>,
     /// The keys before the last change, while a peer may still use them.
     former_identity: Option<Arc<Identity>>,
@@ -79,10 +79,10 @@ pub struct Wish<'l> {
 }
 
 impl Known {
-    /// Nobody yet. Counters are made for so many workers; without an identity there are no tunnels.
-    pub fn new(workers: usize, identity: Option<Arc<Identity>>) -> Self {
+    /// Nobody yet. Counters are made for so many threads; without an identity there are no tunnels.
+    pub fn new(threads: usize, identity: Option<Arc<Identity>>) -> Self {
         Known {
-            workers,
+            threads,
             identity,
             former_identity: None,
             bfd: None,
@@ -179,7 +179,7 @@ impl Known {
             None => {
                 let tunnel = self.make(endpoint, wish, Policy::Required);
                 Peer {
-                    stats: Arc::new(PeerStats::new(self.workers)),
+                    stats: Arc::new(PeerStats::new(self.threads)),
                     tunnel,
                     former: None,
                     liveness: None,

@@ -1,6 +1,7 @@
 //! The running data plane: device, sockets and worker threads, started and stopped as one.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,12 +17,14 @@ use crate::config::Io;
 use crate::engine::coalesce::Accepts;
 use crate::engine::stats::Stats;
 use crate::engine::tables::Tables;
+use crate::io::pairs::{self, Pairs};
 use crate::io::plain::Plain;
 use crate::io::tap::Tap;
 use crate::io::tun::{TunDevice, TunError};
 use crate::io::udp::{self, UdpError, UdpOffloads, UdpPort};
 use crate::io::uring;
 use crate::io::worker::{Worker, WorkerError};
+use crate::sys::udp::steer;
 
 /// Sending sockets of each worker and address family: so many outer source ports spread a node pair's flows.
 const SENDERS: u16 = 8;
@@ -33,6 +36,7 @@ type Sources = Vec<(Socket, u16)>;
 pub(super) struct Parts {
     pub tun: String,
     pub io: Io,
+    pub workers: usize,
     pub busy_poll: Duration,
     pub addresses: Vec<IpAddr>,
     pub port: u16,
@@ -72,6 +76,8 @@ pub(super) enum StartError {
     Udp(#[from] UdpError),
     #[error("cannot make the TUN device stay: {0}")]
     Keep(#[source] std::io::Error),
+    #[error("cannot wait for packets: {0}")]
+    Wait(#[source] std::io::Error),
     #[error("cannot start a thread: {0}")]
     Thread(#[source] std::io::Error),
 }
@@ -82,10 +88,18 @@ impl DataPlane {
     pub(super) fn open(parts: &Parts) -> Result<(Self, Vec<Worker>), StartError> {
         let offloads = Arc::new(UdpOffloads::default());
         let mut reasons = Vec::new();
+        let uring = parts.io == Io::Uring && {
+            let refused = uring::supported().err();
+            if let Some(error) = &refused {
+                tracing::warn!("io_uring cannot be used here, so `io: mmsg` is: {error}");
+            }
+            refused.is_none()
+        };
+        let queues = if uring { parts.workers } else { pairs::count(parts.workers) };
         let device = match parts.io {
             Io::Tokio => None,
-            Io::Mmsg | Io::Uring => Some(TunDevice::open(&parts.tun, parts.stats.workers())?),
-            Io::Auto => match TunDevice::open(&parts.tun, parts.stats.workers()) {
+            Io::Mmsg | Io::Uring => Some(TunDevice::open(&parts.tun, queues)?),
+            Io::Auto => match TunDevice::open(&parts.tun, queues) {
                 Ok(device) => Some(device),
                 Err(error @ TunError::NoOffload(_)) => {
                     tracing::warn!("{error}: using that");
@@ -96,7 +110,7 @@ impl DataPlane {
             },
         };
         match device {
-            Some(device) => Self::open_workers(parts, device, offloads),
+            Some(device) => Self::open_workers(parts, device, uring, offloads),
             None => Self::open_plain(parts, offloads, reasons).map(|plane| (plane, Vec::new())),
         }
     }
@@ -104,19 +118,13 @@ impl DataPlane {
     fn open_workers(
         parts: &Parts,
         mut device: TunDevice,
+        uring: bool,
         offloads: Arc<UdpOffloads>,
     ) -> Result<(Self, Vec<Worker>), StartError> {
-        let uring = parts.io == Io::Uring && {
-            let refused = uring::supported().err();
-            if let Some(error) = &refused {
-                tracing::warn!("io_uring cannot be used here, so `io: mmsg` is: {error}");
-            }
-            refused.is_none()
-        };
         let mut plane = DataPlane {
             facts: Facts {
                 io: if uring { "uring" } else { "mmsg" },
-                workers: device.queues.len(),
+                workers: parts.workers,
                 accepts: device.accepts,
                 offloads: offloads.clone(),
                 reasons: std::mem::take(&mut device.reasons),
@@ -126,20 +134,30 @@ impl DataPlane {
             stops: Vec::new(),
             threads: Vec::new(),
         };
-        let mut receivers = Vec::new();
-        let mut workers = Vec::new();
         let sources = reserve(parts)?;
         plane.facts.source_ports = numbers(parts, &sources);
-        for (index, tun) in std::mem::take(&mut device.queues).into_iter().enumerate() {
-            let ports = open_ports(parts, &sources, &offloads)?;
-            receivers.extend(ports.iter().filter_map(|port| port.watch().ok()));
+        let queues = std::mem::take(&mut device.queues);
+        let sockets = queues.iter().map(|_| open_receivers(parts, &offloads)).collect::<Result<Vec<_>, _>>()?;
+        let each = (queues.len() / parts.workers.max(1)) as u32;
+        for socket in sockets.first().into_iter().flatten() {
+            if let Err(error) = steer(socket.as_fd(), parts.workers as u32, each) {
+                tracing::debug!("the kernel spreads WireGuard sessions over workers by itself: {error}");
+            }
+        }
+        let receivers = sockets.iter().flatten().filter_map(|socket| socket.try_clone().ok()).collect();
+        let pairs = Arc::new(Pairs::new(queues, sockets, parts.workers).map_err(StartError::Wait)?);
+        let threads = if uring { parts.workers } else { parts.stats.threads() };
+        let mut workers = Vec::new();
+        for thread in 0..threads {
+            let sockets = pairs.get(0).map(|pair| pair.sockets.as_slice()).unwrap_or_default();
             let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
             plane.stops.push(stop);
             workers.push(Worker {
-                index,
-                tun,
+                thread,
+                workers: parts.workers,
+                pairs: pairs.clone(),
                 accepts: device.accepts,
-                ports,
+                ports: open_ports(parts, sockets, &sources, &offloads)?,
                 senders: SENDERS,
                 tables: parts.tables.clone(),
                 stats: parts.stats.clone(),
@@ -148,11 +166,6 @@ impl DataPlane {
                 stop: stopped,
                 busy_poll: parts.busy_poll,
             });
-        }
-        for port in workers.first().map(|worker| worker.ports.as_slice()).unwrap_or_default() {
-            if let Err(error) = port.steer(workers.len()) {
-                tracing::debug!("the kernel spreads WireGuard sessions over workers by itself: {error}");
-            }
         }
         plane.facts.receivers = Arc::new(receivers);
         Ok((plane, workers))
@@ -164,12 +177,14 @@ impl DataPlane {
         mut reasons: Vec<(&'static str, String)>,
     ) -> Result<Self, StartError> {
         let sources = reserve(parts)?;
-        let ports = open_ports(parts, &sources, &offloads)?;
-        let receivers = ports.iter().filter_map(|port| port.watch().ok()).collect();
+        let sockets = open_receivers(parts, &offloads)?;
+        let ports = open_ports(parts, &sockets, &sources, &offloads)?;
+        let receivers = sockets.iter().filter_map(|socket| socket.try_clone().ok()).collect();
         let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
         let plain = Plain {
             name: parts.tun.clone(),
             ports,
+            receivers: sockets,
             senders: SENDERS,
             tables: parts.tables.clone(),
             stats: parts.stats.clone(),
@@ -200,12 +215,15 @@ impl DataPlane {
 
     /// Has the device stay when meshd ends, and the workers begin.
     pub(super) fn begin(&mut self, workers: Vec<Worker>, ended: &UnboundedSender<String>) -> Result<(), StartError> {
-        if let Some(worker) = workers.first() {
-            worker.tun.keep_device().map_err(StartError::Keep)?;
+        if let Some(pair) = workers.first().and_then(|worker| worker.pairs.get(0)) {
+            pair.tun.keep_device().map_err(StartError::Keep)?;
         }
         let run = if self.facts.io == "uring" { uring::run } else { Worker::run };
         for worker in workers {
-            let name = format!("worker-{}", worker.index);
+            let name = match worker.thread.checked_sub(worker.workers) {
+                None => format!("worker-{}", worker.thread),
+                Some(number) => format!("bulk-{number}"),
+            };
             self.threads.push(spawn(name, ended.clone(), move || run(worker))?);
         }
         Ok(())
@@ -231,12 +249,22 @@ fn numbers(parts: &Parts, sources: &[Sources]) -> Vec<(IpAddr, Vec<u16>)> {
     parts.addresses.iter().zip(sources).map(of).collect()
 }
 
-fn open_ports(parts: &Parts, sources: &[Sources], offloads: &Arc<UdpOffloads>) -> Result<Vec<UdpPort>, UdpError> {
-    let open = |(ip, sources): (&IpAddr, &Sources)| {
+/// One more socket on each of the node's addresses that receives.
+fn open_receivers(parts: &Parts, offloads: &UdpOffloads) -> Result<Vec<Socket>, UdpError> {
+    parts.addresses.iter().map(|ip| udp::receiver(SocketAddr::new(*ip, parts.port), offloads)).collect()
+}
+
+fn open_ports(
+    parts: &Parts,
+    receivers: &[Socket],
+    sources: &[Sources],
+    offloads: &Arc<UdpOffloads>,
+) -> Result<Vec<UdpPort>, UdpError> {
+    let open = |((ip, sources), receiver): ((&IpAddr, &Sources), &Socket)| {
         let ports: Vec<u16> = sources.iter().map(|(_, port)| *port).collect();
-        UdpPort::open(SocketAddr::new(*ip, parts.port), &ports, offloads)
+        UdpPort::open(SocketAddr::new(*ip, parts.port), receiver, &ports, offloads)
     };
-    parts.addresses.iter().zip(sources).map(open).collect()
+    parts.addresses.iter().zip(sources).zip(receivers).map(open).collect()
 }
 
 /// A thread that tells when its work ends without having been stopped, however it does.

@@ -111,13 +111,13 @@ impl WorkerStats {
 pub struct Stats(Arc<[CachePadded<WorkerStats>]>);
 
 impl Stats {
-    /// Counters for so many workers, all zero.
-    pub fn new(workers: usize) -> Self {
-        Stats((0..workers).map(|_| CachePadded::default()).collect())
+    /// Counters for so many threads, all zero.
+    pub fn new(threads: usize) -> Self {
+        Stats((0..threads).map(|_| CachePadded::default()).collect())
     }
 
-    /// How many workers there are.
-    pub fn workers(&self) -> usize {
+    /// How many threads there are.
+    pub fn threads(&self) -> usize {
         self.0.len()
     }
 

@@ -25,6 +25,7 @@ const TURN_US: u64 = 4_000;
 pub struct Vigil {
     worker: usize,
     workers: usize,
+    threads: usize,
     /// Where the table was that `running` belongs to. The next one is made while it still exists.
     table: usize,
     running: Vec<PeerIndex>,
@@ -47,11 +48,13 @@ struct Turn<'t, 'o> {
 }
 
 impl Vigil {
-    /// For worker number `worker` of so many.
-    pub fn new(worker: usize, workers: usize) -> Self {
+    /// For thread number `worker` of so many. The first `workers` of them begin sessions; one of the others has those alone
+    /// whose packets come to it.
+    pub fn new(worker: usize, workers: usize, threads: usize) -> Self {
         Vigil {
             worker,
             workers: workers.max(1),
+            threads,
             table: 0,
             running: Vec::new(),
             next_turn_us: u64::MAX,
@@ -136,8 +139,8 @@ impl Vigil {
 
     fn owns(&self, peer: PeerIndex, liveness: &Liveness) -> bool {
         let first = peer.0 as usize % self.workers;
-        // there may be fewer workers than there were
-        Some(liveness.owner(first)).filter(|owner| *owner < self.workers).unwrap_or(first) == self.worker
+        // there may be fewer threads than there were
+        Some(liveness.owner(first)).filter(|owner| *owner < self.threads).unwrap_or(first) == self.worker
     }
 
     fn run(&mut self, peer: PeerIndex, deadline: Option<u64>) {
@@ -150,6 +153,9 @@ impl Vigil {
 
     /// Looks at some of the peers, whether there is traffic.
     fn look(&mut self, turn: &mut Turn<'_, '_>) {
+        if self.worker >= self.workers {
+            return;
+        }
         let peers = turn.tables.peers().len();
         let looks = (peers / self.workers / 20).max(LOOKS);
         for _ in 0..looks {

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
+use socket2::Socket;
 use tokio::io::Interest;
 use tokio::net::{UdpSocket, UnixStream};
 use tokio::time::sleep;
@@ -40,6 +41,8 @@ pub struct Plain {
     pub name: String,
     /// Its sockets, one port for each address family.
     pub ports: Vec<UdpPort>,
+    /// The sockets that receive, one for each port.
+    pub receivers: Vec<Socket>,
     /// Sending sockets of each port.
     pub senders: u16,
     /// The peer table.
@@ -79,17 +82,20 @@ impl Plain {
     }
 
     async fn work(self, tun: Tun) -> Result<(), WorkerError> {
-        let Plain { mut ports, senders, tables, stats, tap, started, stop, .. } = self;
+        let Plain { receivers, mut ports, senders, tables, stats, tap, started, stop, .. } = self;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), 0, senders);
         let mut inbound = Inbound::new(stats.clone(), 0, Self::ACCEPTS).with_data_socket(outbound.data_socket());
         let mut clockwork = Clockwork::new(0, 1);
-        let mut vigil = Vigil::new(0, 1);
+        let mut vigil = Vigil::new(0, 1, 1);
         let Some(stats) = stats.worker(0) else { return Ok(()) };
         let mut frame = vec![0; FRONT + 65_535];
         stop.set_nonblocking(true).map_err(WorkerError::Poll)?;
         let stop = UnixStream::from_std(stop).map_err(WorkerError::Poll)?;
-        let ready = ports.iter().map(|port| UdpSocket::from_std(port.watch()?.into())).collect::<io::Result<Vec<_>>>();
+        let ready = receivers
+            .iter()
+            .map(|socket| UdpSocket::from_std(socket.try_clone()?.into()))
+            .collect::<io::Result<Vec<_>>>();
         let ready = ready.map_err(WorkerError::Poll)?;
         let mut packet = Vec::new();
         let (mut ticks, mut late) = (true, false);
@@ -135,10 +141,14 @@ impl Plain {
                     }
                 }
                 Event::Port(index) => {
-                    let (Some(port), Some(ready)) = (ports.get_mut(index), ready.get(index)) else { continue };
+                    let (Some(port), Some(socket), Some(ready)) =
+                        (ports.get_mut(index), receivers.get(index), ready.get(index))
+                    else {
+                        continue;
+                    };
                     // what would block is reported as such, so that tokio waits for the kernel again
                     let taken = ready.try_io(Interest::READABLE, || {
-                        let more = take_in(port, &mut inbound, tables, started, now_ms, stats, tap);
+                        let more = take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap);
                         if more { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
                     });
                     if taken.is_err() {
@@ -151,8 +161,8 @@ impl Plain {
             let mut settled = vigil.is_due(now_us);
             if settled {
                 // before somebody is held for dead, everything that came until now is received
-                for port in &mut ports {
-                    settled &= !take_in(port, &mut inbound, tables, started, now_ms, stats, tap);
+                for (port, socket) in ports.iter_mut().zip(&receivers) {
+                    settled &= !take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap);
                     write(port, &mut inbound, &tun, &mut packet, stats);
                 }
             }

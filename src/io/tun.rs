@@ -40,7 +40,7 @@ pub enum TunError {
 /// An open device.
 #[derive(Debug)]
 pub struct TunDevice {
-    /// One queue a worker.
+    /// Its queues.
     pub queues: Vec<TunQueue>,
     /// What it takes and hands over.
     pub accepts: Accepts,
@@ -104,13 +104,13 @@ impl TunQueue {
 
     /// Reads one frame, offload header first.
     #[inline]
-    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.file.read(buffer)
+    pub fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        (&self.file).read(buffer)
     }
 
     /// Writes one frame that lies in pieces in the receive arena and the slab.
     #[inline]
-    pub fn write_pieces(&mut self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
+    pub fn write_pieces(&self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
         if let [piece] = pieces {
             return self.write(piece.of(arena, slab));
         }
@@ -119,12 +119,12 @@ impl TunQueue {
         for (slice, piece) in slices.iter_mut().zip(pieces) {
             *slice = IoSlice::new(piece.of(arena, slab));
         }
-        self.file.write_vectored(slices.get(..count).unwrap_or_default()).map(drop)
+        (&self.file).write_vectored(slices.get(..count).unwrap_or_default()).map(drop)
     }
 
     /// Writes one frame.
     #[inline]
-    pub fn write(&mut self, frame: &[u8]) -> io::Result<()> {
-        self.file.write(frame).map(drop)
+    pub fn write(&self, frame: &[u8]) -> io::Result<()> {
+        (&self.file).write(frame).map(drop)
     }
 }

@@ -47,9 +47,8 @@ pub struct UdpOffloads {
     pub no_gro: AtomicBool,
 }
 
-/// The sockets of one worker in one address family.
+/// What one thread sends with and receives into, in one address family.
 pub struct UdpPort {
-    receiver: Socket,
     senders: Vec<Sender>,
     offloads: Arc<UdpOffloads>,
     buffers: RecvBatch,
@@ -60,7 +59,8 @@ pub struct UdpPort {
     owners: Vec<u32>,
     /// For each run how many datagrams left, and why others did not.
     outcomes: Vec<(u16, Option<Drop>)>,
-    mean_len: usize,
+    /// Bytes of the buffers that were lately filled from each of the receiving sockets.
+    mean_lens: Vec<usize>,
     v6: bool,
     address: SocketAddr,
 }
@@ -74,22 +74,17 @@ struct Sender {
 }
 
 impl UdpPort {
-    /// Opens the sockets: the receiver on `address`, and one to send from for each of `source_ports`, all shared with the
-    /// other workers' of the same ports.
+    /// Opens the sockets to send from: one for each of `source_ports`, all shared with the other threads' of the same ports.
+    /// Behind them `receiver` itself, whose source port is the data port: what WireGuard peers expect.
     ///
-    /// A flow must have the same outer source port whichever worker sends it: the receiver spreads by it, and a flow
-    /// whose port changed would move to another worker there, and could be reordered.
-    pub fn open(address: SocketAddr, source_ports: &[u16], offloads: &Arc<UdpOffloads>) -> Result<Self, UdpError> {
-        let fail = |what| move |source| UdpError { what, address, source };
-        let receiver = open(address).map_err(fail("open a socket"))?;
-        receiver.set_reuse_port(true).map_err(fail("share the port"))?;
-        receiver.bind(&address.into()).map_err(fail("receive"))?;
-        udp::set(receiver.as_fd(), Opt::ReceiveTos { v6: address.is_ipv6() }).map_err(fail("receive the TOS"))?;
-        // without the privilege the system's default has to do
-        udp::set(receiver.as_fd(), Opt::ReceiveBuffer(RECEIVE_BUFFER)).ok();
-        if udp::set(receiver.as_fd(), Opt::Gro).is_err() {
-            offloads.no_gro.store(true, Ordering::Relaxed);
-        }
+    /// A flow must have the same outer source port whichever thread sends it: the receiver spreads by it, and a flow
+    /// whose port changed would move to another thread there, and could be reordered.
+    pub fn open(
+        address: SocketAddr,
+        receiver: &Socket,
+        source_ports: &[u16],
+        offloads: &Arc<UdpOffloads>,
+    ) -> Result<Self, UdpError> {
         let mut pool = Vec::new();
         for port in source_ports {
             let address = SocketAddr::new(address.ip(), *port);
@@ -105,13 +100,12 @@ impl UdpPort {
             }
             pool.push(Sender { socket, port: *port, gso, full: false });
         }
-        // behind the pool the receiver itself, whose source port is the data port: what WireGuard peers expect
-        let socket = receiver.try_clone().map_err(fail("send"))?;
+        let fail = |source| UdpError { what: "send", address, source };
+        let socket = receiver.try_clone().map_err(fail)?;
         udp::set(socket.as_fd(), Opt::SendBuffer(SEND_BUFFER)).ok();
         let gso = udp::knows_segment(socket.as_fd());
         pool.push(Sender { socket, port: address.port(), gso, full: false });
         Ok(UdpPort {
-            receiver,
             senders: pool,
             offloads: offloads.clone(),
             buffers: RecvBatch::new(BUFFERS),
@@ -119,16 +113,10 @@ impl UdpPort {
             single: SendBatch::default(),
             owners: Vec::new(),
             outcomes: Vec::new(),
-            mean_len: 2048,
+            mean_lens: Vec::new(),
             v6: address.is_ipv6(),
             address,
         })
-    }
-
-    /// Spreads WireGuard's sessions over the workers by their lanes. To be called on one of the workers' ports, when all are
-    /// open.
-    pub fn steer(&self, workers: usize) -> io::Result<()> {
-        udp::steer(self.receiver.as_fd(), workers as u32)
     }
 
     /// Where it receives.
@@ -142,22 +130,16 @@ impl UdpPort {
         SocketAddr::new(self.address.ip(), port)
     }
 
-    /// To wait for something received.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.receiver.as_fd()
-    }
-
-    /// A descriptor of the receiving socket of its own, to read the kernel's drop counter from.
-    pub fn watch(&self) -> io::Result<Socket> {
-        self.receiver.try_clone()
-    }
-
-    /// Receives a batch without waiting: so many buffers were filled.
-    pub fn receive(&mut self) -> io::Result<usize> {
-        let limit = (RECEIVE_BYTES / self.mean_len.max(1)).clamp(4, BUFFERS);
-        let count = self.buffers.receive(self.receiver.as_fd(), limit)?;
-        let bytes: usize = (0..count).filter_map(|index| self.meta(index)).map(|meta| meta.len).sum();
-        self.mean_len = (3 * self.mean_len + bytes / count.max(1)) / 4;
+    /// Receives a batch from the node's receiving socket number `number` without waiting: so many buffers were filled.
+    pub fn receive(&mut self, socket: &Socket, number: usize) -> io::Result<usize> {
+        if self.mean_lens.len() <= number {
+            self.mean_lens.resize(number + 1, 2048);
+        }
+        let Some(mean_len) = self.mean_lens.get_mut(number) else { return Ok(0) };
+        let limit = (RECEIVE_BYTES / (*mean_len).max(1)).clamp(4, BUFFERS);
+        let count = self.buffers.receive(socket.as_fd(), limit)?;
+        let bytes: usize = (0..count).filter_map(|index| self.buffers.meta(index)).map(|meta| meta.len).sum();
+        *mean_len = (3 * *mean_len + bytes / count.max(1)) / 4;
         Ok(count)
     }
 
@@ -312,6 +294,21 @@ fn send_singly(
         }
     }
     left
+}
+
+/// Opens a socket that receives on `address`, which all others of this process share.
+pub fn receiver(address: SocketAddr, offloads: &UdpOffloads) -> Result<Socket, UdpError> {
+    let fail = |what| move |source| UdpError { what, address, source };
+    let socket = open(address).map_err(fail("open a socket"))?;
+    socket.set_reuse_port(true).map_err(fail("share the port"))?;
+    socket.bind(&address.into()).map_err(fail("receive"))?;
+    udp::set(socket.as_fd(), Opt::ReceiveTos { v6: address.is_ipv6() }).map_err(fail("receive the TOS"))?;
+    // without the privilege the system's default has to do
+    udp::set(socket.as_fd(), Opt::ReceiveBuffer(RECEIVE_BUFFER)).ok();
+    if udp::set(socket.as_fd(), Opt::Gro).is_err() {
+        offloads.no_gro.store(true, Ordering::Relaxed);
+    }
+    Ok(socket)
 }
 
 /// Reserves so many outer source ports on this address: sockets that hold the ports until workers share them.

@@ -35,18 +35,20 @@ pub fn supported() -> io::Result<()> {
 
 /// Works until the other side of the worker's `stop` is closed.
 pub fn run(worker: Worker) -> Result<(), WorkerError> {
-    let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } = worker;
+    let Worker { thread, workers, pairs, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } =
+        worker;
+    let Some(pair) = pairs.get(thread) else { return Ok(()) };
     let mut ring = {
-        let mut sources = vec![Source::Frames(tun.as_fd(), FRONT), Source::Signal(stop.as_fd())];
-        sources.extend(ports.iter().map(|port| Source::Datagrams(port.as_fd())));
+        let mut sources = vec![Source::Frames(pair.tun.as_fd(), FRONT), Source::Signal(stop.as_fd())];
+        sources.extend(pair.sockets.iter().map(|socket| Source::Datagrams(socket.as_fd())));
         Ring::new(&sources).map_err(WorkerError::Ring)?
     };
     let mut tables = Cache::new(tables);
-    let mut outbound = Outbound::new(stats.clone(), index, senders);
-    let mut inbound = Inbound::new(stats.clone(), index, accepts).with_data_socket(outbound.data_socket());
-    let mut clockwork = Clockwork::new(index, stats.workers());
-    let mut vigil = Vigil::new(index, stats.workers());
-    let Some(stats) = stats.worker(index) else { return Ok(()) };
+    let mut outbound = Outbound::new(stats.clone(), thread, senders);
+    let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+    let mut clockwork = Clockwork::new(thread, workers);
+    let mut vigil = Vigil::new(thread, workers, stats.threads());
+    let Some(stats) = stats.worker(thread) else { return Ok(()) };
     let mut events = Vec::new();
     let mut wait = Duration::ZERO;
     let mut spin = Spin::new(busy_poll);
@@ -101,7 +103,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
         }
         if packets > 0 {
             stats.flow.tun_reads.add(packets);
-            write_errors(&mut tun, &outbound, tap);
+            write_errors(&pair.tun, &outbound, tap);
             send(&mut ports, &mut outbound, tables, frames.memory(), stats, tap);
             filled(TUN).for_each(|(buffer, _)| frames.give_back(buffer));
         }

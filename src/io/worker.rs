@@ -1,5 +1,5 @@
-//! One worker: a thread that owns one TUN queue and its own sockets, and takes each batch through the whole journey
-//! before it looks for the next (run to completion). Workers share the peer table, which never changes, and nothing else.
+//! One thread of a worker, which takes each batch through the whole journey before it looks for the next (run to
+//! completion). Threads share the peer table, which never changes, and hand queue pairs to each other ([`super::pairs`]).
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
+use socket2::Socket;
 
+use super::pairs::{Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tun::TunQueue;
@@ -23,7 +25,7 @@ use crate::engine::stats::{Stats, WorkerStats};
 use crate::engine::tables::{ENCAPSULATION, PeerIndex, Tables};
 use crate::engine::tunnel::Outbox;
 use crate::engine::vigil::Vigil;
-use crate::sys::poll::{self, PollFd};
+use crate::sys::sched;
 use crate::sys::udp::Meta;
 use crate::wire::ip::Packet;
 use crate::wire::vnet_hdr;
@@ -34,8 +36,6 @@ const FRAME: usize = 10 + 65_535;
 const READ_BYTES: usize = 96 << 10;
 /// Packets after which it is.
 const READ_PACKETS: usize = 128;
-/// Rounds of a busy worker between two looks at whether it is to stop.
-const LOOK_UP: u32 = 32;
 /// How often tunnels are told the time, and how many a worker looks at each time at least: each has its turn within four
 /// times that.
 const TUNNEL_TICK: Duration = Duration::from_millis(50);
@@ -44,30 +44,36 @@ const TUNNELS_A_TICK: usize = 256;
 const LETTERS_A_TURN: usize = 32;
 /// How often an idle worker looks whether there is a new table with tunnels.
 const IDLE: Duration = Duration::from_secs(1);
+/// Bytes of one round that tell bulk traffic.
+const BULK_BYTES: usize = 16 << 10;
+/// After so long without them it is over, in microseconds.
+const CALM_US: u64 = 100_000;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
-/// What a worker owns.
+/// What a thread works with.
 pub struct Worker {
-    /// Its number, from 0.
-    pub index: usize,
-    /// Its TUN queue.
-    pub tun: TunQueue,
+    /// Its number, from 0: first each worker's for what comes by itself, then each one's for bulk traffic.
+    pub thread: usize,
+    /// How many workers there are.
+    pub workers: usize,
+    /// The queue pairs, of which some are its own.
+    pub pairs: Arc<Pairs>,
     /// What the device takes.
     pub accepts: Accepts,
-    /// Its sockets, one port for each address family.
+    /// One port for each address family.
     pub ports: Vec<UdpPort>,
     /// Sending sockets of each port.
     pub senders: u16,
     /// The peer table.
     pub tables: Arc<ArcSwap<Tables>>,
-    /// Its counters among all workers'.
+    /// Its counters among all threads'.
     pub stats: Stats,
     /// Who looks at packets.
     pub tap: Arc<Tap>,
     /// When meshd started.
     pub started: Instant,
-    /// Closed from the other side to end the worker.
+    /// Closed from the other side to end the thread.
     pub stop: UnixStream,
     /// For how long it looks for the next packet before it sleeps.
     pub busy_poll: Duration,
@@ -90,56 +96,125 @@ pub enum WorkerError {
 impl Worker {
     /// Works until the other side of `stop` is closed.
     pub fn run(self) -> Result<(), WorkerError> {
-        let Worker { index, mut tun, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } = self;
+        let Worker {
+            thread,
+            workers,
+            pairs,
+            accepts,
+            mut ports,
+            senders,
+            tables,
+            stats,
+            tap,
+            started,
+            stop,
+            busy_poll,
+        } = self;
+        if thread < workers && let Ok(slice) = std::env::var("SLICE") {
+            let set = sched::set_slice(slice.parse::<u64>().unwrap_or(100) * 1000);
+            eprintln!("slice {set:?}");
+        }
+        let mut ready = Ready::new(&pairs, thread, stop.as_fd()).map_err(WorkerError::Poll)?;
         let mut tables = Cache::new(tables);
-        let mut outbound = Outbound::new(stats.clone(), index, senders);
-        let mut inbound = Inbound::new(stats.clone(), index, accepts).with_data_socket(outbound.data_socket());
-        let mut clockwork = Clockwork::new(index, stats.workers());
-        let mut vigil = Vigil::new(index, stats.workers());
+        let mut outbound = Outbound::new(stats.clone(), thread, senders);
+        let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+        let mut clockwork = Clockwork::new(thread, workers);
+        let mut vigil = Vigil::new(thread, workers, stats.threads());
         let mut spin = Spin::new(busy_poll);
-        let Some(stats) = stats.worker(index) else { return Ok(()) };
+        let mut bulk = Bulk::default();
+        let Some(stats) = stats.worker(thread) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
-        let mut tun_ready = true;
-        let mut ports_ready = vec![true; ports.len()];
-        let mut rounds = 0u32;
+        let mut patience = Duration::ZERO;
         loop {
+            if ready.wait(&pairs, thread, patience)? {
+                return Ok(());
+            }
             let now_us = started.elapsed().as_micros() as u64;
             let now_ms = now_us / 1000;
             let tables = tables.load();
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
-            if tun_ready {
+            if !ready.queues.is_empty() {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
-                tun_ready = read(&mut tun, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
+                let turn = (ready.queues, now_us as usize, &mut bulk);
+                read(&pairs, turn, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
             }
-            // before somebody is held for dead, everything that came until now is received, whatever poll() said before
+            // before somebody is held for dead, everything that came until now is received, whatever was said to be ready
             let look = vigil.is_due(now_us);
-            for (port, ready) in ports.iter_mut().zip(&mut ports_ready) {
-                if *ready || look {
-                    *ready = receive_and_write(port, &mut tun, &mut inbound, tables, started, now_ms, stats, tap);
+            let own = if look { pairs.of(thread) } else { Set::default() };
+            let mut received = false;
+            for (family, port) in ports.iter_mut().enumerate() {
+                let waiting = ready.sockets.get(family).copied().unwrap_or_default().or(own);
+                for number in waiting.from(0) {
+                    let Some(pair) = pairs.get(number) else { continue };
+                    let bytes = receive_and_write(
+                        port,
+                        (number, family, pair),
+                        &mut inbound,
+                        tables,
+                        started,
+                        now_ms,
+                        stats,
+                        tap,
+                    );
+                    received |= bytes.is_some();
+                    pair.received(now_us);
+                    bulk.add(number, bytes.unwrap_or(0));
                 }
             }
-            let settled = look && !ports_ready.contains(&true);
+            let settled = look && !received && !pairs.neglected(thread, now_us);
             watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
             let late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
             if !inbound.outbox().is_empty() {
                 outbound.post(inbound.outbox());
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
-            let busy = tun_ready || ports_ready.contains(&true);
+            bulk.settle(&pairs, thread, now_us).map_err(WorkerError::Poll)?;
             spin.looked(now_us, stats);
-            rounds = rounds.wrapping_add(1);
-            if busy && !rounds.is_multiple_of(LOOK_UP) {
+            let awake = received || !ready.queues.is_empty() || late || spin.goes_on(now_us);
+            patience = self::patience(awake, tables.has_tunnels() && thread < workers, &vigil, started);
+            stats.flow.sleeps.add(u64::from(!awake));
+        }
+    }
+}
+
+/// Finds out what carries bulk traffic.
+#[derive(Default)]
+struct Bulk {
+    /// Bytes of this round, for those pairs that had any.
+    now: Vec<(usize, usize)>,
+    /// When each pair last had many, in microseconds.
+    last_us: Vec<u64>,
+}
+
+impl Bulk {
+    fn add(&mut self, pair: usize, bytes: usize) {
+        match self.now.iter_mut().find(|(other, _)| *other == pair) {
+            Some((_, sum)) => *sum += bytes,
+            None => self.now.push((pair, bytes)),
+        }
+    }
+
+    /// After a round: hands over what is in the wrong place.
+    fn settle(&mut self, pairs: &Pairs, thread: usize, now_us: u64) -> io::Result<()> {
+        for (pair, bytes) in self.now.drain(..) {
+            let much = bytes >= BULK_BYTES;
+            if !pairs.is_for_bulk(thread) {
+                if much {
+                    pairs.hand_to_bulk(pair)?;
+                }
                 continue;
             }
-            // under endless load there is no sleep, yet somebody may want the worker to stop
-            let awake = busy || late || spin.goes_on(now_us);
-            let patience = patience(awake, tables.has_tunnels(), &vigil, started).as_millis() as u16;
-            let asked_to_stop = sleep(&tun, &ports, &stop, Some(patience), &mut tun_ready, &mut ports_ready)?;
-            stats.flow.sleeps.add(u64::from(!awake));
-            if asked_to_stop {
-                return Ok(());
+            if self.last_us.len() <= pair {
+                self.last_us.resize(pair + 1, now_us);
+            }
+            let Some(last_us) = self.last_us.get_mut(pair) else { continue };
+            if much {
+                *last_us = now_us;
+            } else if now_us > *last_us + CALM_US {
+                pairs.hand_home(pair)?;
             }
         }
+        Ok(())
     }
 }
 
@@ -150,10 +225,11 @@ pub(super) struct Look<'t> {
     pub(super) now_us: u64,
 }
 
-/// A batch TUN → UDP. Returns whether there may be more.
+/// A batch TUN → UDP, out of all queues that have something.
 #[allow(clippy::too_many_arguments)]
 fn read_and_send<const TAPPED: bool>(
-    tun: &mut TunQueue,
+    pairs: &Pairs,
+    (ready, first, bulk): (Set, usize, &mut Bulk),
     ports: &mut [UdpPort],
     outbound: &mut Outbound,
     tables: &Tables,
@@ -161,42 +237,44 @@ fn read_and_send<const TAPPED: bool>(
     frames: &mut [u8],
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
-) -> Result<bool, WorkerError> {
+) -> Result<(), WorkerError> {
     let mut tally = TAPPED.then(|| Tally::new(stats));
-    let (mut at, mut packets, mut more) = (ALIGN, 0, true);
-    while packets < READ_PACKETS && at < READ_BYTES {
-        let Some(room) = frames.get_mut(at..at + FRAME) else { break };
-        let len = match tun.read(room) {
-            Ok(len) => len,
-            Err(error) => {
-                more = match error.raw_os_error() {
+    let (mut at, mut packets) = (ALIGN, 0);
+    let share = ready.len().max(1);
+    let mut last = None;
+    for number in ready.from(first) {
+        let Some(pair) = pairs.get(number) else { continue };
+        let (begin, enough) = (at, packets + READ_PACKETS.div_ceil(share));
+        while at < begin + READ_BYTES / share && packets < enough {
+            let Some(room) = frames.get_mut(at..at + FRAME) else { break };
+            let len = match pair.tun.read(room) {
+                Ok(len) => len,
+                Err(error) => match error.raw_os_error() {
                     Some(libc::EBADFD | libc::EBADF | libc::ENODEV) => return Err(WorkerError::TunGone),
-                    Some(libc::EINTR) => true,
-                    _ => false,
-                };
-                break;
+                    _ => break,
+                },
+            };
+            outbound.push(tables, now_ms, frames, at, len);
+            if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
+                let packet = frames.get(at + vnet_hdr::HEADER_LEN..at + len).unwrap_or_default();
+                tap.tap.packet(tap.now_us, Side::Inner, true, tally.news(), packet);
             }
-        };
-        outbound.push(tables, now_ms, frames, at, len);
-        if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
-            let packet = frames.get(at + vnet_hdr::HEADER_LEN..at + len).unwrap_or_default();
-            tap.tap.packet(tap.now_us, Side::Inner, true, tally.news(), packet);
+            packets += 1;
+            // the next frame's headroom must not reach into this one
+            at = (at + len + HEADROOM).next_multiple_of(ALIGN);
         }
-        packets += 1;
-        // the next frame's headroom must not reach into this one
-        at = (at + len + HEADROOM).next_multiple_of(ALIGN);
+        bulk.add(number, at - begin);
+        last = Some(&pair.tun);
     }
-    if packets == 0 {
-        return Ok(more);
-    }
+    let Some(tun) = last.filter(|_| packets > 0) else { return Ok(()) };
     stats.flow.tun_reads.add(packets as u64);
     write_errors(tun, outbound, tap);
     send(ports, outbound, tables, frames, stats, tap);
-    Ok(more)
+    Ok(())
 }
 
 /// Answers what did not fit or had nowhere to go.
-pub(super) fn write_errors(tun: &mut TunQueue, outbound: &Outbound, tap: Option<Look<'_>>) {
+pub(super) fn write_errors(tun: &TunQueue, outbound: &Outbound, tap: Option<Look<'_>>) {
     for frame in outbound.errors() {
         let written = tun.write(frame).is_ok();
         outbound.error_written(frame, written);
@@ -288,7 +366,7 @@ impl Clockwork {
 
     /// Does what is due, and returns whether there is more.
     pub(super) fn turn(&mut self, tables: &Tables, now_ms: u64, data_socket: u16, outbox: &mut Outbox) -> bool {
-        if now_ms < self.next_ms || !tables.has_tunnels() {
+        if now_ms < self.next_ms || self.worker >= self.workers || !tables.has_tunnels() {
             return false;
         }
         self.next_ms = now_ms + TUNNEL_TICK.as_millis() as u64;
@@ -320,31 +398,35 @@ impl Clockwork {
     }
 }
 
-/// A batch UDP → TUN. Returns whether there may be more.
+/// A batch UDP → TUN. Returns how many bytes came; `None`: there was nothing.
 #[allow(clippy::too_many_arguments)]
 fn receive_and_write(
     port: &mut UdpPort,
-    tun: &mut TunQueue,
+    (number, family, pair): (usize, usize, &Pair),
     inbound: &mut Inbound,
     tables: &Tables,
     started: Instant,
     now_ms: u64,
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
-) -> bool {
-    let more = take_in(port, inbound, tables, started, now_ms, stats, tap);
+) -> Option<usize> {
+    let before = stats.flow.udp_rx_bytes.get();
+    let socket = pair.sockets.get(family)?;
+    let more = take_in(port, (socket, number), inbound, tables, started, now_ms, stats, tap);
     for unit in inbound.units() {
-        let written = tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
+        let written = pair.tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
         inbound.written(unit, written);
     }
     stats.flow.tun_writes.add(inbound.units().len() as u64);
     inbound.clear();
-    more
+    more.then(|| (stats.flow.udp_rx_bytes.get() - before) as usize)
 }
 
 /// Receives a batch and takes it through the engine, up to what is to be written. Returns whether there may be more.
+#[allow(clippy::too_many_arguments)]
 pub(super) fn take_in(
     port: &mut UdpPort,
+    (socket, number): (&Socket, usize),
     inbound: &mut Inbound,
     tables: &Tables,
     started: Instant,
@@ -352,7 +434,7 @@ pub(super) fn take_in(
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
 ) -> bool {
-    let buffers = match port.receive() {
+    let buffers = match port.receive(socket, number) {
         Ok(buffers) => buffers,
         // an error that was pending on the socket is fetched by this; what is wrong shows at the next send
         Err(error) => return error.kind() == io::ErrorKind::Interrupted,
@@ -419,33 +501,6 @@ pub(super) fn show_units(inbound: &Inbound, memory: &[u8], look: Look<'_>) {
         let frame: Vec<u8> = pieces.copied().skip(vnet_hdr::HEADER_LEN).collect();
         look.tap.packet(look.now_us, Side::Inner, false, None, &frame);
     }
-}
-
-/// Waits until there is something to do, at most so long. Returns whether the worker is to stop.
-fn sleep(
-    tun: &TunQueue,
-    ports: &[UdpPort],
-    stop: &UnixStream,
-    patience_ms: Option<u16>,
-    tun_ready: &mut bool,
-    ports_ready: &mut [bool],
-) -> Result<bool, WorkerError> {
-    let idle = || PollFd::new(stop.as_fd(), 0);
-    // TUN, stop, and a port for each of two address families
-    let mut fds = [PollFd::new(tun.as_fd(), poll::READABLE), PollFd::new(stop.as_fd(), poll::READABLE), idle(), idle()];
-    for (slot, port) in fds.iter_mut().skip(2).zip(ports) {
-        *slot = PollFd::new(port.as_fd(), poll::READABLE);
-    }
-    poll::poll(&mut fds, patience_ms).map_err(WorkerError::Poll)?;
-    let [tun, stop, ports @ ..] = fds;
-    if tun.happened() & poll::BROKEN != 0 {
-        return Err(WorkerError::TunGone);
-    }
-    *tun_ready = tun.happened() != 0;
-    for (ready, port) in ports_ready.iter_mut().zip(ports) {
-        *ready = port.happened() != 0;
-    }
-    Ok(stop.happened() != 0)
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ipnet::IpNet;
+use socket2::Socket;
 
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::{Inbound, Received};
@@ -95,7 +96,8 @@ impl Mirror {
         let underlay = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DEFAULT_PORT);
         let reserved = udp::reserve(underlay.ip(), SENDERS)?;
         let ports: Vec<u16> = reserved.iter().map(|(_, port)| *port).collect();
-        let port = UdpPort::open(underlay, &ports, &offloads)?;
+        let socket = udp::receiver(underlay, &offloads)?;
+        let port = UdpPort::open(underlay, &socket, &ports, &offloads)?;
         let outbound = Outbound::new(stats.clone(), 0, SENDERS);
         let inbound = Inbound::new(stats.clone(), 0, accepts);
         // what goes out is swapped already: it comes from beyond
@@ -106,7 +108,7 @@ impl Mirror {
         let work = move || {
             let _ports = reserved;
             let started = Instant::now();
-            let mut carrier = Carrier { tun, port, outbound, inbound, there, home, stats: counted };
+            let mut carrier = Carrier { tun, socket, port, outbound, inbound, there, home, stats: counted };
             let mut frames = vec![0; BATCH * (FRAME + HEADROOM + 64)];
             while !asked.load(Ordering::Relaxed) {
                 let golden = frame.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -210,6 +212,7 @@ fn tables(own: [IpAddr; 2], theirs: [IpAddr; 2], underlay: SocketAddr, mtu: u16)
 
 struct Carrier {
     tun: TunQueue,
+    socket: Socket,
     port: UdpPort,
     outbound: Outbound,
     inbound: Inbound,
@@ -242,7 +245,7 @@ impl Carrier {
     /// A batch back. Returns whether there was anything.
     fn back(&mut self, now_ms: u64) -> bool {
         let Some(stats) = self.stats.worker(0) else { return false };
-        let Ok(buffers) = self.port.receive() else { return false };
+        let Ok(buffers) = self.port.receive(&self.socket, 0) else { return false };
         stats.flow.udp_recv_buffers.add(buffers as u64);
         for index in 0..buffers {
             let Some(meta) = self.port.meta(index) else { continue };

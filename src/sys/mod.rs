@@ -8,6 +8,7 @@ pub mod clock;
 pub mod icmp;
 pub mod poll;
 pub mod ring;
+pub mod sched;
 pub mod terminal;
 pub mod tun;
 pub mod udp;

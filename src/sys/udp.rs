@@ -74,20 +74,29 @@ pub fn discard_received(socket: BorrowedFd<'_>) -> io::Result<()> {
     check(unsafe { libc::setsockopt(fd, level, name, (&raw const program).cast(), length) }).map(drop)
 }
 
-/// Has the kernel give each WireGuard transport message to the socket of the worker whose number is the lane in the
-/// message's receiver index (bits 8 to 11), among the `workers` sockets that share this one's port, in the order in which
-/// they were bound. All else is spread by the flow hash as before: the filter's answer is no socket's number then
+/// Has the kernel give each WireGuard transport message to a socket of the worker whose number is the lane in the message's
+/// receiver index (bits 8 to 11), among the `workers` times `each` sockets that share this one's port. In the order in which
+/// they were bound they belong to the workers in turn; the lowest bits of the peer's slot (bits 12 to 15) choose among a
+/// worker's. All else is spread by the flow hash as before: the filter's answer is no socket's number then
 /// (`reuseport_select_sock` falls back). Set on one of them, it holds for all (socket(7), `SO_ATTACH_REUSEPORT_CBPF`).
-pub fn steer(socket: BorrowedFd<'_>, workers: u32) -> io::Result<()> {
+pub fn steer(socket: BorrowedFd<'_>, workers: u32, each: u32) -> io::Result<()> {
     const NOBODY: u32 = u32::MAX;
     let op = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let alu = |operation, k| op(libc::BPF_ALU | operation | libc::BPF_K, 0, 0, k);
+    let (workers, each) = (workers.max(1), each.max(1));
     // the filter sees the datagram from its payload on
     let mut code = [
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // type 4 and three reserved bytes
-        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 4, 0x0400_0000),
+        op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 10, 0x0400_0000),
         op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 5), // bits 8 to 15 of the little-endian receiver index
-        op(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, 0, 0, 0x0f),
-        op(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, 0, workers.max(1)),
+        alu(libc::BPF_RSH, 4),
+        alu(libc::BPF_MOD, each),
+        alu(libc::BPF_MUL, workers),
+        op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0),
+        op(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, 5),
+        alu(libc::BPF_AND, 0x0f),
+        alu(libc::BPF_MOD, workers),
+        op(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_X, 0, 0, 0),
         op(libc::BPF_RET | libc::BPF_A, 0, 0, 0),
         op(libc::BPF_RET | libc::BPF_K, 0, 0, NOBODY),
     ];

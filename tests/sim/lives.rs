@@ -106,7 +106,7 @@ impl World {
         let stats = Stats::new(1);
         Node {
             tables: Tables::new(plan.local, plan.peers),
-            vigil: Vigil::new(0, 1),
+            vigil: Vigil::new(0, 1, 1),
             inbound: Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true }).with_data_socket(8),
             stats,
             outbox: Outbox::default(),

@@ -28,7 +28,7 @@ impl Node {
     fn new(tables: Tables) -> Self {
         let stats = Stats::new(1);
         let inbound = Inbound::new(stats.clone(), 0, ALL);
-        Node { tables, stats, vigil: Vigil::new(0, 1), inbound, outbox: Outbox::default() }
+        Node { tables, stats, vigil: Vigil::new(0, 1, 1), inbound, outbox: Outbox::default() }
     }
 
     fn peer(&self, other: &Node) -> PeerIndex {
