@@ -26,8 +26,8 @@ use crate::io::uring;
 use crate::io::worker::{Worker, WorkerError};
 use crate::sys::udp::steer;
 
-/// Sending sockets of each worker and address family: so many outer source ports spread a node pair's flows.
-const SENDERS: u16 = 8;
+/// Sending sockets of each thread and address family: so many outer source ports spread a node pair's flows.
+const SENDERS: u16 = 16;
 
 /// Reserved source ports of one address.
 type Sources = Vec<(Socket, u16)>;

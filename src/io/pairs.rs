@@ -5,10 +5,10 @@
 //! threads, so that few flows share a queue (stochastic fairness queueing, McKenney 1990), and each belongs to one thread at
 //! a time, which hands it over whole: so nothing is ever reordered within a flow.
 //!
-//! Each worker has two threads. One waits for all its pairs; a pair that carries much at once is handed to the other, whose
-//! thread is the one with the fewest. A thread that carries bulk traffic uses up its share of a processor and then has to wait
-//! for milliseconds wherever applications want that processor too; one that does little is woken at once. The kernel tells new
-//! and old flows apart for the same reason (FQ-CoDel, RFC 8290 §4.1).
+//! Each worker has two threads. All its pairs begin with the first; one that carries much is handed to the second of that
+//! worker which has the fewest. A thread that carries bulk traffic uses up its share of a processor, and then waits for
+//! milliseconds wherever applications want that processor too. One that does little is woken at once, so that other packets do
+//! not feel bulk traffic; FQ-CoDel tells sparse and bulk flows apart for the same reason (RFC 8290 §4.2).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -30,6 +30,18 @@ const AT_LEAST: usize = 32;
 const AT_MOST: usize = 64;
 /// Address families, for each of which a pair may have a socket.
 const FAMILIES: usize = 2;
+/// Bytes that a pair carries within so many microseconds where it carries bulk traffic: 670 Mbit/s.
+const BULK_BYTES: u64 = 4 << 20;
+const BULK_US: u64 = 50_000;
+/// A packet costs as much as so many bytes.
+const PACKET_BYTES: u64 = 512;
+/// After so long without them it is over, in microseconds.
+const CALM_US: u64 = 1_000_000;
+/// Between two owners a pair is left alone for so long, in microseconds: packets of the first may still be under way in queues
+/// of another processor, and those of the second must not overtake them.
+const PAUSE_US: u64 = 1_000;
+/// The owner of a pair that has none.
+const NOBODY: usize = usize::MAX;
 /// Who has left something unread for so long is not where it should be, in microseconds.
 const NEGLECTED_US: u64 = 100_000;
 
@@ -74,8 +86,14 @@ pub struct Pair {
     /// The sockets, in the order of the node's addresses.
     pub sockets: Vec<Socket>,
     owner: AtomicUsize,
-    /// When its owner last read its sockets, in microseconds.
+    // The owner's alone to write. Times in microseconds.
+    /// When its sockets were last read.
     received_us: AtomicU64,
+    /// What it carried since when.
+    bytes: AtomicU64,
+    since_us: AtomicU64,
+    /// Until when that is taken for bulk traffic.
+    bulk_until_us: AtomicU64,
 }
 
 /// All pairs of a node.
@@ -95,8 +113,7 @@ struct Thread {
 /// How many pairs so many workers share: as many each.
 pub fn count(workers: usize) -> usize {
     let workers = workers.clamp(1, AT_MOST);
-    let each = (std::env::var("PAIRS").ok().and_then(|p| p.parse().ok()).unwrap_or(AT_LEAST) / workers).max(1);
-    workers * each
+    workers * (AT_LEAST / workers).max(1)
 }
 
 impl Pairs {
@@ -109,14 +126,19 @@ impl Pairs {
             Ok(Thread { epoll, pairs: AtomicUsize::new(0) })
         };
         let threads = (0..2 * workers).map(thread).collect::<io::Result<Vec<_>>>()?;
-        let pair = |((number, tun), sockets)| {
-            let owner = AtomicUsize::new(number % workers);
-            Pair { tun, sockets, owner, received_us: AtomicU64::new(0) }
+        let pair = |(tun, sockets)| Pair {
+            tun,
+            sockets,
+            owner: AtomicUsize::new(NOBODY),
+            received_us: AtomicU64::default(),
+            bytes: AtomicU64::default(),
+            since_us: AtomicU64::default(),
+            bulk_until_us: AtomicU64::default(),
         };
-        let pairs = queues.into_iter().enumerate().zip(sockets).map(pair).collect();
+        let pairs = queues.into_iter().zip(sockets).map(pair).collect();
         let pairs = Pairs { pairs, threads, workers };
         for number in 0..pairs.pairs.len() {
-            pairs.register(number, number % workers)?;
+            pairs.give(number, number % workers)?;
         }
         Ok(pairs)
     }
@@ -131,54 +153,39 @@ impl Pairs {
         self.pairs.iter()
     }
 
-    /// Those that belong to a thread.
-    pub(super) fn of(&self, thread: usize) -> Set {
-        let mut set = Set::default();
-        for (number, pair) in self.pairs.iter().enumerate() {
-            if pair.owner.load(Ordering::Acquire) == thread {
-                set.insert(number);
-            }
-        }
-        set
-    }
-
     /// Whether a thread is there for bulk traffic.
     pub(super) fn is_for_bulk(&self, thread: usize) -> bool {
         thread >= self.workers
     }
 
-    /// Hands a pair to the thread for bulk traffic that has the fewest.
-    pub(super) fn hand_to_bulk(&self, pair: usize) -> io::Result<()> {
+    /// The thread that a pair is to go to: home, or to whom has the fewest of those for bulk traffic, its own worker's first.
+    fn next(&self, pair: usize, bulk: bool) -> usize {
         let home = pair % self.workers;
-        // its own worker's first
-        let candidates = (0..self.workers).map(|turn| self.workers + (home + turn) % self.workers);
-        let few = |thread: &usize| {
+        if !bulk {
+            return home;
+        }
+        let load = |thread: &usize| {
             self.threads.get(*thread).map_or(usize::MAX, |thread| thread.pairs.load(Ordering::Relaxed))
         };
-        candidates.min_by_key(few).map_or(Ok(()), |to| self.hand_over(pair, to))
+        (0..self.workers).map(|turn| self.workers + (home + turn) % self.workers).min_by_key(load).unwrap_or(home)
     }
 
-    /// Hands a pair back.
-    pub(super) fn hand_home(&self, pair: usize) -> io::Result<()> {
-        self.hand_over(pair, pair % self.workers)
-    }
-
-    /// To be called by the pair's owner, which does not touch it any more.
-    fn hand_over(&self, number: usize, to: usize) -> io::Result<()> {
+    /// Takes a pair from its owner, who calls this and does not touch it any more.
+    fn release(&self, number: usize) -> io::Result<()> {
         let Some(pair) = self.pairs.get(number) else { return Ok(()) };
-        if let Some(from) = self.threads.get(pair.owner.load(Ordering::Relaxed)) {
-            for source in pair.sources() {
-                epoll::delete(&from.epoll, source)?;
-            }
-            from.pairs.fetch_sub(1, Ordering::Relaxed);
+        let owner = pair.owner.swap(NOBODY, Ordering::Release);
+        if let Some(thread) = self.threads.get(owner) {
+            thread.pairs.fetch_sub(1, Ordering::Relaxed);
+            pair.sources().try_for_each(|source| epoll::delete(&thread.epoll, source))?;
         }
-        pair.owner.store(to, Ordering::Release);
-        self.register(number, to)
+        Ok(())
     }
 
-    fn register(&self, number: usize, thread: usize) -> io::Result<()> {
-        let (Some(pair), Some(thread)) = (self.pairs.get(number), self.threads.get(thread)) else { return Ok(()) };
+    /// Gives a pair that nobody has to a thread.
+    fn give(&self, number: usize, to: usize) -> io::Result<()> {
+        let (Some(pair), Some(thread)) = (self.pairs.get(number), self.threads.get(to)) else { return Ok(()) };
         thread.pairs.fetch_add(1, Ordering::Relaxed);
+        pair.owner.store(to, Ordering::Release);
         for (kind, source) in (0..).zip(pair.sources()) {
             let data = epoll::EventData::new_u64(kind << 8 | number as u64);
             epoll::add(&thread.epoll, source, data, epoll::EventFlags::IN)?;
@@ -204,6 +211,25 @@ impl Pairs {
 }
 
 impl Pair {
+    /// Notes what went through it.
+    #[inline]
+    pub(super) fn carried(&self, bytes: usize, packets: usize, now_us: u64) {
+        let begins = now_us > self.since_us.load(Ordering::Relaxed) + BULK_US;
+        let before = if begins { 0 } else { self.bytes.load(Ordering::Relaxed) };
+        let bytes = before + bytes as u64 + packets as u64 * PACKET_BYTES;
+        if begins {
+            self.since_us.store(now_us, Ordering::Relaxed);
+        }
+        self.bytes.store(bytes, Ordering::Relaxed);
+        if bytes >= BULK_BYTES {
+            self.bulk_until_us.store(now_us + CALM_US, Ordering::Relaxed);
+        }
+    }
+
+    fn carries_bulk(&self, now_us: u64) -> bool {
+        now_us < self.bulk_until_us.load(Ordering::Relaxed)
+    }
+
     /// Notes that the owner has read the sockets.
     pub(super) fn received(&self, now_us: u64) {
         self.received_us.store(now_us, Ordering::Relaxed);
@@ -212,6 +238,37 @@ impl Pair {
     /// The TUN queue, then the sockets.
     fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         std::iter::once(self.tun.as_fd()).chain(self.sockets.iter().map(AsFd::as_fd))
+    }
+}
+
+/// Pairs on their way from one thread to others.
+#[derive(Default)]
+pub(super) struct Moves(Vec<Move>);
+
+struct Move {
+    pair: usize,
+    bulk: bool,
+    due_us: u64,
+}
+
+impl Moves {
+    /// After a round that concerned `pairs`: sends off what does not belong here, and lets arrive what is due.
+    pub(super) fn turn(&mut self, all: &Pairs, thread: usize, pairs: Set, now_us: u64) -> io::Result<()> {
+        let here = all.is_for_bulk(thread);
+        for number in pairs.from(0) {
+            let Some(bulk) = all.get(number).map(|pair| pair.carries_bulk(now_us)).filter(|bulk| *bulk != here) else {
+                continue;
+            };
+            all.release(number)?;
+            self.0.push(Move { pair: number, bulk, due_us: now_us + PAUSE_US });
+        }
+        let due = self.0.extract_if(.., |a_move| a_move.due_us <= now_us);
+        due.into_iter().try_for_each(|Move { pair, bulk, .. }| all.give(pair, all.next(pair, bulk)))
+    }
+
+    /// When the next arrives.
+    pub(super) fn due_us(&self) -> Option<u64> {
+        self.0.iter().map(|a_move| a_move.due_us).min()
     }
 }
 
@@ -226,6 +283,11 @@ pub(super) struct Ready {
 
 impl Ready {
     const STOP: u64 = u64::MAX;
+
+    /// All of those.
+    pub(super) fn all(&self) -> Set {
+        self.sockets.iter().fold(self.queues, |all, sockets| all.or(*sockets))
+    }
 
     /// Has `thread` learn of the other side of `stop` being closed as well.
     pub(super) fn new(pairs: &Pairs, thread: usize, stop: BorrowedFd<'_>) -> io::Result<Self> {

@@ -148,8 +148,8 @@ impl Plain {
                     };
                     // what would block is reported as such, so that tokio waits for the kernel again
                     let taken = ready.try_io(Interest::READABLE, || {
-                        let more = take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap);
-                        if more { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+                        let batch = take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap);
+                        if batch.buffers > 0 { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
                     });
                     if taken.is_err() {
                         continue;
@@ -162,7 +162,7 @@ impl Plain {
             if settled {
                 // before somebody is held for dead, everything that came until now is received
                 for (port, socket) in ports.iter_mut().zip(&receivers) {
-                    settled &= !take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap);
+                    settled &= take_in(port, (socket, 0), &mut inbound, tables, started, now_ms, stats, tap).emptied;
                     write(port, &mut inbound, &tun, &mut packet, stats);
                 }
             }

@@ -17,8 +17,8 @@ use crate::engine::tx_batch::{Piece, Run, TxBatch};
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
 
-/// Room for received datagrams of each socket: at 20 Gbit/s three milliseconds.
-const RECEIVE_BUFFER: u32 = 8 << 20;
+/// Room for received datagrams of each socket, which the kernel doubles: more than one TCP window under its default limits.
+const RECEIVE_BUFFER: u32 = 4 << 20;
 const SEND_BUFFER: u32 = 8 << 20;
 /// How long a worker waits for room in a full send buffer before it drops, in milliseconds.
 const SEND_PATIENCE_MS: u16 = 1;
@@ -63,6 +63,15 @@ pub struct UdpPort {
     mean_lens: Vec<usize>,
     v6: bool,
     address: SocketAddr,
+}
+
+/// What one call received.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// So many buffers were filled.
+    pub buffers: usize,
+    /// The socket has given everything that had come when the call was made.
+    pub emptied: bool,
 }
 
 struct Sender {
@@ -130,17 +139,17 @@ impl UdpPort {
         SocketAddr::new(self.address.ip(), port)
     }
 
-    /// Receives a batch from the node's receiving socket number `number` without waiting: so many buffers were filled.
-    pub fn receive(&mut self, socket: &Socket, number: usize) -> io::Result<usize> {
+    /// Receives a batch from the node's receiving socket number `number` without waiting.
+    pub fn receive(&mut self, socket: &Socket, number: usize) -> io::Result<Batch> {
         if self.mean_lens.len() <= number {
             self.mean_lens.resize(number + 1, 2048);
         }
-        let Some(mean_len) = self.mean_lens.get_mut(number) else { return Ok(0) };
+        let Some(mean_len) = self.mean_lens.get_mut(number) else { return Ok(Batch::default()) };
         let limit = (RECEIVE_BYTES / (*mean_len).max(1)).clamp(4, BUFFERS);
-        let count = self.buffers.receive(socket.as_fd(), limit)?;
-        let bytes: usize = (0..count).filter_map(|index| self.buffers.meta(index)).map(|meta| meta.len).sum();
-        *mean_len = (3 * *mean_len + bytes / count.max(1)) / 4;
-        Ok(count)
+        let buffers = self.buffers.receive(socket.as_fd(), limit)?;
+        let bytes: usize = (0..buffers).filter_map(|index| self.buffers.meta(index)).map(|meta| meta.len).sum();
+        *mean_len = (3 * *mean_len + bytes / buffers.max(1)) / 4;
+        Ok(Batch { buffers, emptied: buffers < limit })
     }
 
     /// What was received into that buffer.

@@ -12,11 +12,11 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use socket2::Socket;
 
-use super::pairs::{Pair, Pairs, Ready, Set};
+use super::pairs::{Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tun::TunQueue;
-use super::udp::UdpPort;
+use super::udp::{Batch, UdpPort};
 use crate::engine::coalesce::Accepts;
 use crate::engine::drop::Drop;
 use crate::engine::inbound::{Inbound, Received};
@@ -44,10 +44,9 @@ const TUNNELS_A_TICK: usize = 256;
 const LETTERS_A_TURN: usize = 32;
 /// How often an idle worker looks whether there is a new table with tunnels.
 const IDLE: Duration = Duration::from_secs(1);
-/// Bytes of one round that tell bulk traffic.
-const BULK_BYTES: usize = 16 << 10;
-/// After so long without them it is over, in microseconds.
-const CALM_US: u64 = 100_000;
+/// How long a thread for what is no bulk traffic wants to run at a time, in nanoseconds: the kernel's least. Who asks for
+/// less than those that have the processor is let in at once, and one that does little does not mind.
+const SLICE_NS: u64 = 100_000;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
 
@@ -110,9 +109,8 @@ impl Worker {
             stop,
             busy_poll,
         } = self;
-        if thread < workers && let Ok(slice) = std::env::var("SLICE") {
-            let set = sched::set_slice(slice.parse::<u64>().unwrap_or(100) * 1000);
-            eprintln!("slice {set:?}");
+        if !pairs.is_for_bulk(thread) {
+            sched::set_slice(SLICE_NS).ok(); // without it packets wait longer where processors are busy
         }
         let mut ready = Ready::new(&pairs, thread, stop.as_fd()).map_err(WorkerError::Poll)?;
         let mut tables = Cache::new(tables);
@@ -121,7 +119,7 @@ impl Worker {
         let mut clockwork = Clockwork::new(thread, workers);
         let mut vigil = Vigil::new(thread, workers, stats.threads());
         let mut spin = Spin::new(busy_poll);
-        let mut bulk = Bulk::default();
+        let mut moves = Moves::default();
         let Some(stats) = stats.worker(thread) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut patience = Duration::ZERO;
@@ -135,86 +133,37 @@ impl Worker {
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
             if !ready.queues.is_empty() {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
-                let turn = (ready.queues, now_us as usize, &mut bulk);
-                read(&pairs, turn, &mut ports, &mut outbound, tables, now_ms, &mut frames, stats, tap)?;
+                read(&pairs, ready.queues, &mut ports, &mut outbound, tables, now_us, &mut frames, stats, tap)?;
             }
-            // before somebody is held for dead, everything that came until now is received, whatever was said to be ready
+            // before somebody is held for dead, everything that came until now is received
             let look = vigil.is_due(now_us);
-            let own = if look { pairs.of(thread) } else { Set::default() };
-            let mut received = false;
+            if look && ready.wait(&pairs, thread, Duration::ZERO)? {
+                return Ok(());
+            }
+            let mut settled = look && !pairs.neglected(thread, now_us);
             for (family, port) in ports.iter_mut().enumerate() {
-                let waiting = ready.sockets.get(family).copied().unwrap_or_default().or(own);
+                let waiting = ready.sockets.get(family).copied().unwrap_or_default();
                 for number in waiting.from(0) {
                     let Some(pair) = pairs.get(number) else { continue };
-                    let bytes = receive_and_write(
-                        port,
-                        (number, family, pair),
-                        &mut inbound,
-                        tables,
-                        started,
-                        now_ms,
-                        stats,
-                        tap,
-                    );
-                    received |= bytes.is_some();
-                    pair.received(now_us);
-                    bulk.add(number, bytes.unwrap_or(0));
+                    let place = (number, family, pair);
+                    settled &= receive_and_write(port, place, &mut inbound, tables, started, now_us, stats, tap);
                 }
             }
-            let settled = look && !received && !pairs.neglected(thread, now_us);
             watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
             let late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
             if !inbound.outbox().is_empty() {
                 outbound.post(inbound.outbox());
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
-            bulk.settle(&pairs, thread, now_us).map_err(WorkerError::Poll)?;
+            moves.turn(&pairs, thread, ready.all(), now_us).map_err(WorkerError::Poll)?;
             spin.looked(now_us, stats);
-            let awake = received || !ready.queues.is_empty() || late || spin.goes_on(now_us);
+            let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
             patience = self::patience(awake, tables.has_tunnels() && thread < workers, &vigil, started);
+            if let Some(due_us) = moves.due_us() {
+                patience = patience.min(Duration::from_micros(due_us.saturating_sub(now_us)));
+            }
             stats.flow.sleeps.add(u64::from(!awake));
         }
-    }
-}
-
-/// Finds out what carries bulk traffic.
-#[derive(Default)]
-struct Bulk {
-    /// Bytes of this round, for those pairs that had any.
-    now: Vec<(usize, usize)>,
-    /// When each pair last had many, in microseconds.
-    last_us: Vec<u64>,
-}
-
-impl Bulk {
-    fn add(&mut self, pair: usize, bytes: usize) {
-        match self.now.iter_mut().find(|(other, _)| *other == pair) {
-            Some((_, sum)) => *sum += bytes,
-            None => self.now.push((pair, bytes)),
-        }
-    }
-
-    /// After a round: hands over what is in the wrong place.
-    fn settle(&mut self, pairs: &Pairs, thread: usize, now_us: u64) -> io::Result<()> {
-        for (pair, bytes) in self.now.drain(..) {
-            let much = bytes >= BULK_BYTES;
-            if !pairs.is_for_bulk(thread) {
-                if much {
-                    pairs.hand_to_bulk(pair)?;
-                }
-                continue;
-            }
-            if self.last_us.len() <= pair {
-                self.last_us.resize(pair + 1, now_us);
-            }
-            let Some(last_us) = self.last_us.get_mut(pair) else { continue };
-            if much {
-                *last_us = now_us;
-            } else if now_us > *last_us + CALM_US {
-                pairs.hand_home(pair)?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -229,22 +178,24 @@ pub(super) struct Look<'t> {
 #[allow(clippy::too_many_arguments)]
 fn read_and_send<const TAPPED: bool>(
     pairs: &Pairs,
-    (ready, first, bulk): (Set, usize, &mut Bulk),
+    ready: Set,
     ports: &mut [UdpPort],
     outbound: &mut Outbound,
     tables: &Tables,
-    now_ms: u64,
+    now_us: u64,
     frames: &mut [u8],
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
 ) -> Result<(), WorkerError> {
+    let now_ms = now_us / 1000;
     let mut tally = TAPPED.then(|| Tally::new(stats));
     let (mut at, mut packets) = (ALIGN, 0);
     let share = ready.len().max(1);
     let mut last = None;
-    for number in ready.from(first) {
+    // whose turn is the first changes: there may not be room for all
+    for number in ready.from(now_us as usize) {
         let Some(pair) = pairs.get(number) else { continue };
-        let (begin, enough) = (at, packets + READ_PACKETS.div_ceil(share));
+        let (begin, before, enough) = (at, packets, packets + READ_PACKETS.div_ceil(share));
         while at < begin + READ_BYTES / share && packets < enough {
             let Some(room) = frames.get_mut(at..at + FRAME) else { break };
             let len = match pair.tun.read(room) {
@@ -263,7 +214,7 @@ fn read_and_send<const TAPPED: bool>(
             // the next frame's headroom must not reach into this one
             at = (at + len + HEADROOM).next_multiple_of(ALIGN);
         }
-        bulk.add(number, at - begin);
+        pair.carried(at - begin, packets - before, now_us);
         last = Some(&pair.tun);
     }
     let Some(tun) = last.filter(|_| packets > 0) else { return Ok(()) };
@@ -398,7 +349,7 @@ impl Clockwork {
     }
 }
 
-/// A batch UDP → TUN. Returns how many bytes came; `None`: there was nothing.
+/// A batch UDP → TUN. Returns whether that was all.
 #[allow(clippy::too_many_arguments)]
 fn receive_and_write(
     port: &mut UdpPort,
@@ -406,23 +357,27 @@ fn receive_and_write(
     inbound: &mut Inbound,
     tables: &Tables,
     started: Instant,
-    now_ms: u64,
+    now_us: u64,
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
-) -> Option<usize> {
+) -> bool {
     let before = stats.flow.udp_rx_bytes.get();
-    let socket = pair.sockets.get(family)?;
-    let more = take_in(port, (socket, number), inbound, tables, started, now_ms, stats, tap);
+    let Some(socket) = pair.sockets.get(family) else { return true };
+    let Batch { buffers, emptied } =
+        take_in(port, (socket, number), inbound, tables, started, now_us / 1000, stats, tap);
     for unit in inbound.units() {
         let written = pair.tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
         inbound.written(unit, written);
     }
     stats.flow.tun_writes.add(inbound.units().len() as u64);
     inbound.clear();
-    more.then(|| (stats.flow.udp_rx_bytes.get() - before) as usize)
+    let bytes = stats.flow.udp_rx_bytes.get() - before;
+    pair.carried(bytes as usize, buffers, now_us);
+    pair.received(now_us);
+    emptied
 }
 
-/// Receives a batch and takes it through the engine, up to what is to be written. Returns whether there may be more.
+/// Receives a batch and takes it through the engine, up to what is to be written.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn take_in(
     port: &mut UdpPort,
@@ -433,17 +388,17 @@ pub(super) fn take_in(
     now_ms: u64,
     stats: &WorkerStats,
     tap: Option<Look<'_>>,
-) -> bool {
-    let buffers = match port.receive(socket, number) {
-        Ok(buffers) => buffers,
+) -> Batch {
+    let batch = match port.receive(socket, number) {
+        Ok(batch) => batch,
         // an error that was pending on the socket is fetched by this; what is wrong shows at the next send
-        Err(error) => return error.kind() == io::ErrorKind::Interrupted,
+        Err(error) => return Batch { buffers: 0, emptied: error.kind() == io::ErrorKind::WouldBlock },
     };
     inbound.received_at(started.elapsed().as_micros() as u64);
     stats.flow.udp_recv_calls.add(1);
-    stats.flow.udp_recv_buffers.add(buffers as u64);
+    stats.flow.udp_recv_buffers.add(batch.buffers as u64);
     let to = port.address();
-    for index in 0..buffers {
+    for index in 0..batch.buffers {
         let Some(received) = port.meta(index).and_then(received) else { continue };
         match tap {
             None => inbound.push(tables, now_ms, port.arena_mut(), received),
@@ -454,7 +409,7 @@ pub(super) fn take_in(
     if let Some(look) = tap {
         show_units(inbound, port.arena(), look);
     }
-    buffers > 0
+    batch
 }
 
 #[inline]

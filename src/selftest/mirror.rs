@@ -20,7 +20,7 @@ use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{PeerStats, Stats};
 use crate::engine::tables::{Local, PeerSpec, Tables};
 use crate::io::tun::TunQueue;
-use crate::io::udp::{self, UdpOffloads, UdpPort};
+use crate::io::udp::{self, Batch, UdpOffloads, UdpPort};
 use crate::node::{DEFAULT_PORT, Mac, Vni};
 use crate::wire::checksum::Sum;
 use crate::wire::ip::protocol;
@@ -245,7 +245,7 @@ impl Carrier {
     /// A batch back. Returns whether there was anything.
     fn back(&mut self, now_ms: u64) -> bool {
         let Some(stats) = self.stats.worker(0) else { return false };
-        let Ok(buffers) = self.port.receive(&self.socket, 0) else { return false };
+        let Ok(Batch { buffers, .. }) = self.port.receive(&self.socket, 0) else { return false };
         stats.flow.udp_recv_buffers.add(buffers as u64);
         for index in 0..buffers {
             let Some(meta) = self.port.meta(index) else { continue };
