@@ -230,6 +230,8 @@ impl Daemon {
         let tun = config.tun.as_str().to_owned();
         let lock = Lock::take(&tun)?;
         let host = Host::open()?;
+        // sockets, queues and what waits for them: some forty and eighteen a worker and address family
+        crate::limits::descriptors();
         // each worker has two threads
         let threads = 2 * config.workers.count();
         let mac = config.node_name.derived_mac();

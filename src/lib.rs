@@ -43,6 +43,7 @@ pub mod health;
 pub mod host;
 pub mod io;
 pub mod key;
+pub mod limits;
 pub mod manual;
 pub mod membership;
 pub mod node;

@@ -27,7 +27,7 @@ use crate::io::worker::{Worker, WorkerError};
 use crate::sys::udp::steer;
 
 /// Sending sockets of each thread and address family: so many outer source ports spread a node pair's flows.
-const SENDERS: u16 = 16;
+const SENDERS: u16 = 8;
 
 /// Reserved source ports of one address.
 type Sources = Vec<(Socket, u16)>;

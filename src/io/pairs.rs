@@ -148,11 +148,6 @@ impl Pairs {
         self.pairs.get(pair)
     }
 
-    /// All of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Pair> {
-        self.pairs.iter()
-    }
-
     /// Whether a thread is there for bulk traffic.
     pub(super) fn is_for_bulk(&self, thread: usize) -> bool {
         thread >= self.workers
@@ -325,3 +320,6 @@ impl Ready {
         Ok(false)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -91,6 +91,12 @@ pub struct TunQueue {
 const MAX_PIECES: usize = 130;
 
 impl TunQueue {
+    /// Anything that can be read and written stands for a queue.
+    #[cfg(test)]
+    pub(super) fn of(file: impl Into<std::os::fd::OwnedFd>) -> Self {
+        TunQueue { file: File::from(file.into()) }
+    }
+
     /// To wait for it.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()

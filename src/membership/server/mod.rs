@@ -307,9 +307,5 @@ async fn keep_time(shared: Arc<Shared>) {
 
 /// As many as there are descriptors for, after asking for all that this process may have.
 fn max_connections() -> usize {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
-    let descriptors = getrlimit(Resource::Nofile).current.and_then(|n| usize::try_from(n).ok());
-    descriptors.unwrap_or(MAX_CONNECTIONS).saturating_sub(SPARE_FDS).clamp(16, MAX_CONNECTIONS)
+    crate::limits::descriptors().unwrap_or(MAX_CONNECTIONS).saturating_sub(SPARE_FDS).clamp(16, MAX_CONNECTIONS)
 }

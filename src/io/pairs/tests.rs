@@ -1,0 +1,168 @@
+use std::net::UdpSocket;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+
+use super::*;
+
+/// Two workers with so many pairs each; the other ends of their TUN queues, and the addresses of their sockets.
+struct Node {
+    pairs: Pairs,
+    ends: Vec<UnixDatagram>,
+    stops: Vec<UnixStream>,
+    ready: Vec<Ready>,
+}
+
+const WORKERS: usize = 2;
+
+fn node(each: usize) -> Node {
+    let (mut queues, mut ends, mut sockets) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..WORKERS * each {
+        let (here, there) = UnixDatagram::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        queues.push(TunQueue::of(here));
+        ends.push(there);
+        sockets.push(vec![Socket::from(UdpSocket::bind("127.0.0.1:0").unwrap())]);
+    }
+    let pairs = Pairs::new(queues, sockets, WORKERS).unwrap();
+    let mut node = Node { pairs, ends, stops: Vec::new(), ready: Vec::new() };
+    for thread in 0..2 * WORKERS {
+        let (keep, stop) = UnixStream::pair().unwrap();
+        node.ready.push(Ready::new(&node.pairs, thread, stop.as_fd()).unwrap());
+        node.stops.extend([keep, stop]);
+    }
+    node
+}
+
+impl Node {
+    /// The threads that are told of something in this pair's TUN queue, and those that are told of its sockets.
+    fn told(&mut self, pair: usize) -> (Vec<usize>, Vec<usize>) {
+        let (mut queue, mut socket) = (Vec::new(), Vec::new());
+        for (thread, ready) in self.ready.iter_mut().enumerate() {
+            assert!(!ready.wait(&self.pairs, thread, Duration::ZERO).unwrap());
+            queue.extend(ready.queues.from(0).filter(|ready| *ready == pair).map(|_| thread));
+            socket.extend(ready.sockets[0].from(0).filter(|ready| *ready == pair).map(|_| thread));
+        }
+        (queue, socket)
+    }
+
+    /// Something for the pair from both sides.
+    fn feed(&self, pair: usize) {
+        self.ends[pair].send(b"packet").unwrap();
+        let to = self.pairs.get(pair).unwrap().sockets[0].local_addr().unwrap().as_socket().unwrap();
+        UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"datagram", to).unwrap();
+    }
+
+    fn empty(&self, pair: usize) {
+        let pair = self.pairs.get(pair).unwrap();
+        pair.tun.read(&mut [0; 64]).unwrap();
+        (&pair.sockets[0]).recv(&mut [std::mem::MaybeUninit::uninit(); 64]).unwrap();
+    }
+}
+
+fn only(pair: usize) -> Set {
+    let mut set = Set::default();
+    set.insert(pair);
+    set
+}
+
+const MUCH: usize = BULK_BYTES as usize;
+
+#[test]
+fn sets_are_gone_through_from_any_member_on() {
+    let mut set = Set::default();
+    assert!(set.is_empty());
+    [0, 3, 31, 63].into_iter().for_each(|pair| set.insert(pair));
+    let from = |first| set.from(first).collect::<Vec<_>>();
+    assert_eq!((from(0), from(1), from(3)), (vec![0, 3, 31, 63], vec![3, 31, 63, 0], vec![3, 31, 63, 0]));
+    assert_eq!((from(63), from(64), from(32)), (vec![63, 0, 3, 31], vec![0, 3, 31, 63], vec![63, 0, 3, 31]));
+    assert_eq!((set.len(), only(5).or(set).len(), Set::default().from(7).count()), (4, 5, 0));
+}
+
+#[test]
+fn workers_share_pairs_evenly() {
+    for workers in 1..=64 {
+        let count = count(workers);
+        assert_eq!(count % workers, 0, "{workers}");
+        assert!(count <= AT_MOST && count >= workers.max(AT_LEAST / 2), "{workers}: {count}");
+    }
+    assert_eq!((count(0), count(1), count(2), count(3), count(32), count(33)), (32, 32, 32, 30, 32, 33));
+}
+
+#[test]
+fn a_pair_belongs_to_one_thread_and_goes_to_another_while_it_carries_much() {
+    let mut node = node(2);
+    node.feed(3);
+    assert_eq!(node.told(3), (vec![1], vec![1]), "at home");
+    assert_eq!(node.told(1), (vec![], vec![]), "nothing came");
+
+    let (mut here, mut there, pair) = (Moves::default(), Moves::default(), only(3));
+    node.pairs.get(3).unwrap().carried(MUCH - 1, 0, 500);
+    here.turn(&node.pairs, 1, pair, 500).unwrap();
+    assert_eq!((node.told(3), here.due_us()), ((vec![1], vec![1]), None), "not yet much");
+    node.pairs.get(3).unwrap().carried(1, 0, 600);
+    here.turn(&node.pairs, 1, pair, 600).unwrap();
+    assert_eq!((node.told(3), here.due_us()), ((vec![], vec![]), Some(600 + PAUSE_US)), "on its way");
+    here.turn(&node.pairs, 1, Set::default(), 599 + PAUSE_US).unwrap();
+    assert_eq!(node.told(3), (vec![], vec![]), "still");
+    here.turn(&node.pairs, 1, Set::default(), 600 + PAUSE_US).unwrap();
+    assert_eq!((node.told(3), here.due_us()), ((vec![3], vec![3]), None), "what came meanwhile waited");
+
+    there.turn(&node.pairs, 3, pair, 599 + CALM_US).unwrap();
+    assert_eq!(node.told(3), (vec![3], vec![3]), "for a while");
+    there.turn(&node.pairs, 3, pair, 600 + CALM_US).unwrap();
+    there.turn(&node.pairs, 3, Set::default(), 600 + CALM_US + PAUSE_US).unwrap();
+    assert_eq!(node.told(3), (vec![1], vec![1]), "home again");
+}
+
+#[test]
+fn what_comes_slowly_is_not_much_and_many_small_packets_are() {
+    let node = node(1);
+    let slow = node.pairs.get(0).unwrap();
+    for turn in 0..100 {
+        slow.carried(MUCH / 2, 0, turn * (BULK_US + 1));
+        assert!(!slow.carries_bulk(turn * (BULK_US + 1)), "{turn}");
+    }
+    let last = 100 * (BULK_US + 1);
+    slow.carried(0, MUCH / PACKET_BYTES as usize, last);
+    assert!(slow.carries_bulk(last));
+}
+
+#[test]
+fn bulk_traffic_goes_to_the_thread_that_has_least_of_it() {
+    let mut node = node(2);
+    for pair in [0, 2, 1, 3] {
+        node.pairs.get(pair).unwrap().carried(MUCH, 0, 10);
+        let mut moves = Moves::default();
+        moves.turn(&node.pairs, pair % WORKERS, only(pair), 10).unwrap();
+        moves.turn(&node.pairs, pair % WORKERS, Set::default(), 10 + PAUSE_US).unwrap();
+        node.feed(pair);
+    }
+    let at = [0, 1, 2, 3].map(|pair| node.told(pair).0);
+    // the first at home, the second evens it out, then again
+    assert_eq!(at, [vec![2], vec![3], vec![3], vec![2]]);
+}
+
+#[test]
+fn what_another_thread_does_not_look_at_is_noticed() {
+    let node = node(1);
+    let pair = node.pairs.get(0).unwrap();
+    node.feed(0);
+    let late = 1_000 + NEGLECTED_US;
+    assert!(!node.pairs.neglected(0, late), "its own");
+    node.pairs.release(0).unwrap();
+    node.pairs.give(0, 2).unwrap();
+    assert!(node.pairs.neglected(0, late));
+    assert!(!node.pairs.neglected(1, late), "that is not its home");
+    pair.received(1_000);
+    assert!(!node.pairs.neglected(0, late), "who has it has looked");
+    assert!(node.pairs.neglected(0, late + 1));
+    node.empty(0);
+    assert!(!node.pairs.neglected(0, late + 1), "nothing came");
+}
+
+#[test]
+fn a_thread_is_told_to_stop() {
+    let mut node = node(1);
+    node.stops.remove(0);
+    let stops = [0, 1, 2, 3].map(|thread| node.ready[thread].wait(&node.pairs, thread, Duration::ZERO).unwrap());
+    assert_eq!(stops, [true, false, false, false]);
+}
