@@ -42,7 +42,7 @@ licences() { # RUST TARGET
         printf '  %s %s: %s\n' "$package" "${version%% *}" "$licence"
         files=$(find "$sources"/*/"$package-${version%% *}" -maxdepth 1 -type f \( -iname 'licen[cs]e*' -o -iname 'copying*' -o \
             -iname 'notice*' -o -iname 'copyright*' \) 2>/dev/null | sort) || true
-        [ -n "$files" ] || echo "no licence text found for $package" >&2
+        [ -n "$files" ] || echo "build.sh: $package comes without a licence text; what it states is listed" >&2
         while read -r file; do
             [ -n "$file" ] || continue
             sum=$(tr -d ' \t\r\n' <"$file" | sha256sum)
