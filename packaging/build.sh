@@ -42,7 +42,7 @@ licences() { # RUST TARGET
         printf '  %s %s: %s\n' "$package" "${version%% *}" "$licence"
         files=$(find "$sources"/*/"$package-${version%% *}" -maxdepth 1 -type f \( -iname 'licen[cs]e*' -o -iname 'copying*' -o \
             -iname 'notice*' -o -iname 'copyright*' \) 2>/dev/null | sort) || true
-        [ -n "$files" ] || echo "no licence text found for $package" >&2
+        [ -n "$files" ] || echo "build.sh: $package comes without a licence text; what it states is listed" >&2
         while read -r file; do
             [ -n "$file" ] || continue
             sum=$(tr -d ' \t\r\n' <"$file" | sha256sum)
@@ -64,6 +64,15 @@ deb() {
     cargo build --locked --release --bins "${flags[@]}"
     manual "$target/release"
     licences "$(rustc -vV | sed -n 's/^host: //p')" >target/manual/THIRD-PARTY
+    gzip -9n <CHANGELOG.md >target/manual/changelog.gz
+    # what Debian's policy asks for beside it
+    cat >target/manual/changelog.Debian <<EOF
+meshd ($("$target/release/meshd" --version | cut -d' ' -f2)-1) unstable; urgency=medium
+
+  * What changed is in changelog.gz.
+
+ -- The meshd contributors <meshd@invalid>  $(LC_ALL=C date -uR -d "@${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}")
+EOF
     cargo deb --no-build --no-dbgsym --strip --output "$out/"
 }
 

@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         Some(Verb::Manual { folder }) => meshd::manual::write(Cli::command(), &folder).map_err(Into::into),
         Some(Verb::ClusterReset { data_dir, force }) => cluster_reset(&data_dir, force),
         Some(Verb::Backup { data_dir, file }) if etcd::tools::is_here(&data_dir) => {
-            block_on(async { Ok(etcd::tools::backup(&data_dir, &file).await?) })
+            block_on(async { Ok(etcd::tools::backup(&data_dir, &file).await?) }).map(|()| written(&file))
         }
         Some(Verb::Restore { data_dir, file, force }) if etcd::tools::is_here(&data_dir) => {
             block_on(async { Ok(etcd::tools::restore(&data_dir, &file, force).await?) }).and_then(|()| {
@@ -103,8 +103,10 @@ fn main() -> ExitCode {
         }
         Some(Verb::Backup { data_dir, file }) => {
             block_on(async { Ok(sqlite::backup(&data_dir.join(sidecar::DATABASE), &file).await?) })
+                .map(|()| written(&file))
         }
-        Some(Verb::Restore { data_dir, file, .. }) => restore(&data_dir.join(sidecar::DATABASE), &file),
+        Some(Verb::Restore { data_dir, file, .. }) => restore(&data_dir.join(sidecar::DATABASE), &file)
+            .map(|()| eprintln!("mesh-sidecar: done; start meshd again")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -125,6 +127,10 @@ fn run() -> anyhow::Result<()> {
     }
     link.set_nonblocking(true)?;
     block_on(async { Ok(sidecar::run(settings, tokio::net::UnixStream::from_std(link)?).await?) })
+}
+
+fn written(file: &std::path::Path) {
+    eprintln!("mesh-sidecar: wrote {}, which holds the cluster's keys: keep it as secret as those", file.display());
 }
 
 fn restore(database: &std::path::Path, file: &std::path::Path) -> anyhow::Result<()> {

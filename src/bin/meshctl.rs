@@ -738,7 +738,9 @@ fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result
         }
         NodeAction::Remove { name } => (
             link::Request::NodeRemove { name: name.clone() },
-            format!("{name} is removed: nobody talks to it any more, and it needs a new token to come back"),
+            format!(
+                "{name} is removed: nobody talks to it any more; to come back it needs a new token, or `meshctl node add` where meshd does not run"
+            ),
         ),
     };
     let mut answer: Value = client.cluster(request)?;

@@ -84,6 +84,16 @@ impl MemberView {
     pub(super) async fn foreign(&self, name: &str) -> Result<(NodeRecord, Arc<Records>), String> {
         let shown: String = name.chars().take(63).collect();
         let name = name.parse().map_err(|_| format!("there is no node named {shown:?}"))?;
+        let unknown = || {
+            format!(
+                "the node list in use here has no node named {shown}: `meshctl nodes` shows the servers' list, `meshctl \
+                 status` whether this node follows it"
+            )
+        };
+        // nobody waits for a node that the servers do not have either
+        if self.records.load().named(&name).is_none() && !self.nodes().await.iter().any(|node| node.name == shown) {
+            return Err(unknown());
+        }
         let end = tokio::time::Instant::now() + FRESH;
         loop {
             let records = self.records.load_full();
@@ -91,10 +101,7 @@ impl MemberView {
                 return Ok((node.clone(), records));
             }
             if tokio::time::Instant::now() > end {
-                return Err(format!(
-                    "the node list in use here has no node named {shown}: `meshctl nodes` shows the servers' list, \
-                     `meshctl status` whether this node follows it"
-                ));
+                return Err(unknown());
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }

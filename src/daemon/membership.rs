@@ -319,13 +319,13 @@ impl Daemon {
         if self.begun {
             match problem {
                 None if connected => self.shared.settled(Concern::Servers),
-                problem => {
-                    let why = problem.map(|problem| format!(" ({problem})")).unwrap_or_default();
-                    self.shared.problem(
-                        Concern::Servers,
-                        format!("no server answers{why}: the node list stays in use, and nothing else changes"),
-                    );
+                None => {
+                    self.shared.waits(Concern::Servers, "no server was asked yet: the node list is the kept one".into())
                 }
+                Some(problem) => self.shared.problem(
+                    Concern::Servers,
+                    format!("no server answers ({problem}): the node list stays in use, and nothing else changes"),
+                ),
             }
             return;
         }

@@ -45,7 +45,8 @@ impl Stamps {
             tracing::warn!("{}: {why}; handshakes carry the time of the clock", path.display());
             0
         });
-        if wall_ms < floor_ms {
+        // after a crash it is behind what was promised, and nobody set it back
+        if wall_ms + LAST_STEP_MS < floor_ms {
             tracing::warn!(
                 "the clock is {} s behind the time in this node's last handshakes, and was set back: they go on from there",
                 (floor_ms - wall_ms) / 1000

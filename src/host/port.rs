@@ -1,6 +1,6 @@
-//! Who holds a UDP port: processes by way of `/proc`, else a kernel tunnel device.
+//! Who holds a port: processes by way of `/proc`, else a kernel tunnel device.
 //!
-//! Owns the reading of `/proc/net/udp` and of processes' descriptors; does not know what the port is for.
+//! Owns the reading of `/proc/net/udp`, `/proc/net/tcp` and of processes' descriptors; does not know what the port is for.
 
 use std::collections::HashSet;
 use std::fs;
@@ -67,10 +67,20 @@ pub(super) fn owners(ip: IpAddr, port: u16, links: &[Link]) -> Vec<Owner> {
     owners
 }
 
+/// Sockets that hold a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// All of `/proc/net/udp`.
+    Udp,
+    /// Those of `/proc/net/tcp` that listen. Connections have the port as well, and once closed belong to nobody.
+    Tcp,
+}
+
 /// Everybody who holds the port, each with the address: one for each process and address, however many sockets.
-pub(super) fn holders(tables: &[String], port: u16, links: &[Link]) -> Vec<(IpAddr, Owner)> {
+pub(super) fn holders(tables: &[String], kind: Kind, port: u16, links: &[Link]) -> Vec<(IpAddr, Owner)> {
     let mut found = Vec::new();
-    for socket in tables.iter().flat_map(|table| sockets(table)).filter(|socket| socket.port == port) {
+    let holds = |socket: &Socket| socket.port == port && (kind == Kind::Udp || socket.state == LISTEN);
+    for socket in tables.iter().flat_map(|table| sockets(table)).filter(holds) {
         let mut owners = processes(&HashSet::from([socket.inode]));
         if owners.is_empty() {
             let vxlans = links.iter().filter(|l| l.vxlan_port == Some(port));
@@ -86,11 +96,15 @@ pub(super) fn holders(tables: &[String], port: u16, links: &[Link]) -> Vec<(IpAd
     found
 }
 
-/// A line of `/proc/net/udp` or `/proc/net/udp6`.
+/// `TCP_LISTEN` of the kernel's.
+const LISTEN: u8 = 0x0a;
+
+/// A line of `/proc/net/udp`, `/proc/net/tcp` or those of IPv6.
 #[derive(Debug, PartialEq, Eq)]
 struct Socket {
     ip: IpAddr,
     port: u16,
+    state: u8,
     inode: u64,
 }
 
@@ -108,8 +122,10 @@ fn sockets(table: &str) -> impl Iterator<Item = Socket> + '_ {
         Some(Socket {
             ip: address(ip)?,
             port: u16::from_str_radix(port, 16).ok()?,
-            // After the remote address, state, queues, timer, retransmissions, user and timeout.
-            inode: fields.nth(7)?.parse().ok()?,
+            // After the remote address.
+            state: u8::from_str_radix(fields.nth(1)?, 16).ok()?,
+            // After queues, timer, retransmissions, user and timeout.
+            inode: fields.nth(5)?.parse().ok()?,
         })
     })
 }
@@ -166,8 +182,8 @@ mod tests {
             312: 0100090A:2118 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 41234 2 0000000000000000 0\n  \
             400: 00000000:2118 00000000:0000 07 00000000:00000000 00:00000000 00000000     0        0 0 2 0000000000000000 0\n";
         let read: Vec<Socket> = sockets(v4).collect();
-        assert_eq!(read[0], Socket { ip: "10.9.0.1".parse().unwrap(), port: 8472, inode: 41234 });
-        assert_eq!(read[1], Socket { ip: "0.0.0.0".parse().unwrap(), port: 8472, inode: 0 });
+        assert_eq!(read[0], Socket { ip: "10.9.0.1".parse().unwrap(), port: 8472, state: 7, inode: 41234 });
+        assert_eq!(read[1], Socket { ip: "0.0.0.0".parse().unwrap(), port: 8472, state: 7, inode: 0 });
         assert_eq!(
             address("000000FD000000000000000001000000"),
             Some("fd00::1".parse().unwrap()),
@@ -182,10 +198,21 @@ mod tests {
         assert_eq!(inode("anon_inode:[eventpoll]"), None);
     }
 
+    // A connection that is over (06) has its port for a minute more, and no inode.
+    #[test]
+    fn a_tcp_port_is_held_by_who_listens() {
+        let table = "head\n\
+            0: 0100007F:094B 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 41234 1 0 100 0 0 10 0\n\
+            1: 0200007F:094B 0200007F:9C40 06 00000000:00000000 03:00001770 00000000 0 0 0 3 0\n"
+            .to_owned();
+        let all = |kind| holders(std::slice::from_ref(&table), kind, 2379, &[]).len();
+        assert_eq!((all(Kind::Tcp), all(Kind::Udp)), (1, 2));
+    }
+
     #[test]
     fn a_wildcard_stands_in_the_way_of_its_family() {
         let excludes = |held: &str, wanted: &str| {
-            Socket { ip: held.parse().unwrap(), port: 1, inode: 1 }.excludes(wanted.parse().unwrap())
+            Socket { ip: held.parse().unwrap(), port: 1, state: 7, inode: 1 }.excludes(wanted.parse().unwrap())
         };
         assert!(excludes("0.0.0.0", "10.9.0.1"));
         assert!(excludes("::", "10.9.0.1"));

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::facts::Link;
-use super::port::{self, Owner};
+use super::port::{self, Kind, Owner};
 use super::{Host, HostError};
 use crate::sys::clock;
 
@@ -69,14 +69,18 @@ impl Host {
         };
         Ok(Survey {
             devices: links.iter().map(device).collect(),
-            udp: holders(["/proc/net/udp", "/proc/net/udp6"], udp, &links),
-            tcp: tcp.iter().map(|port| (*port, holders(["/proc/net/tcp", "/proc/net/tcp6"], *port, &links))).collect(),
+            udp: holders(Kind::Udp, udp, &links),
+            tcp: tcp.iter().map(|port| (*port, holders(Kind::Tcp, *port, &links))).collect(),
             synchronised: clock::is_synchronised().ok(),
         })
     }
 }
 
-fn holders(tables: [&str; 2], wanted: u16, links: &[Link]) -> Vec<Holder> {
+fn holders(kind: Kind, wanted: u16, links: &[Link]) -> Vec<Holder> {
+    let tables = match kind {
+        Kind::Udp => ["/proc/net/udp", "/proc/net/udp6"],
+        Kind::Tcp => ["/proc/net/tcp", "/proc/net/tcp6"],
+    };
     let texts = tables.map(|table| fs::read_to_string(table).unwrap_or_default());
     let of = |(ip, owner): (IpAddr, Owner)| Holder {
         ip,
@@ -87,5 +91,5 @@ fn holders(tables: [&str; 2], wanted: u16, links: &[Link]) -> Vec<Holder> {
             _ => None,
         },
     };
-    port::holders(&texts, wanted, links).into_iter().map(of).collect()
+    port::holders(&texts, kind, wanted, links).into_iter().map(of).collect()
 }

@@ -79,7 +79,8 @@ fn of_server(endpoint: &Endpoint, error: &sqlx::Error) -> StoreError {
     let state = sqlstate(error);
     let state = state.as_deref();
     match mysql_number(error) {
-        Some(1045) => return unfit(wrong_login(user)),
+        // wrong password, a host that no user may come from, a user without a password
+        Some(1045 | 1130 | 1698) => return unfit(wrong_login(endpoint)),
         Some(1049) => return unfit(no_database(endpoint)),
         Some(1044 | 1142 | 1143 | 1227) => {
             return unfit(format!("{user} may not do what meshd needs ({}); run: {}", said(error), grant(endpoint)));
@@ -89,7 +90,7 @@ fn of_server(endpoint: &Endpoint, error: &sqlx::Error) -> StoreError {
         _ => {}
     }
     match (endpoint.engine, state) {
-        (Engine::Postgres, Some("28P01" | "28000")) => return unfit(wrong_login(user)),
+        (Engine::Postgres, Some("28P01" | "28000")) => return unfit(wrong_login(endpoint)),
         (Engine::Postgres, Some("3D000")) => return unfit(no_database(endpoint)),
         (Engine::Postgres, Some("42501")) => {
             return unfit(format!("{user} may not do what meshd needs ({}); run: {}", said(error), grant(endpoint)));
@@ -143,10 +144,15 @@ fn no_database(endpoint: &Endpoint) -> String {
     format!("there is no database {}; run: {}", endpoint.database, create(endpoint))
 }
 
-fn wrong_login(user: &str) -> String {
+fn wrong_login(endpoint: &Endpoint) -> String {
+    let user = &endpoint.user;
+    let make = match endpoint.engine {
+        Engine::MySql => format!("CREATE USER {}@'%' IDENTIFIED BY '…';", quoted(user)),
+        Engine::Postgres => format!("CREATE ROLE {} LOGIN PASSWORD '…';", double_quoted(user)),
+    };
     format!(
         "the database does not let {user} in; check user and password (datastore-password-file, or in the endpoint), and that \
-         this user may come from this machine"
+         this user may come from this machine; where there is no such user yet: {make}"
     )
 }
 
