@@ -61,6 +61,7 @@ use crate::health::machine::Timers;
 use crate::health::peer::Settings;
 use crate::host::{self, Desired, Host, HostError, Preflight, Underlay, Watch, union};
 use crate::key::file::{self as key_file, KeyFileError};
+use crate::limits;
 use crate::node::{Node, NodeList};
 use crate::wire::bfd::auth::Keys;
 
@@ -231,9 +232,9 @@ impl Daemon {
         let lock = Lock::take(&tun)?;
         let host = Host::open()?;
         // sockets, queues and what waits for them: some forty and eighteen a worker and address family
-        crate::limits::descriptors();
+        limits::descriptors();
         // each worker has two threads
-        let threads = 2 * config.workers.count();
+        let threads = 2 * limits::workers(config.workers);
         let mac = config.node_name.derived_mac();
         let local = Local {
             mac,
@@ -351,7 +352,7 @@ impl Daemon {
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
-            workers: self.config.workers.count(),
+            workers: limits::workers(self.config.workers),
             busy_poll: self.config.busy_poll,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
@@ -397,7 +398,7 @@ impl Daemon {
             }
             false => key_file::load(&path)?,
         };
-        let (shared, workers) = (&self.shared, self.config.workers.count());
+        let (shared, workers) = (&self.shared, limits::workers(self.config.workers));
         let stamps = self.stamps.get_or_insert_with(|| Stamps::start(&config.data_dir, shared.started));
         let identity = Identity::new(&key, workers).started_at(stamps.epoch_ms());
         Ok(Some(Arc::new(identity)))

@@ -20,6 +20,7 @@
 //! | [`doctor`] | what is wrong with this machine as a node, and what mends it |
 //! | [`selftest`] | what kernel, offloads and permissions allow here, tried out |
 //! | [`daemon`] | builds, connects and stops everything |
+//! | [`limits`] | what the system allows this process |
 //! | [`manual`] | man pages and shell completions, for packages |
 //!
 //! Invariants, each held by a test or a lint:

@@ -413,7 +413,7 @@ fn scripts_get_the_documented_fields() {
 
     let stats = json(&served.ctl(&["stats", "--json"]));
     let expected = "version node uptime_ms io workers offloads offload_reasons tun udp drops originated consumed \
-        outbound inbound batches partial_csum_in";
+        outbound inbound batches partial_csum_in pairs_moved";
     assert_eq!(keys(&stats), words(expected));
     assert_eq!(keys(&stats["offloads"]), words("tun_tso tun_uso udp_gso udp_gro"));
     assert_eq!(stats["offloads"]["tun_tso"], false);

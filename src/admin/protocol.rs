@@ -478,6 +478,9 @@ pub struct StatsView {
     pub batches: BatchesView,
     /// Packets that a kernel VXLAN device sent with an unfinished checksum.
     pub partial_csum_in: u64,
+    /// Queue pairs that went to a thread for bulk traffic, or back. Another release's meshd may not say it.
+    #[serde(default)]
+    pub pairs_moved: u64,
 }
 
 /// How this meshd was started.

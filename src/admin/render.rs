@@ -123,6 +123,10 @@ pub fn stats(stats: &StatsView, before: Option<Before<'_, StatsView>>, look: Loo
             units::count(stats.partial_csum_in)
         );
     }
+    if stats.pairs_moved > 0 || look.all {
+        let moved = units::count(stats.pairs_moved);
+        let _ = writeln!(out, "\nQueues handed to a thread for bulk traffic, or back: {moved}");
+    }
     out.push('\n');
     out += &offloads(stats, look);
     out.push('\n');

@@ -74,16 +74,6 @@ pub enum Workers {
     Fixed(NonZeroU8),
 }
 
-impl Workers {
-    /// How many that is here.
-    pub fn count(self) -> usize {
-        match self {
-            Workers::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(64),
-            Workers::Fixed(workers) => usize::from(workers.get()),
-        }
-    }
-}
-
 /// The I/O back end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Io {

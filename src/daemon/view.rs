@@ -337,6 +337,7 @@ impl Mesh for Shared {
                 tun_write_segments: tun.tx_packets,
             },
             partial_csum_in: sum(|f| f.partial_csum_in.get()),
+            pairs_moved: sum(|f| f.pairs_moved.get()),
         }
     }
 

@@ -74,6 +74,8 @@ counters! {
         partial_csum_in,
         /// Times that a worker slept.
         sleeps,
+        /// Queue pairs that another thread got from this one.
+        pairs_moved,
     }
 }
 

@@ -22,6 +22,7 @@ use socket2::Socket;
 
 use super::tun::TunQueue;
 use super::worker::WorkerError;
+use crate::engine::stats::WorkerStats;
 use crate::sys::poll::{self, PollFd};
 
 /// A node has at least so many pairs.
@@ -30,12 +31,13 @@ const AT_LEAST: usize = 32;
 const AT_MOST: usize = 64;
 /// Address families, for each of which a pair may have a socket.
 const FAMILIES: usize = 2;
-/// Bytes that a pair carries within so many microseconds where it carries bulk traffic: 670 Mbit/s.
-const BULK_BYTES: u64 = 4 << 20;
+/// Bytes that a pair carries within so many microseconds where it carries bulk traffic: 168 Mbit/s.
+const BULK_BYTES: u64 = 1 << 20;
 const BULK_US: u64 = 50_000;
 /// A packet costs as much as so many bytes.
-const PACKET_BYTES: u64 = 512;
-/// After so long without them it is over, in microseconds.
+const PACKET_BYTES: u64 = 256;
+/// It goes on as long as there are so many, and is over after so long without, in microseconds.
+const STILL_BULK_BYTES: u64 = BULK_BYTES / 8;
 const CALM_US: u64 = 1_000_000;
 /// Between two owners a pair is left alone for so long, in microseconds: packets of the first may still be under way in queues
 /// of another processor, and those of the second must not overtake them.
@@ -180,11 +182,12 @@ impl Pairs {
     fn give(&self, number: usize, to: usize) -> io::Result<()> {
         let (Some(pair), Some(thread)) = (self.pairs.get(number), self.threads.get(to)) else { return Ok(()) };
         thread.pairs.fetch_add(1, Ordering::Relaxed);
-        pair.owner.store(to, Ordering::Release);
         for (kind, source) in (0..).zip(pair.sources()) {
             let data = epoll::EventData::new_u64(kind << 8 | number as u64);
             epoll::add(&thread.epoll, source, data, epoll::EventFlags::IN)?;
         }
+        // who has it now may have read from it already, but does not hand it on before all that is done
+        pair.owner.store(to, Ordering::Release);
         Ok(())
     }
 
@@ -216,7 +219,8 @@ impl Pair {
             self.since_us.store(now_us, Ordering::Relaxed);
         }
         self.bytes.store(bytes, Ordering::Relaxed);
-        if bytes >= BULK_BYTES {
+        let much = if self.carries_bulk(now_us) { STILL_BULK_BYTES } else { BULK_BYTES };
+        if bytes >= much {
             self.bulk_until_us.store(now_us + CALM_US, Ordering::Relaxed);
         }
     }
@@ -248,13 +252,25 @@ struct Move {
 
 impl Moves {
     /// After a round that concerned `pairs`: sends off what does not belong here, and lets arrive what is due.
-    pub(super) fn turn(&mut self, all: &Pairs, thread: usize, pairs: Set, now_us: u64) -> io::Result<()> {
+    pub(super) fn turn(
+        &mut self,
+        all: &Pairs,
+        thread: usize,
+        pairs: Set,
+        now_us: u64,
+        stats: &WorkerStats,
+    ) -> io::Result<()> {
         let here = all.is_for_bulk(thread);
         for number in pairs.from(0) {
-            let Some(bulk) = all.get(number).map(|pair| pair.carries_bulk(now_us)).filter(|bulk| *bulk != here) else {
+            let Some(pair) = all.get(number).filter(|pair| pair.owner.load(Ordering::Acquire) == thread) else {
                 continue;
             };
+            let bulk = pair.carries_bulk(now_us);
+            if bulk == here {
+                continue;
+            }
             all.release(number)?;
+            stats.flow.pairs_moved.add(1);
             self.0.push(Move { pair: number, bulk, due_us: now_us + PAUSE_US });
         }
         let due = self.0.extract_if(.., |a_move| a_move.due_us <= now_us);

@@ -155,7 +155,7 @@ impl Worker {
                 outbound.post(inbound.outbox());
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
-            moves.turn(&pairs, thread, ready.all(), now_us).map_err(WorkerError::Poll)?;
+            moves.turn(&pairs, thread, ready.all(), now_us, stats).map_err(WorkerError::Poll)?;
             spin.looked(now_us, stats);
             let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
             patience = self::patience(awake, tables.has_tunnels() && thread < workers, &vigil, started);

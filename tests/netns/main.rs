@@ -42,6 +42,7 @@ mod moved;
 mod mtu;
 mod namespace;
 mod nested;
+mod order;
 mod path;
 mod pods;
 mod preshared;

@@ -54,7 +54,7 @@ impl Node {
     fn empty(&self, pair: usize) {
         let pair = self.pairs.get(pair).unwrap();
         pair.tun.read(&mut [0; 64]).unwrap();
-        (&pair.sockets[0]).recv(&mut [std::mem::MaybeUninit::uninit(); 64]).unwrap();
+        pair.sockets[0].recv(&mut [std::mem::MaybeUninit::uninit(); 64]).unwrap();
     }
 }
 
@@ -94,23 +94,24 @@ fn a_pair_belongs_to_one_thread_and_goes_to_another_while_it_carries_much() {
     assert_eq!(node.told(3), (vec![1], vec![1]), "at home");
     assert_eq!(node.told(1), (vec![], vec![]), "nothing came");
 
-    let (mut here, mut there, pair) = (Moves::default(), Moves::default(), only(3));
+    let (mut here, mut there, pair, stats) = (Moves::default(), Moves::default(), only(3), WorkerStats::default());
     node.pairs.get(3).unwrap().carried(MUCH - 1, 0, 500);
-    here.turn(&node.pairs, 1, pair, 500).unwrap();
+    here.turn(&node.pairs, 1, pair, 500, &stats).unwrap();
     assert_eq!((node.told(3), here.due_us()), ((vec![1], vec![1]), None), "not yet much");
     node.pairs.get(3).unwrap().carried(1, 0, 600);
-    here.turn(&node.pairs, 1, pair, 600).unwrap();
+    here.turn(&node.pairs, 1, pair, 600, &stats).unwrap();
     assert_eq!((node.told(3), here.due_us()), ((vec![], vec![]), Some(600 + PAUSE_US)), "on its way");
-    here.turn(&node.pairs, 1, Set::default(), 599 + PAUSE_US).unwrap();
+    here.turn(&node.pairs, 1, Set::default(), 599 + PAUSE_US, &stats).unwrap();
     assert_eq!(node.told(3), (vec![], vec![]), "still");
-    here.turn(&node.pairs, 1, Set::default(), 600 + PAUSE_US).unwrap();
+    here.turn(&node.pairs, 1, Set::default(), 600 + PAUSE_US, &stats).unwrap();
     assert_eq!((node.told(3), here.due_us()), ((vec![3], vec![3]), None), "what came meanwhile waited");
 
-    there.turn(&node.pairs, 3, pair, 599 + CALM_US).unwrap();
+    there.turn(&node.pairs, 3, pair, 599 + CALM_US, &stats).unwrap();
     assert_eq!(node.told(3), (vec![3], vec![3]), "for a while");
-    there.turn(&node.pairs, 3, pair, 600 + CALM_US).unwrap();
-    there.turn(&node.pairs, 3, Set::default(), 600 + CALM_US + PAUSE_US).unwrap();
+    there.turn(&node.pairs, 3, pair, 600 + CALM_US, &stats).unwrap();
+    there.turn(&node.pairs, 3, Set::default(), 600 + CALM_US + PAUSE_US, &stats).unwrap();
     assert_eq!(node.told(3), (vec![1], vec![1]), "home again");
+    assert_eq!(stats.flow.pairs_moved.get(), 2);
 }
 
 #[test]
@@ -128,12 +129,12 @@ fn what_comes_slowly_is_not_much_and_many_small_packets_are() {
 
 #[test]
 fn bulk_traffic_goes_to_the_thread_that_has_least_of_it() {
-    let mut node = node(2);
+    let (mut node, stats) = (node(2), WorkerStats::default());
     for pair in [0, 2, 1, 3] {
         node.pairs.get(pair).unwrap().carried(MUCH, 0, 10);
         let mut moves = Moves::default();
-        moves.turn(&node.pairs, pair % WORKERS, only(pair), 10).unwrap();
-        moves.turn(&node.pairs, pair % WORKERS, Set::default(), 10 + PAUSE_US).unwrap();
+        moves.turn(&node.pairs, pair % WORKERS, only(pair), 10, &stats).unwrap();
+        moves.turn(&node.pairs, pair % WORKERS, Set::default(), 10 + PAUSE_US, &stats).unwrap();
         node.feed(pair);
     }
     let at = [0, 1, 2, 3].map(|pair| node.told(pair).0);
