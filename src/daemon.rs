@@ -203,6 +203,8 @@ enum Source {
 struct Daemon {
     config: Config,
     host: Host,
+    /// How many there are, as long as this process runs.
+    workers: usize,
     source: Source,
     shared: Arc<Shared>,
     known: Known,
@@ -231,10 +233,11 @@ impl Daemon {
         let tun = config.tun.as_str().to_owned();
         let lock = Lock::take(&tun)?;
         let host = Host::open()?;
-        // sockets, queues and what waits for them: some forty and eighteen a worker and address family
+        // queues, sockets and what waits for them: with 64 workers and two address families some 3,000
         limits::descriptors();
-        // each worker has two threads
-        let threads = 2 * limits::workers(config.workers);
+        // once and for all: counters are made for so many threads, two of each
+        let workers = limits::workers(config.workers);
+        let threads = 2 * workers;
         let mac = config.node_name.derived_mac();
         let local = Local {
             mac,
@@ -259,6 +262,7 @@ impl Daemon {
         let settings = watching(&config, stamps::bfd_epoch(shared.started));
         let mut daemon = Daemon {
             host,
+            workers,
             source: Source::None,
             shared: Arc::new(shared),
             known: Known::new(threads, None).watching(settings, getrandom::u32().unwrap_or(1)),
@@ -352,7 +356,7 @@ impl Daemon {
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
-            workers: limits::workers(self.config.workers),
+            workers: self.workers,
             busy_poll: self.config.busy_poll,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
@@ -398,7 +402,7 @@ impl Daemon {
             }
             false => key_file::load(&path)?,
         };
-        let (shared, workers) = (&self.shared, limits::workers(self.config.workers));
+        let (shared, workers) = (&self.shared, self.workers);
         let stamps = self.stamps.get_or_insert_with(|| Stamps::start(&config.data_dir, shared.started));
         let identity = Identity::new(&key, workers).started_at(stamps.epoch_ms());
         Ok(Some(Arc::new(identity)))

@@ -79,7 +79,12 @@ pub const KEYS: &[Key] = &[
          read again at SIGHUP",
         "none",
     ),
-    key("workers", "auto|1-64", "Worker threads; auto is one for each core", "auto"),
+    key(
+        "workers",
+        "auto|1-64",
+        "Workers, of two threads each, one for bulk traffic; auto is one for each core",
+        "auto",
+    ),
     key("io", "auto|mmsg|uring|tokio", "I/O back end", "auto"),
     key(
         "busy-poll",

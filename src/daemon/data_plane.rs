@@ -145,11 +145,14 @@ impl DataPlane {
             }
         }
         let receivers = sockets.iter().flatten().filter_map(|socket| socket.try_clone().ok()).collect();
-        let pairs = Arc::new(Pairs::new(queues, sockets, parts.workers).map_err(StartError::Wait)?);
-        let threads = if uring { parts.workers } else { parts.stats.threads() };
+        let count = queues.len().max(1);
+        let pairs = Arc::new(Pairs::new(queues, sockets, parts.workers, !uring).map_err(StartError::Wait)?);
+        let threads = if uring { parts.workers } else { 2 * parts.workers };
         let mut workers = Vec::new();
         for thread in 0..threads {
-            let sockets = pairs.get(0).map(|pair| pair.sockets.as_slice()).unwrap_or_default();
+            // what leaves by the data port has a buffer of its own a thread
+            let pair = pairs.get(thread % count);
+            let sockets = pair.map(|pair| pair.sockets.as_slice()).unwrap_or_default();
             let (stop, stopped) = UnixStream::pair().map_err(StartError::Thread)?;
             plane.stops.push(stop);
             workers.push(Worker {

@@ -1,4 +1,4 @@
-//! Counters: one padded block a worker, written by that worker alone and read by whoever asks.
+//! Counters: one padded block a thread, written by that thread alone and read by whoever asks.
 //!
 //! A counter has one writer, so adding is a load and a store: no locked instruction and no shared cache line on the way
 //! of a packet. Readers may see one counter a batch earlier than its neighbour; at rest the sums are exact.

@@ -3,7 +3,7 @@
 //! A flow stays with its pair in both directions: the kernel gives a flow's packets to the TUN queue that its answers were
 //! last written to (`tun_flow_update`), and spreads datagrams over the sockets by their ports. There are more pairs than
 //! threads, so that few flows share a queue (stochastic fairness queueing, McKenney 1990), and each belongs to one thread at
-//! a time, which hands it over whole: so nothing is ever reordered within a flow.
+//! a time, which hands it over whole: so a flow stays in order.
 //!
 //! Each worker has two threads. All its pairs begin with the first; one that carries much is handed to the second of that
 //! worker which has the fewest. A thread that carries bulk traffic uses up its share of a processor, and then waits for
@@ -39,8 +39,10 @@ const PACKET_BYTES: u64 = 256;
 /// It goes on as long as there are so many, and is over after so long without, in microseconds.
 const STILL_BULK_BYTES: u64 = BULK_BYTES / 8;
 const CALM_US: u64 = 1_000_000;
-/// Between two owners a pair is left alone for so long, in microseconds: packets of the first may still be under way in queues
-/// of another processor, and those of the second must not overtake them.
+/// How often a thread for bulk traffic looks for pairs that have become quiet, in microseconds.
+const LOOK_US: u64 = 250_000;
+/// Between two owners a pair is left alone for so long at least, in microseconds: packets of the first may still be under way
+/// in queues of another processor, and those of the second must not overtake them.
 const PAUSE_US: u64 = 1_000;
 /// The owner of a pair that has none.
 const NOBODY: usize = usize::MAX;
@@ -88,6 +90,8 @@ pub struct Pair {
     /// The sockets, in the order of the node's addresses.
     pub sockets: Vec<Socket>,
     owner: AtomicUsize,
+    /// Who had it before.
+    former: AtomicUsize,
     // The owner's alone to write. Times in microseconds.
     /// When its sockets were last read.
     received_us: AtomicU64,
@@ -115,23 +119,24 @@ struct Thread {
 /// How many pairs so many workers share: as many each.
 pub fn count(workers: usize) -> usize {
     let workers = workers.clamp(1, AT_MOST);
-    workers * (AT_LEAST / workers).max(1)
+    workers * AT_LEAST.div_ceil(workers)
 }
 
 impl Pairs {
     /// Puts queues and sockets together, and gives each worker's first thread its pairs: number `n` to worker `n` modulo
-    /// their number.
-    pub fn new(queues: Vec<TunQueue>, sockets: Vec<Vec<Socket>>, workers: usize) -> io::Result<Self> {
+    /// their number. With `waiting` off nobody has them, for threads that wait in another way.
+    pub fn new(queues: Vec<TunQueue>, sockets: Vec<Vec<Socket>>, workers: usize, waiting: bool) -> io::Result<Self> {
         let workers = workers.max(1);
         let thread = |_| {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
             Ok(Thread { epoll, pairs: AtomicUsize::new(0) })
         };
-        let threads = (0..2 * workers).map(thread).collect::<io::Result<Vec<_>>>()?;
+        let threads = (0..if waiting { 2 * workers } else { 0 }).map(thread).collect::<io::Result<Vec<_>>>()?;
         let pair = |(tun, sockets)| Pair {
             tun,
             sockets,
             owner: AtomicUsize::new(NOBODY),
+            former: AtomicUsize::new(NOBODY),
             received_us: AtomicU64::default(),
             bytes: AtomicU64::default(),
             since_us: AtomicU64::default(),
@@ -170,7 +175,9 @@ impl Pairs {
     /// Takes a pair from its owner, who calls this and does not touch it any more.
     fn release(&self, number: usize) -> io::Result<()> {
         let Some(pair) = self.pairs.get(number) else { return Ok(()) };
-        let owner = pair.owner.swap(NOBODY, Ordering::Release);
+        let owner = pair.owner.load(Ordering::Relaxed);
+        pair.former.store(owner, Ordering::Relaxed);
+        pair.owner.store(NOBODY, Ordering::Release);
         if let Some(thread) = self.threads.get(owner) {
             thread.pairs.fetch_sub(1, Ordering::Relaxed);
             pair.sources().try_for_each(|source| epoll::delete(&thread.epoll, source))?;
@@ -191,13 +198,13 @@ impl Pairs {
         Ok(())
     }
 
-    /// Whether there is something in a socket that this thread handed over, which who has it now has not looked at for long:
-    /// then nobody knows what came.
+    /// Whether there is something in a socket that was this thread's, and nobody has it now, or who has it has not looked at it
+    /// for long: then nobody knows what came.
     pub(super) fn neglected(&self, thread: usize, now_us: u64) -> bool {
         let away = |(number, pair): &(usize, &Pair)| {
-            number % self.workers == thread
-                && pair.owner.load(Ordering::Relaxed) != thread
-                && now_us > pair.received_us.load(Ordering::Relaxed) + NEGLECTED_US
+            let (owner, former) = (pair.owner.load(Ordering::Relaxed), pair.former.load(Ordering::Relaxed));
+            let was_ours = owner != thread && (number % self.workers == thread || former == thread);
+            was_ours && (owner == NOBODY || now_us > pair.received_us.load(Ordering::Relaxed) + NEGLECTED_US)
         };
         self.pairs.iter().enumerate().filter(away).flat_map(|(_, pair)| &pair.sockets).any(|socket| {
             let mut readable = [PollFd::new(socket.as_fd(), poll::READABLE)];
@@ -236,13 +243,15 @@ impl Pair {
 
     /// The TUN queue, then the sockets.
     fn sources(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        std::iter::once(self.tun.as_fd()).chain(self.sockets.iter().map(AsFd::as_fd))
+        std::iter::once(self.tun.as_fd()).chain(self.sockets.iter().take(FAMILIES).map(AsFd::as_fd))
     }
 }
 
 /// Pairs on their way from one thread to others.
-#[derive(Default)]
-pub(super) struct Moves(Vec<Move>);
+pub(super) struct Moves {
+    under_way: Vec<Move>,
+    next_look_us: u64,
+}
 
 struct Move {
     pair: usize,
@@ -250,36 +259,50 @@ struct Move {
     due_us: u64,
 }
 
+impl Default for Moves {
+    fn default() -> Self {
+        Moves { under_way: Vec::with_capacity(AT_MOST), next_look_us: 0 }
+    }
+}
+
 impl Moves {
-    /// After a round that concerned `pairs`: sends off what does not belong here, and lets arrive what is due.
+    /// After a round that concerned `ready`: sends off what does not belong here, and lets arrive what is due.
     pub(super) fn turn(
         &mut self,
-        all: &Pairs,
+        pairs: &Pairs,
         thread: usize,
-        pairs: Set,
+        ready: Set,
         now_us: u64,
         stats: &WorkerStats,
     ) -> io::Result<()> {
-        let here = all.is_for_bulk(thread);
-        for number in pairs.from(0) {
-            let Some(pair) = all.get(number).filter(|pair| pair.owner.load(Ordering::Acquire) == thread) else {
+        let here = pairs.is_for_bulk(thread);
+        let mut looked_at = ready;
+        if here && now_us >= self.next_look_us {
+            // those that have become quiet as well
+            self.next_look_us = now_us + LOOK_US;
+            (0..pairs.pairs.len()).for_each(|pair| looked_at.insert(pair));
+        }
+        for number in looked_at.from(0) {
+            let Some(pair) = pairs.get(number).filter(|pair| pair.owner.load(Ordering::Acquire) == thread) else {
                 continue;
             };
             let bulk = pair.carries_bulk(now_us);
             if bulk == here {
                 continue;
             }
-            all.release(number)?;
+            pairs.release(number)?;
             stats.flow.pairs_moved.add(1);
-            self.0.push(Move { pair: number, bulk, due_us: now_us + PAUSE_US });
+            self.under_way.push(Move { pair: number, bulk, due_us: now_us + PAUSE_US });
         }
-        let due = self.0.extract_if(.., |a_move| a_move.due_us <= now_us);
-        due.into_iter().try_for_each(|Move { pair, bulk, .. }| all.give(pair, all.next(pair, bulk)))
+        let mut due = self.under_way.extract_if(.., |a_move| a_move.due_us <= now_us);
+        due.try_for_each(|Move { pair, bulk, .. }| pairs.give(pair, pairs.next(pair, bulk)))
     }
 
-    /// When the next arrives.
-    pub(super) fn due_us(&self) -> Option<u64> {
-        self.0.iter().map(|a_move| a_move.due_us).min()
+    /// When it is to have a turn even if nothing comes.
+    pub(super) fn due_us(&self, pairs: &Pairs, thread: usize) -> Option<u64> {
+        let owns = pairs.threads.get(thread).is_some_and(|thread| thread.pairs.load(Ordering::Relaxed) > 0);
+        let look = (pairs.is_for_bulk(thread) && owns).then_some(self.next_look_us);
+        self.under_way.iter().map(|a_move| a_move.due_us).chain(look).min()
     }
 }
 

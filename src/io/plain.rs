@@ -1,7 +1,7 @@
 //! The same engine without offloads on the TUN side: tokio-tun, one plain packet a call.
 //!
 //! Runs where a kernel refuses offload headers, and wherever somebody sets `io: tokio`. One thread with a runtime of its
-//! own; the sockets are those of a worker.
+//! own; the sockets are those of the others.
 
 use std::io;
 use std::os::unix::net::UnixStream as StdUnixStream;

@@ -47,7 +47,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     let mut outbound = Outbound::new(stats.clone(), thread, senders);
     let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
     let mut clockwork = Clockwork::new(thread, workers);
-    let mut vigil = Vigil::new(thread, workers, stats.threads());
+    let mut vigil = Vigil::new(thread, workers, workers);
     let Some(stats) = stats.worker(thread) else { return Ok(()) };
     let mut events = Vec::new();
     let mut wait = Duration::ZERO;

@@ -120,6 +120,7 @@ impl Worker {
         let mut vigil = Vigil::new(thread, workers, stats.threads());
         let mut spin = Spin::new(busy_poll);
         let mut moves = Moves::default();
+        let mut first = 0;
         let Some(stats) = stats.worker(thread) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut patience = Duration::ZERO;
@@ -133,7 +134,8 @@ impl Worker {
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
             if !ready.queues.is_empty() {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
-                read(&pairs, ready.queues, &mut ports, &mut outbound, tables, now_us, &mut frames, stats, tap)?;
+                let waiting = (ready.queues, &mut first);
+                read(&pairs, waiting, &mut ports, &mut outbound, tables, now_us, &mut frames, stats, tap)?;
             }
             // before somebody is held for dead, everything that came until now is received
             let look = vigil.is_due(now_us);
@@ -155,12 +157,13 @@ impl Worker {
                 outbound.post(inbound.outbox());
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
-            moves.turn(&pairs, thread, ready.all(), now_us, stats).map_err(WorkerError::Poll)?;
+            let after_us = started.elapsed().as_micros() as u64;
+            moves.turn(&pairs, thread, ready.all(), after_us, stats).map_err(WorkerError::Poll)?;
             spin.looked(now_us, stats);
             let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
             patience = self::patience(awake, tables.has_tunnels() && thread < workers, &vigil, started);
-            if let Some(due_us) = moves.due_us() {
-                patience = patience.min(Duration::from_micros(due_us.saturating_sub(now_us)));
+            if let Some(due_us) = moves.due_us(&pairs, thread) {
+                patience = patience.min(Duration::from_micros(due_us.saturating_sub(after_us)));
             }
             stats.flow.sleeps.add(u64::from(!awake));
         }
@@ -178,7 +181,7 @@ pub(super) struct Look<'t> {
 #[allow(clippy::too_many_arguments)]
 fn read_and_send<const TAPPED: bool>(
     pairs: &Pairs,
-    ready: Set,
+    (ready, first): (Set, &mut usize),
     ports: &mut [UdpPort],
     outbound: &mut Outbound,
     tables: &Tables,
@@ -192,8 +195,13 @@ fn read_and_send<const TAPPED: bool>(
     let (mut at, mut packets) = (ALIGN, 0);
     let share = ready.len().max(1);
     let mut last = None;
-    // whose turn is the first changes: there may not be room for all
-    for number in ready.from(now_us as usize) {
+    // there may not be room for all: who had none is the first next time, else who comes behind the last
+    for number in ready.from(*first) {
+        *first = number;
+        if at + FRAME > frames.len() {
+            break;
+        }
+        *first = number + 1;
         let Some(pair) = pairs.get(number) else { continue };
         let (begin, before, enough) = (at, packets, packets + READ_PACKETS.div_ceil(share));
         while at < begin + READ_BYTES / share && packets < enough {
