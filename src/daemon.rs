@@ -60,6 +60,7 @@ use crate::engine::tunnel::Identity;
 use crate::health::machine::Timers;
 use crate::health::peer::Settings;
 use crate::host::{self, Desired, Host, HostError, Preflight, Underlay, Watch, union};
+use crate::io::pairs;
 use crate::key::file::{self as key_file, KeyFileError};
 use crate::limits;
 use crate::node::{Node, NodeList};
@@ -235,9 +236,9 @@ impl Daemon {
         let host = Host::open()?;
         // queues, sockets and what waits for them: with 64 workers and two address families some 3,000
         limits::descriptors();
-        // once and for all: counters are made for so many threads, two of each
+        // once and for all: counters are made for so many threads
         let workers = limits::workers(config.workers);
-        let threads = 2 * workers;
+        let threads = pairs::threads(workers);
         let mac = config.node_name.derived_mac();
         let local = Local {
             mac,

@@ -147,7 +147,7 @@ impl DataPlane {
         let receivers = sockets.iter().flatten().filter_map(|socket| socket.try_clone().ok()).collect();
         let count = queues.len().max(1);
         let pairs = Arc::new(Pairs::new(queues, sockets, parts.workers, !uring).map_err(StartError::Wait)?);
-        let threads = if uring { parts.workers } else { 2 * parts.workers };
+        let threads = if uring { parts.workers } else { pairs::threads(parts.workers) };
         let mut workers = Vec::new();
         for thread in 0..threads {
             // what leaves by the data port has a buffer of its own a thread

@@ -28,7 +28,7 @@ use crate::sys::poll::{self, PollFd};
 /// A node has at least so many pairs.
 const AT_LEAST: usize = 32;
 /// And at most so many: a set of them is one word.
-const AT_MOST: usize = 64;
+pub(super) const AT_MOST: usize = 64;
 /// Address families, for each of which a pair may have a socket.
 const FAMILIES: usize = 2;
 /// Bytes that a pair carries within so many microseconds where it carries bulk traffic: 168 Mbit/s.
@@ -122,6 +122,11 @@ pub fn count(workers: usize) -> usize {
     workers * AT_LEAST.div_ceil(workers)
 }
 
+/// How many threads so many workers have: one each for what comes by itself, then one each for bulk traffic.
+pub fn threads(workers: usize) -> usize {
+    2 * workers
+}
+
 impl Pairs {
     /// Puts queues and sockets together, and gives each worker's first thread its pairs: number `n` to worker `n` modulo
     /// their number. With `waiting` off nobody has them, for threads that wait in another way.
@@ -131,7 +136,7 @@ impl Pairs {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
             Ok(Thread { epoll, pairs: AtomicUsize::new(0) })
         };
-        let threads = (0..if waiting { 2 * workers } else { 0 }).map(thread).collect::<io::Result<Vec<_>>>()?;
+        let threads = (0..if waiting { threads(workers) } else { 0 }).map(thread).collect::<io::Result<Vec<_>>>()?;
         let pair = |(tun, sockets)| Pair {
             tun,
             sockets,

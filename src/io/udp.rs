@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::pairs::AT_MOST;
 use crate::engine::drop::Drop;
 use crate::engine::outbound::{Outbound, Sent};
 use crate::engine::stats::WorkerStats;
@@ -125,7 +126,7 @@ impl UdpPort {
             single: SendBatch::default(),
             owners: Vec::new(),
             outcomes: Vec::new(),
-            mean_lens: vec![MEAN_LEN; 64],
+            mean_lens: vec![MEAN_LEN; AT_MOST],
             v6: address.is_ipv6(),
             address,
         })

@@ -109,7 +109,8 @@ impl Worker {
             stop,
             busy_poll,
         } = self;
-        if !pairs.is_for_bulk(thread) {
+        let for_bulk = pairs.is_for_bulk(thread);
+        if !for_bulk {
             sched::set_slice(SLICE_NS).ok(); // without it packets wait longer where processors are busy
         }
         let mut ready = Ready::new(&pairs, thread, stop.as_fd()).map_err(WorkerError::Poll)?;
@@ -152,7 +153,8 @@ impl Worker {
                 }
             }
             watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
-            let late = clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
+            let tunnels = tables.has_tunnels() && !for_bulk; // the other thread tells them the time
+            let late = tunnels && clockwork.turn(tables, now_ms, outbound.data_socket(), inbound.outbox());
             if !inbound.outbox().is_empty() {
                 outbound.post(inbound.outbox());
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
@@ -161,7 +163,7 @@ impl Worker {
             moves.turn(&pairs, thread, ready.all(), after_us, stats).map_err(WorkerError::Poll)?;
             spin.looked(now_us, stats);
             let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
-            patience = self::patience(awake, tables.has_tunnels() && thread < workers, &vigil, started);
+            patience = self::patience(awake, tunnels, &vigil, started);
             if let Some(due_us) = moves.due_us(&pairs, thread) {
                 patience = patience.min(Duration::from_micros(due_us.saturating_sub(after_us)));
             }
@@ -325,7 +327,7 @@ impl Clockwork {
 
     /// Does what is due, and returns whether there is more.
     pub(super) fn turn(&mut self, tables: &Tables, now_ms: u64, data_socket: u16, outbox: &mut Outbox) -> bool {
-        if now_ms < self.next_ms || self.worker >= self.workers || !tables.has_tunnels() {
+        if now_ms < self.next_ms || !tables.has_tunnels() {
             return false;
         }
         self.next_ms = now_ms + TUNNEL_TICK.as_millis() as u64;
