@@ -5,14 +5,18 @@
 //! threads, so that few flows share a queue (stochastic fairness queueing, McKenney 1990), and each belongs to one thread at
 //! a time, which hands it over whole: so a flow stays in order.
 //!
-//! Each worker has two threads. All its pairs begin with the first; one that carries much is handed to the second of that
-//! worker which has the fewest. A thread that carries bulk traffic uses up its share of a processor, and then waits for
-//! milliseconds wherever applications want that processor too. One that does little is woken at once, so that other packets do
-//! not feel bulk traffic; FQ-CoDel tells sparse and bulk flows apart for the same reason (RFC 8290 §4.2).
+//! Each worker has two threads. A pair that carries much is handed to the second of that worker which has the fewest. A thread
+//! that carries bulk traffic uses up its share of a processor, and then waits for milliseconds wherever applications want that
+//! processor too. One that does little is woken at once, so that other packets do not feel bulk traffic; FQ-CoDel tells sparse
+//! and bulk flows apart for the same reason (RFC 8290 §4.2).
+//!
+//! All other pairs are with the first worker while it has time: a thread that has more to do is more often awake when a packet
+//! comes, and to wake another takes longer than most of a packet's journey. Once it is busy they are spread over all workers
+//! (the compacting engines of Snap: Marty et al., SOSP 2019, §2.4).
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::buffer::spare_capacity;
@@ -39,11 +43,19 @@ const PACKET_BYTES: u64 = 256;
 /// It goes on as long as there are so many, and is over after so long without, in microseconds.
 const STILL_BULK_BYTES: u64 = BULK_BYTES / 8;
 const CALM_US: u64 = 1_000_000;
-/// How often a thread for bulk traffic looks for pairs that have become quiet, in microseconds.
+/// How often a thread looks for pairs that are to go although nothing came, in microseconds.
 const LOOK_US: u64 = 250_000;
 /// Between two owners a pair is left alone for so long at least, in microseconds: packets of the first may still be under way
 /// in queues of another processor, and those of the second must not overtake them.
 const PAUSE_US: u64 = 1_000;
+/// The first worker is busy, and pairs are spread, when it has so much to do for so long, in microseconds: three quarters.
+const BUSY_US: u64 = LOAD_US / 4 * 3;
+const LOAD_US: u64 = 50_000;
+/// They are gathered again when all workers together have no more than so much to do within so long, in microseconds.
+const AT_EASE_US: u64 = EASE_US / 5 * 2;
+const EASE_US: u64 = 1_000_000;
+/// For how many rounds a thread goes on with what it did not empty, before it asks what else there is.
+const ROUNDS_ON: u32 = 3;
 /// The owner of a pair that has none.
 const NOBODY: usize = usize::MAX;
 /// Who has left something unread for so long is not where it should be, in microseconds.
@@ -56,6 +68,14 @@ pub(super) struct Set(u64);
 impl Set {
     pub(super) fn insert(&mut self, pair: usize) {
         self.0 |= 1 << (pair % AT_MOST);
+    }
+
+    pub(super) fn remove(&mut self, pair: usize) {
+        self.0 &= !(1 << (pair % AT_MOST));
+    }
+
+    pub(super) fn without(self, other: Set) -> Set {
+        Set(self.0 & !other.0)
     }
 
     pub(super) fn is_empty(self) -> bool {
@@ -108,12 +128,16 @@ pub struct Pairs {
     pairs: Vec<Pair>,
     threads: Vec<Thread>,
     workers: usize,
+    /// The first worker has too much to do for all that is not bulk traffic.
+    spread: AtomicBool,
 }
 
 #[derive(Debug)]
 struct Thread {
     epoll: OwnedFd,
     pairs: AtomicUsize,
+    /// For how long it has worked so far, in microseconds.
+    busy_us: AtomicU64,
 }
 
 /// How many pairs so many workers share: as many each.
@@ -128,13 +152,13 @@ pub fn threads(workers: usize) -> usize {
 }
 
 impl Pairs {
-    /// Puts queues and sockets together, and gives each worker's first thread its pairs: number `n` to worker `n` modulo
-    /// their number. With `waiting` off nobody has them, for threads that wait in another way.
+    /// Puts queues and sockets together, and gives them to the first worker. With `waiting` off nobody has them, for threads
+    /// that wait in another way.
     pub fn new(queues: Vec<TunQueue>, sockets: Vec<Vec<Socket>>, workers: usize, waiting: bool) -> io::Result<Self> {
         let workers = workers.max(1);
         let thread = |_| {
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-            Ok(Thread { epoll, pairs: AtomicUsize::new(0) })
+            Ok(Thread { epoll, pairs: AtomicUsize::new(0), busy_us: AtomicU64::new(0) })
         };
         let threads = (0..if waiting { threads(workers) } else { 0 }).map(thread).collect::<io::Result<Vec<_>>>()?;
         let pair = |(tun, sockets)| Pair {
@@ -148,9 +172,9 @@ impl Pairs {
             bulk_until_us: AtomicU64::default(),
         };
         let pairs = queues.into_iter().zip(sockets).map(pair).collect();
-        let pairs = Pairs { pairs, threads, workers };
+        let pairs = Pairs { pairs, threads, workers, spread: AtomicBool::new(false) };
         for number in 0..pairs.pairs.len() {
-            pairs.give(number, number % workers)?;
+            pairs.give(number, pairs.home(number))?;
         }
         Ok(pairs)
     }
@@ -165,16 +189,30 @@ impl Pairs {
         thread >= self.workers
     }
 
+    /// The thread that has a pair while it carries little.
+    fn home(&self, pair: usize) -> usize {
+        if self.spread.load(Ordering::Relaxed) { pair % self.workers } else { 0 }
+    }
+
     /// The thread that a pair is to go to: home, or to whom has the fewest of those for bulk traffic, its own worker's first.
     fn next(&self, pair: usize, bulk: bool) -> usize {
-        let home = pair % self.workers;
         if !bulk {
-            return home;
+            return self.home(pair);
         }
         let load = |thread: &usize| {
             self.threads.get(*thread).map_or(usize::MAX, |thread| thread.pairs.load(Ordering::Relaxed))
         };
-        (0..self.workers).map(|turn| self.workers + (home + turn) % self.workers).min_by_key(load).unwrap_or(home)
+        (0..self.workers).map(|turn| self.workers + (pair + turn) % self.workers).min_by_key(load).unwrap_or(0)
+    }
+
+    /// Whether a pair is where it belongs.
+    fn belongs(&self, pair: usize, bulk: bool, thread: usize) -> bool {
+        if bulk { self.is_for_bulk(thread) } else { self.home(pair) == thread }
+    }
+
+    /// For how long all workers' first threads together have worked so far.
+    fn busy_us(&self) -> u64 {
+        self.threads.iter().take(self.workers).map(|thread| thread.busy_us.load(Ordering::Relaxed)).sum()
     }
 
     /// Takes a pair from its owner, who calls this and does not touch it any more.
@@ -208,7 +246,8 @@ impl Pairs {
     pub(super) fn neglected(&self, thread: usize, now_us: u64) -> bool {
         let away = |(number, pair): &(usize, &Pair)| {
             let (owner, former) = (pair.owner.load(Ordering::Relaxed), pair.former.load(Ordering::Relaxed));
-            let was_ours = owner != thread && (number % self.workers == thread || former == thread);
+            let homes = [self.home(*number), number % self.workers, former];
+            let was_ours = owner != thread && homes.contains(&thread);
             was_ours && (owner == NOBODY || now_us > pair.received_us.load(Ordering::Relaxed) + NEGLECTED_US)
         };
         self.pairs.iter().enumerate().filter(away).flat_map(|(_, pair)| &pair.sockets).any(|socket| {
@@ -271,7 +310,8 @@ impl Default for Moves {
 }
 
 impl Moves {
-    /// After a round that concerned `ready`: sends off what does not belong here, and lets arrive what is due.
+    /// After a round that concerned `ready`: sends off what does not belong here, which is returned, and lets arrive what is
+    /// due.
     pub(super) fn turn(
         &mut self,
         pairs: &Pairs,
@@ -279,11 +319,11 @@ impl Moves {
         ready: Set,
         now_us: u64,
         stats: &WorkerStats,
-    ) -> io::Result<()> {
-        let here = pairs.is_for_bulk(thread);
+    ) -> io::Result<Set> {
+        let mut gone = Set::default();
         let mut looked_at = ready;
-        if here && now_us >= self.next_look_us {
-            // those that have become quiet as well
+        if now_us >= self.next_look_us {
+            // those of which nothing came as well
             self.next_look_us = now_us + LOOK_US;
             (0..pairs.pairs.len()).for_each(|pair| looked_at.insert(pair));
         }
@@ -292,28 +332,77 @@ impl Moves {
                 continue;
             };
             let bulk = pair.carries_bulk(now_us);
-            if bulk == here {
+            if pairs.belongs(number, bulk, thread) {
                 continue;
             }
             pairs.release(number)?;
+            gone.insert(number);
             stats.flow.pairs_moved.add(1);
             self.under_way.push(Move { pair: number, bulk, due_us: now_us + PAUSE_US });
         }
         let mut due = self.under_way.extract_if(.., |a_move| a_move.due_us <= now_us);
-        due.try_for_each(|Move { pair, bulk, .. }| pairs.give(pair, pairs.next(pair, bulk)))
+        due.try_for_each(|Move { pair, bulk, .. }| pairs.give(pair, pairs.next(pair, bulk)))?;
+        Ok(gone)
+    }
+
+    /// Pairs have other homes: looks at all of them in the next turn.
+    pub(super) fn look(&mut self) {
+        self.next_look_us = 0;
     }
 
     /// When it is to have a turn even if nothing comes.
     pub(super) fn due_us(&self, pairs: &Pairs, thread: usize) -> Option<u64> {
         let owns = pairs.threads.get(thread).is_some_and(|thread| thread.pairs.load(Ordering::Relaxed) > 0);
-        let look = (pairs.is_for_bulk(thread) && owns).then_some(self.next_look_us);
+        let for_a_while = thread > 0 && (pairs.is_for_bulk(thread) || !pairs.spread.load(Ordering::Relaxed));
+        let look = (owns && for_a_while).then_some(self.next_look_us);
         self.under_way.iter().map(|a_move| a_move.due_us).chain(look).min()
     }
 }
 
-/// What a thread found when it last waited.
+/// How much a worker's first thread has to do, by which pairs are spread or gathered.
+#[derive(Default)]
+pub(super) struct Load {
+    busy_us: u64,
+    since_us: u64,
+    /// The first's alone: what all had done, and when.
+    all_us: u64,
+    all_since_us: u64,
+}
+
+impl Load {
+    /// After a round that began at `began_us`, with something to do or none. Returns whether pairs have other homes now.
+    pub(super) fn turn(&mut self, pairs: &Pairs, thread: usize, busy: bool, began_us: u64, now_us: u64) -> bool {
+        if pairs.is_for_bulk(thread) || pairs.workers == 1 {
+            return false;
+        }
+        self.busy_us += if busy { now_us - began_us } else { 0 };
+        if now_us < self.since_us + LOAD_US {
+            return false;
+        }
+        if let Some(thread) = pairs.threads.get(thread) {
+            thread.busy_us.fetch_add(self.busy_us, Ordering::Relaxed);
+        }
+        let is_busy = self.busy_us * LOAD_US >= BUSY_US * (now_us - self.since_us);
+        (self.busy_us, self.since_us) = (0, now_us);
+        if thread > 0 {
+            return false;
+        }
+        let (all_us, took_us) = (pairs.busy_us(), now_us - self.all_since_us);
+        let at_ease = took_us >= EASE_US && (all_us - self.all_us) * EASE_US <= AT_EASE_US * took_us;
+        if took_us >= EASE_US {
+            (self.all_us, self.all_since_us) = (all_us, now_us);
+        }
+        let was_spread = pairs.spread.load(Ordering::Relaxed);
+        let spread = if was_spread { !at_ease } else { is_busy };
+        pairs.spread.store(spread, Ordering::Relaxed);
+        spread != was_spread
+    }
+}
+
+/// What a thread found when it last waited, and has not emptied since.
 pub(super) struct Ready {
     events: Vec<epoll::Event>,
+    rounds: u32,
     /// Pairs whose TUN queue has something.
     pub(super) queues: Set,
     /// Those of whose sockets, for each address family, one has.
@@ -334,7 +423,17 @@ impl Ready {
             epoll::add(&thread.epoll, stop, epoll::EventData::new_u64(Self::STOP), epoll::EventFlags::IN)?;
         }
         let events = Vec::with_capacity(1 + pairs.pairs.len() * (1 + FAMILIES));
-        Ok(Ready { events, queues: Set::default(), sockets: [Set::default(); FAMILIES] })
+        Ok(Ready { events, rounds: 0, queues: Set::default(), sockets: [Set::default(); FAMILIES] })
+    }
+
+    /// After a round, and without those that are `gone`: whether the thread goes on with what it has, for some rounds. Under
+    /// load that is most of them, and the call that asks what there is costs a tenth of what can be carried.
+    pub(super) fn goes_on(&mut self, gone: Set) -> bool {
+        self.queues = self.queues.without(gone);
+        self.sockets = self.sockets.map(|sockets| sockets.without(gone));
+        let goes_on = self.rounds < ROUNDS_ON && !self.all().is_empty();
+        self.rounds = if goes_on { self.rounds + 1 } else { 0 };
+        goes_on
     }
 
     /// Waits until there is something to do, at most so long. Returns whether the thread is to stop.

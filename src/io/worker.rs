@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use socket2::Socket;
 
-use super::pairs::{Moves, Pair, Pairs, Ready, Set};
+use super::pairs::{Load, Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tun::TunQueue;
@@ -121,21 +121,24 @@ impl Worker {
         let mut vigil = Vigil::new(thread, workers, stats.threads());
         let mut spin = Spin::new(busy_poll);
         let mut moves = Moves::default();
+        let mut load = Load::default();
         let mut first = 0;
         let Some(stats) = stats.worker(thread) else { return Ok(()) };
         let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
         let mut patience = Duration::ZERO;
+        let mut goes_on = false;
         loop {
-            if ready.wait(&pairs, thread, patience)? {
+            if !goes_on && ready.wait(&pairs, thread, patience)? {
                 return Ok(());
             }
+            let mut concerned = ready.all();
             let now_us = started.elapsed().as_micros() as u64;
             let now_ms = now_us / 1000;
             let tables = tables.load();
             let tap = tap.is_on().then_some(Look { tap: &tap, now_us });
             if !ready.queues.is_empty() {
                 let read = if tap.is_none() { read_and_send::<false> } else { read_and_send::<true> };
-                let waiting = (ready.queues, &mut first);
+                let waiting = (&mut ready.queues, &mut first);
                 read(&pairs, waiting, &mut ports, &mut outbound, tables, now_us, &mut frames, stats, tap)?;
             }
             // before somebody is held for dead, everything that came until now is received
@@ -143,14 +146,17 @@ impl Worker {
             if look && ready.wait(&pairs, thread, Duration::ZERO)? {
                 return Ok(());
             }
+            concerned = concerned.or(ready.all());
             let mut settled = look && !pairs.neglected(thread, now_us);
-            for (family, port) in ports.iter_mut().enumerate() {
-                let waiting = ready.sockets.get(family).copied().unwrap_or_default();
+            for (family, (port, waiting)) in ports.iter_mut().zip(&mut ready.sockets).enumerate() {
                 for number in waiting.from(0) {
                     let Some(pair) = pairs.get(number) else { continue };
                     let place = (number, family, pair);
-                    settled &= receive_and_write(port, place, &mut inbound, tables, started, now_us, stats, tap);
+                    if receive_and_write(port, place, &mut inbound, tables, started, now_us, stats, tap) {
+                        waiting.remove(number);
+                    }
                 }
+                settled &= waiting.is_empty();
             }
             watch(&mut vigil, tables, started, now_us, settled, &mut inbound, outbound.data_socket());
             let tunnels = tables.has_tunnels() && !for_bulk; // the other thread tells them the time
@@ -160,7 +166,11 @@ impl Worker {
                 send(&mut ports, &mut outbound, tables, &[], stats, tap);
             }
             let after_us = started.elapsed().as_micros() as u64;
-            moves.turn(&pairs, thread, ready.all(), after_us, stats).map_err(WorkerError::Poll)?;
+            if load.turn(&pairs, thread, !concerned.is_empty(), now_us, after_us) {
+                moves.look();
+            }
+            let gone = moves.turn(&pairs, thread, concerned, after_us, stats).map_err(WorkerError::Poll)?;
+            goes_on = ready.goes_on(gone);
             spin.looked(now_us, stats);
             let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
             patience = self::patience(awake, tunnels, &vigil, started);
@@ -179,11 +189,11 @@ pub(super) struct Look<'t> {
     pub(super) now_us: u64,
 }
 
-/// A batch TUN → UDP, out of all queues that have something.
+/// A batch TUN → UDP, out of all queues that have something. Those that it empties leave the set.
 #[allow(clippy::too_many_arguments)]
 fn read_and_send<const TAPPED: bool>(
     pairs: &Pairs,
-    (ready, first): (Set, &mut usize),
+    (ready, first): (&mut Set, &mut usize),
     ports: &mut [UdpPort],
     outbound: &mut Outbound,
     tables: &Tables,
@@ -212,7 +222,10 @@ fn read_and_send<const TAPPED: bool>(
                 Ok(len) => len,
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EBADFD | libc::EBADF | libc::ENODEV) => return Err(WorkerError::TunGone),
-                    _ => break,
+                    _ => {
+                        ready.remove(number);
+                        break;
+                    }
                 },
             };
             outbound.push(tables, now_ms, frames, at, len);

@@ -3,7 +3,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use super::*;
 
-/// Two workers with so many pairs each; the other ends of their TUN queues, and the addresses of their sockets.
+/// Two workers with so many pairs each, spread over both; the other ends of their TUN queues, and the addresses of their sockets.
 struct Node {
     pairs: Pairs,
     ends: Vec<UnixDatagram>,
@@ -23,6 +23,11 @@ fn node(each: usize) -> Node {
         sockets.push(vec![Socket::from(UdpSocket::bind("127.0.0.1:0").unwrap())]);
     }
     let pairs = Pairs::new(queues, sockets, WORKERS, true).unwrap();
+    pairs.spread.store(true, Ordering::Relaxed);
+    let mut moves = Moves::default();
+    for now_us in [0, PAUSE_US] {
+        moves.turn(&pairs, 0, Set::default(), now_us, &WorkerStats::default()).unwrap();
+    }
     let mut node = Node { pairs, ends, stops: Vec::new(), ready: Vec::new() };
     for thread in 0..2 * WORKERS {
         let (keep, stop) = UnixStream::pair().unwrap();
@@ -143,6 +148,59 @@ fn bulk_traffic_goes_to_the_thread_that_has_least_of_it() {
     let at = [0, 1, 2, 3].map(|pair| node.told(pair).0);
     // the first at home, the second evens it out, then again
     assert_eq!(at, [vec![2], vec![3], vec![3], vec![2]]);
+}
+
+#[test]
+fn pairs_are_with_the_first_worker_while_it_has_time() {
+    let (mut node, stats) = (node(1), WorkerStats::default());
+    let (mut first, mut second) = (Moves::default(), Moves::default());
+    let mut load = [Load::default(), Load::default()];
+    node.feed(1);
+    assert_eq!(node.told(1).0, [1], "spread");
+
+    // both do nothing for a second, then they are gathered
+    let mut rounds = |node: &Node, first: &mut Moves, times: std::ops::Range<u64>, busy_us: u64| {
+        let mut changed = 0;
+        for now_us in times.step_by(10_000) {
+            for (thread, load) in load.iter_mut().enumerate() {
+                let other = load.turn(&node.pairs, thread, busy_us > 0, now_us - busy_us, now_us);
+                changed += usize::from(other);
+                if other {
+                    first.look();
+                }
+            }
+            for (thread, moves) in [&mut *first, &mut second].into_iter().enumerate() {
+                moves.turn(&node.pairs, thread, Set::default(), now_us, &stats).unwrap();
+            }
+        }
+        changed
+    };
+    assert_eq!(rounds(&node, &mut first, 1_000_000..1_990_000, 0), 1, "what was before is not known");
+    assert_eq!(node.told(1), (vec![0], vec![0]));
+    assert_eq!(rounds(&node, &mut first, 2_000_000..4_000_000, 7_000), 0, "seven tenths");
+    assert_eq!(node.told(1).0, [0]);
+    assert_eq!(rounds(&node, &mut first, 4_000_000..4_150_000, 8_000), 1, "eight");
+    assert_eq!(node.told(1), (vec![1], vec![1]));
+    assert_eq!(rounds(&node, &mut first, 4_150_000..8_000_000, 3_000), 0, "three tenths each are too much for one");
+    assert_eq!(rounds(&node, &mut first, 8_000_000..10_500_000, 1_000), 1);
+    assert_eq!(node.told(1), (vec![0], vec![0]));
+    assert_eq!(node.told(0), (vec![], vec![]));
+}
+
+#[test]
+fn a_thread_goes_on_with_what_it_did_not_empty_for_some_rounds() {
+    let mut node = node(2);
+    node.feed(1);
+    node.feed(3);
+    let ready = &mut node.ready[1];
+    assert!(!ready.wait(&node.pairs, 1, Duration::ZERO).unwrap());
+    ready.queues.remove(1);
+    let rounds = (0..10).take_while(|_| ready.goes_on(Set::default())).count();
+    assert_eq!(rounds, ROUNDS_ON as usize, "then it asks again");
+    assert_eq!((ready.queues, ready.sockets[0]), (only(3), only(1).or(only(3))));
+    assert!(ready.goes_on(only(3)), "what is gone is not its any more");
+    assert_eq!((ready.queues, ready.sockets[0]), (Set::default(), only(1)));
+    assert!(!ready.goes_on(only(1)), "nothing is left");
 }
 
 #[test]
