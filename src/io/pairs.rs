@@ -48,11 +48,11 @@ const LOOK_US: u64 = 250_000;
 /// Between two owners a pair is left alone for so long at least, in microseconds: packets of the first may still be under way
 /// in queues of another processor, and those of the second must not overtake them.
 const PAUSE_US: u64 = 1_000;
-/// The first worker is busy, and pairs are spread, when it has so much to do for so long, in microseconds: three quarters.
-const BUSY_US: u64 = LOAD_US / 4 * 3;
+/// The first worker is busy, and pairs are spread, when it has so much to do for so long, in microseconds: nine tenths.
+const BUSY_US: u64 = LOAD_US / 10 * 9;
 const LOAD_US: u64 = 50_000;
 /// They are gathered again when all workers together have no more than so much to do within so long, in microseconds.
-const AT_EASE_US: u64 = EASE_US / 5 * 2;
+const AT_EASE_US: u64 = EASE_US / 4 * 3;
 const EASE_US: u64 = 1_000_000;
 /// For how many rounds a thread goes on with what it did not empty, before it asks what else there is.
 const ROUNDS_ON: u32 = 3;

@@ -177,12 +177,12 @@ fn pairs_are_with_the_first_worker_while_it_has_time() {
     };
     assert_eq!(rounds(&node, &mut first, 1_000_000..1_990_000, 0), 1, "what was before is not known");
     assert_eq!(node.told(1), (vec![0], vec![0]));
-    assert_eq!(rounds(&node, &mut first, 2_000_000..4_000_000, 7_000), 0, "seven tenths");
+    assert_eq!(rounds(&node, &mut first, 2_000_000..4_000_000, 8_500), 0, "not quite busy");
     assert_eq!(node.told(1).0, [0]);
-    assert_eq!(rounds(&node, &mut first, 4_000_000..4_150_000, 8_000), 1, "eight");
+    assert_eq!(rounds(&node, &mut first, 4_000_000..4_150_000, 9_500), 1, "busy");
     assert_eq!(node.told(1), (vec![1], vec![1]));
-    assert_eq!(rounds(&node, &mut first, 4_150_000..8_000_000, 3_000), 0, "three tenths each are too much for one");
-    assert_eq!(rounds(&node, &mut first, 8_000_000..10_500_000, 1_000), 1);
+    assert_eq!(rounds(&node, &mut first, 4_150_000..8_000_000, 4_000), 0, "four tenths each are too much for one");
+    assert_eq!(rounds(&node, &mut first, 8_000_000..10_500_000, 3_000), 1);
     assert_eq!(node.told(1), (vec![0], vec![0]));
     assert_eq!(node.told(0), (vec![], vec![]));
 }
