@@ -478,7 +478,8 @@ pub struct StatsView {
     pub batches: BatchesView,
     /// Packets that a kernel VXLAN device sent with an unfinished checksum.
     pub partial_csum_in: u64,
-    /// Queue pairs that went to a thread for bulk traffic, or back. Another release's meshd may not say it.
+    /// How often a queue pair went to another thread: to one for bulk traffic or back, or to another worker. Another release's
+    /// meshd may not say it.
     #[serde(default)]
     pub pairs_moved: u64,
 }

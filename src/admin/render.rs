@@ -125,7 +125,7 @@ pub fn stats(stats: &StatsView, before: Option<Before<'_, StatsView>>, look: Loo
     }
     if stats.pairs_moved > 0 || look.all {
         let moved = units::count(stats.pairs_moved);
-        let _ = writeln!(out, "\nQueues handed to a thread for bulk traffic, or back: {moved}");
+        let _ = writeln!(out, "\nQueues handed from one thread to another: {moved}");
     }
     out.push('\n');
     out += &offloads(stats, look);
