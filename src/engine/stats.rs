@@ -72,9 +72,7 @@ counters! {
         udp_send_messages,
         /// Packets from a kernel VXLAN device whose checksum was never computed, handed on to be completed.
         partial_csum_in,
-        /// Times that a worker slept.
-        sleeps,
-        /// Queue pairs that another thread got from this one.
+        /// Times that another thread got a queue pair from this one.
         pairs_moved,
     }
 }

@@ -15,8 +15,10 @@ use crate::wire::survey::{self, Entry, Report};
 
 /// How often some peers are looked at, whether their sessions are wanted, in microseconds.
 const LOOK_US: u64 = 50_000;
-/// How many at least; at most all within a second.
+/// How many at least; else all within a second.
 const LOOKS: usize = 256;
+/// How many at most are made up for at once by a worker that slept.
+const LOOKS_LATE: usize = 4_096;
 /// Running sessions have their turn together, at most so often.
 const TURN_US: u64 = 4_000;
 
@@ -103,8 +105,9 @@ impl Vigil {
             self.run(peer, deadline);
         }
         if now_us >= self.next_look_us {
+            let missed = (now_us - self.next_look_us) / LOOK_US;
             self.next_look_us = now_us + LOOK_US;
-            self.look(&mut turn);
+            self.look(&mut turn, missed as usize);
         }
         if now_us >= self.next_turn_us {
             self.next_turn_us = u64::MAX;
@@ -134,7 +137,7 @@ impl Vigil {
             self.running.push(index);
         }
         self.at = self.worker;
-        (self.next_turn_us, self.next_look_us) = (0, 0);
+        (self.next_turn_us, self.next_look_us) = (0, turn.now_us);
     }
 
     fn owns(&self, peer: PeerIndex, liveness: &Liveness) -> bool {
@@ -151,13 +154,14 @@ impl Vigil {
         }
     }
 
-    /// Looks at some of the peers, whether there is traffic.
-    fn look(&mut self, turn: &mut Turn<'_, '_>) {
+    /// Looks at some of the peers, whether there is traffic, and at those of so many turns that it slept through.
+    fn look(&mut self, turn: &mut Turn<'_, '_>, missed: usize) {
         if self.worker >= self.workers {
             return;
         }
         let peers = turn.tables.peers().len();
         let looks = (peers / self.workers / 20).max(LOOKS);
+        let looks = looks.max(looks.saturating_mul(missed + 1).min(LOOKS_LATE));
         for _ in 0..looks {
             if self.at >= peers {
                 self.at = self.worker;

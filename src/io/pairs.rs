@@ -7,7 +7,7 @@
 //!
 //! Each worker has two threads. A pair that carries much is handed to the second of that worker which has the fewest. A thread
 //! that carries bulk traffic uses up its share of a processor, and then waits for milliseconds wherever applications want that
-//! processor too. One that does little is woken at once, so that other packets do not feel bulk traffic; FQ-CoDel tells sparse
+//! processor too. One that does less is woken at once, so that other packets do not feel bulk traffic; FQ-CoDel tells sparse
 //! and bulk flows apart for the same reason (RFC 8290 §4.2).
 //!
 //! All other pairs are with the first worker while it has time: a thread that has more to do is more often awake when a packet
@@ -48,13 +48,15 @@ const LOOK_US: u64 = 250_000;
 /// Between two owners a pair is left alone for so long at least, in microseconds: packets of the first may still be under way
 /// in queues of another processor, and those of the second must not overtake them.
 const PAUSE_US: u64 = 1_000;
-/// The first worker is busy, and pairs are spread, when it has so much to do for so long, in microseconds: nine tenths.
+/// The first worker is busy, and pairs are spread, when its rounds take so much of so long, in microseconds: nine tenths. That is
+/// time on the wall: who waits for a processor needs help too.
 const BUSY_US: u64 = LOAD_US / 10 * 9;
 const LOAD_US: u64 = 50_000;
-/// They are gathered again when all workers together have no more than so much to do within so long, in microseconds.
+/// They are gathered again when the rounds of all workers together, those for bulk traffic aside, take no more than so much of so
+/// long, in microseconds. It is long, so that who is busy now and then does not hand them to and fro.
 const AT_EASE_US: u64 = EASE_US / 4 * 3;
-const EASE_US: u64 = 1_000_000;
-/// For how many rounds a thread goes on with what it did not empty, before it asks what else there is.
+const EASE_US: u64 = 3_000_000;
+/// For how many rounds a thread for bulk traffic goes on with what it did not empty, before it asks what else there is.
 const ROUNDS_ON: u32 = 3;
 /// The owner of a pair that has none.
 const NOBODY: usize = usize::MAX;
@@ -110,8 +112,6 @@ pub struct Pair {
     /// The sockets, in the order of the node's addresses.
     pub sockets: Vec<Socket>,
     owner: AtomicUsize,
-    /// Who had it before.
-    former: AtomicUsize,
     // The owner's alone to write. Times in microseconds.
     /// When its sockets were last read.
     received_us: AtomicU64,
@@ -136,7 +136,7 @@ pub struct Pairs {
 struct Thread {
     epoll: OwnedFd,
     pairs: AtomicUsize,
-    /// For how long it has worked so far, in microseconds.
+    /// How long its rounds took so far, in microseconds on the wall; a worker's first thread's alone.
     busy_us: AtomicU64,
 }
 
@@ -165,7 +165,6 @@ impl Pairs {
             tun,
             sockets,
             owner: AtomicUsize::new(NOBODY),
-            former: AtomicUsize::new(NOBODY),
             received_us: AtomicU64::default(),
             bytes: AtomicU64::default(),
             since_us: AtomicU64::default(),
@@ -210,7 +209,7 @@ impl Pairs {
         if bulk { self.is_for_bulk(thread) } else { self.home(pair) == thread }
     }
 
-    /// For how long all workers' first threads together have worked so far.
+    /// How long the rounds of all workers' first threads took together.
     fn busy_us(&self) -> u64 {
         self.threads.iter().take(self.workers).map(|thread| thread.busy_us.load(Ordering::Relaxed)).sum()
     }
@@ -219,7 +218,6 @@ impl Pairs {
     fn release(&self, number: usize) -> io::Result<()> {
         let Some(pair) = self.pairs.get(number) else { return Ok(()) };
         let owner = pair.owner.load(Ordering::Relaxed);
-        pair.former.store(owner, Ordering::Relaxed);
         pair.owner.store(NOBODY, Ordering::Release);
         if let Some(thread) = self.threads.get(owner) {
             thread.pairs.fetch_sub(1, Ordering::Relaxed);
@@ -241,16 +239,14 @@ impl Pairs {
         Ok(())
     }
 
-    /// Whether there is something in a socket that was this thread's, and nobody has it now, or who has it has not looked at it
-    /// for long: then nobody knows what came.
+    /// Whether there is something in a socket that nobody has now, or that another thread has not looked at for long: then
+    /// nobody knows what came.
     pub(super) fn neglected(&self, thread: usize, now_us: u64) -> bool {
-        let away = |(number, pair): &(usize, &Pair)| {
-            let (owner, former) = (pair.owner.load(Ordering::Relaxed), pair.former.load(Ordering::Relaxed));
-            let homes = [self.home(*number), number % self.workers, former];
-            let was_ours = owner != thread && homes.contains(&thread);
-            was_ours && (owner == NOBODY || now_us > pair.received_us.load(Ordering::Relaxed) + NEGLECTED_US)
+        let away = |pair: &&Pair| match pair.owner.load(Ordering::Acquire) {
+            NOBODY => true,
+            owner => owner != thread && now_us > pair.received_us.load(Ordering::Relaxed) + NEGLECTED_US,
         };
-        self.pairs.iter().enumerate().filter(away).flat_map(|(_, pair)| &pair.sockets).any(|socket| {
+        self.pairs.iter().filter(away).flat_map(|pair| &pair.sockets).any(|socket| {
             let mut readable = [PollFd::new(socket.as_fd(), poll::READABLE)];
             poll::poll(&mut readable, Some(0)).ok();
             let [readable] = readable;
@@ -310,18 +306,18 @@ impl Default for Moves {
 }
 
 impl Moves {
-    /// After a round that concerned `ready`: sends off what does not belong here, which is returned, and lets arrive what is
+    /// After a round that concerned these pairs: sends off what does not belong here, which is returned, and lets arrive what is
     /// due.
     pub(super) fn turn(
         &mut self,
         pairs: &Pairs,
         thread: usize,
-        ready: Set,
+        concerned: Set,
         now_us: u64,
         stats: &WorkerStats,
     ) -> io::Result<Set> {
         let mut gone = Set::default();
-        let mut looked_at = ready;
+        let mut looked_at = concerned;
         if now_us >= self.next_look_us {
             // those of which nothing came as well
             self.next_look_us = now_us + LOOK_US;
@@ -345,7 +341,7 @@ impl Moves {
         Ok(gone)
     }
 
-    /// Pairs have other homes: looks at all of them in the next turn.
+    /// Pairs are spread: looks at all of them in the next turn.
     pub(super) fn look(&mut self) {
         self.next_look_us = 0;
     }
@@ -353,8 +349,8 @@ impl Moves {
     /// When it is to have a turn even if nothing comes.
     pub(super) fn due_us(&self, pairs: &Pairs, thread: usize) -> Option<u64> {
         let owns = pairs.threads.get(thread).is_some_and(|thread| thread.pairs.load(Ordering::Relaxed) > 0);
-        let for_a_while = thread > 0 && (pairs.is_for_bulk(thread) || !pairs.spread.load(Ordering::Relaxed));
-        let look = (owns && for_a_while).then_some(self.next_look_us);
+        // the first has them unless they are to go, and then it has just been told
+        let look = (owns && thread > 0).then_some(self.next_look_us);
         self.under_way.iter().map(|a_move| a_move.due_us).chain(look).min()
     }
 }
@@ -370,7 +366,7 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// After a round that began at `began_us`, with something to do or none. Returns whether pairs have other homes now.
+    /// After a round that began at `began_us`, with something to do or none. Returns whether pairs are spread from now on.
     pub(super) fn turn(&mut self, pairs: &Pairs, thread: usize, busy: bool, began_us: u64, now_us: u64) -> bool {
         if pairs.is_for_bulk(thread) || pairs.workers == 1 {
             return false;
@@ -389,13 +385,13 @@ impl Load {
         }
         let (all_us, took_us) = (pairs.busy_us(), now_us - self.all_since_us);
         let at_ease = took_us >= EASE_US && (all_us - self.all_us) * EASE_US <= AT_EASE_US * took_us;
-        if took_us >= EASE_US {
-            (self.all_us, self.all_since_us) = (all_us, now_us);
-        }
         let was_spread = pairs.spread.load(Ordering::Relaxed);
         let spread = if was_spread { !at_ease } else { is_busy };
         pairs.spread.store(spread, Ordering::Relaxed);
-        spread != was_spread
+        if !was_spread || took_us >= EASE_US {
+            (self.all_us, self.all_since_us) = (all_us, now_us);
+        }
+        spread && !was_spread
     }
 }
 
@@ -426,8 +422,8 @@ impl Ready {
         Ok(Ready { events, rounds: 0, queues: Set::default(), sockets: [Set::default(); FAMILIES] })
     }
 
-    /// After a round, and without those that are `gone`: whether the thread goes on with what it has, for some rounds. Under
-    /// load that is most of them, and the call that asks what there is costs a tenth of what can be carried.
+    /// After a round, and without those that are `gone`: whether something is left to go on with, which is so for some rounds.
+    /// To ask what there is each time cost one TCP stream a tenth.
     pub(super) fn goes_on(&mut self, gone: Set) -> bool {
         self.queues = self.queues.without(gone);
         self.sockets = self.sockets.map(|sockets| sockets.without(gone));

@@ -56,7 +56,6 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     loop {
         events.clear();
         ring.wait(wait, &mut events).map_err(WorkerError::Ring)?;
-        stats.flow.sleeps.add(u64::from(!wait.is_zero()));
         for event in &events {
             match *event {
                 Event::Signalled(_) => return Ok(()),

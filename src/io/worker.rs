@@ -45,7 +45,7 @@ const LETTERS_A_TURN: usize = 32;
 /// How often an idle worker looks whether there is a new table with tunnels.
 const IDLE: Duration = Duration::from_secs(1);
 /// How long a thread for what is no bulk traffic wants to run at a time, in nanoseconds: the kernel's least. Who asks for
-/// less than those that have the processor is let in at once, and one that does little does not mind.
+/// less than those that have the processor is let in at once; it gets no more of it in all.
 const SLICE_NS: u64 = 100_000;
 /// Frames start at multiples of a cache line.
 const ALIGN: usize = 64;
@@ -141,13 +141,14 @@ impl Worker {
                 let waiting = (&mut ready.queues, &mut first);
                 read(&pairs, waiting, &mut ports, &mut outbound, tables, now_us, &mut frames, stats, tap)?;
             }
-            // before somebody is held for dead, everything that came until now is received
+            // before somebody is held for dead, everything that came until now is received; a pair that is given to this
+            // thread after the first question is in the second one's answer
             let look = vigil.is_due(now_us);
+            let mut settled = look && !pairs.neglected(thread, now_us);
             if look && ready.wait(&pairs, thread, Duration::ZERO)? {
                 return Ok(());
             }
             concerned = concerned.or(ready.all());
-            let mut settled = look && !pairs.neglected(thread, now_us);
             for (family, (port, waiting)) in ports.iter_mut().zip(&mut ready.sockets).enumerate() {
                 for number in waiting.from(0) {
                     let Some(pair) = pairs.get(number) else { continue };
@@ -170,14 +171,13 @@ impl Worker {
                 moves.look();
             }
             let gone = moves.turn(&pairs, thread, concerned, after_us, stats).map_err(WorkerError::Poll)?;
-            goes_on = ready.goes_on(gone);
+            goes_on = ready.goes_on(gone) && for_bulk;
             spin.looked(now_us, stats);
             let awake = !ready.all().is_empty() || late || spin.goes_on(now_us);
             patience = self::patience(awake, tunnels, &vigil, started);
             if let Some(due_us) = moves.due_us(&pairs, thread) {
                 patience = patience.min(Duration::from_micros(due_us.saturating_sub(after_us)));
             }
-            stats.flow.sleeps.add(u64::from(!awake));
         }
     }
 }

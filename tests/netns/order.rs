@@ -16,22 +16,24 @@ const SIZE: usize = 1200;
 /// Datagrams a send.
 const RUN: usize = 40;
 /// Flows beside each other, of which each sends half as much as the one before.
-const FLOWS: u16 = 6;
+const UNEQUAL: [u32; 6] = [1, 2, 4, 8, 16, 32];
+/// As many flows that send the same.
+const EQUAL: [u32; 64] = [1; 64];
 
-/// Numbered datagrams in so many flows, as fast as they go, for so long. Returns for each flow the numbers that arrived, in
-/// the order in which they did.
-fn flows(from: &Node, to: &Node, lasting: Duration) -> Vec<Vec<u64>> {
+/// Numbered datagrams in flows of which each sends every so many rounds, as fast as they go, for so long. Returns for each
+/// flow the numbers that arrived, in the order in which they did.
+fn flows(from: &Node, to: &Node, every: &[u32], lasting: Duration) -> Vec<Vec<u64>> {
     let address = to.overlay(V4);
-    let sinks: Vec<UdpSocket> = (0..FLOWS).map(|flow| to.ns.udp(address, 7300 + flow)).collect();
-    let sources: Vec<UdpSocket> = (0..FLOWS).map(|_| from.ns.udp(from.overlay(V4), 0)).collect();
+    let sinks: Vec<UdpSocket> = (7300..).zip(every).map(|(port, _)| to.ns.udp(address, port)).collect();
+    let sources: Vec<UdpSocket> = every.iter().map(|_| from.ns.udp(from.overlay(V4), 0)).collect();
     std::thread::scope(|scope| {
         let collectors: Vec<_> = sinks.iter().map(|sink| scope.spawn(move || arrived(sink))).collect();
-        scope.spawn(|| send(&sources, address, Instant::now() + lasting));
+        scope.spawn(|| send(&sources, every, address, Instant::now() + lasting));
         collectors.into_iter().map(|collector| collector.join().unwrap()).collect()
     })
 }
 
-fn send(sources: &[UdpSocket], address: IpAddr, sent_until: Instant) {
+fn send(sources: &[UdpSocket], every: &[u32], address: IpAddr, sent_until: Instant) {
     for source in sources {
         setsockopt(source, sockopt::UdpGsoSegment, &(SIZE as i32)).unwrap();
     }
@@ -41,15 +43,15 @@ fn send(sources: &[UdpSocket], address: IpAddr, sent_until: Instant) {
         if Instant::now() >= sent_until {
             return;
         }
-        for (flow, (source, number)) in (0u16..).zip(sources.iter().zip(&mut numbers)) {
-            if !round.is_multiple_of(1 << flow) {
+        for (port, ((source, number), every)) in (7300..).zip(sources.iter().zip(&mut numbers).zip(every)) {
+            if !round.is_multiple_of(*every) {
                 continue;
             }
             for datagram in run.chunks_exact_mut(SIZE) {
                 *number += 1;
                 datagram[..8].copy_from_slice(&number.to_be_bytes());
             }
-            let to = SockaddrStorage::from(SocketAddr::new(address, 7300 + flow));
+            let to = SockaddrStorage::from(SocketAddr::new(address, port));
             // a queue may be full: then they are lost
             sendmsg(source.as_raw_fd(), &[IoSlice::new(&run)], &[], MsgFlags::empty(), Some(&to)).ok();
         }
@@ -92,14 +94,14 @@ fn flows_stay_in_order_while_they_change_threads() {
         if encrypted {
             // until a lane has its session its flows go over the first, and change then
             until("all lanes have sessions", || {
-                flows(a, b, Duration::from_millis(1));
+                flows(a, b, &UNEQUAL, Duration::from_millis(1));
                 [a, b].map(|node| node.json(&["peers"])[0]["session"]["lanes_up"].clone()) == [2, 2]
             });
         }
         let moved = || [a, b].iter().map(|node| node.stats()["pairs_moved"].as_u64().unwrap()).sum::<u64>();
         // a busy machine may be too slow for bulk traffic at first
         until("queues changed their thread", || {
-            for flow in flows(a, b, Duration::from_millis(1500)) {
+            for flow in flows(a, b, &UNEQUAL, Duration::from_millis(1500)) {
                 assert!(flow.len() > RUN, "{} arrived", flow.len());
                 assert_eq!(late(&flow), 0, "of {} with {workers} workers", flow.len());
             }
@@ -107,11 +109,36 @@ fn flows_stay_in_order_while_they_change_threads() {
         });
         let there = moved();
         until("they are home again", || {
-            for flow in flows(a, b, Duration::from_millis(1)) {
+            for flow in flows(a, b, &UNEQUAL, Duration::from_millis(1)) {
                 assert_eq!(late(&flow), 0);
             }
             moved() > there
         });
         mesh.balances();
     }
+}
+
+#[test]
+fn flows_stay_in_order_while_queues_are_spread_over_workers() {
+    let Some(mesh) = Builder::new("flows_stay_in_order_while_queues_are_spread_over_workers") else { return };
+    let mesh = mesh.node("a").set("workers", 4).node("b").set("workers", 4).start();
+    let [a, b] = mesh.two(["a", "b"]);
+    let moved = || [a, b].map(|node| node.stats()["pairs_moved"].as_u64().unwrap());
+    // many flows of which none is bulk traffic, all together more than one thread of an unoptimised build can carry
+    let round = |lasting| {
+        for flow in flows(a, b, &EQUAL, lasting) {
+            assert_eq!(late(&flow), 0, "of {}", flow.len());
+        }
+    };
+    until("queues were spread", || {
+        round(Duration::from_secs(1));
+        moved().into_iter().max() >= Some(24)
+    });
+    let there = moved();
+    until("they are gathered again", || {
+        std::thread::sleep(Duration::from_secs(1));
+        round(Duration::from_millis(1));
+        moved().iter().zip(there).all(|(now, there)| *now > there)
+    });
+    mesh.balances();
 }

@@ -102,14 +102,18 @@ fn a_pair_belongs_to_one_thread_and_goes_to_another_while_it_carries_much() {
     let (mut here, mut there, pair, stats) = (Moves::default(), Moves::default(), only(3), WorkerStats::default());
     node.pairs.get(3).unwrap().carried(MUCH - 1, 0, 500);
     here.turn(&node.pairs, 1, pair, 500, &stats).unwrap();
-    assert_eq!((node.told(3), here.due_us(&node.pairs, 1)), ((vec![1], vec![1]), None), "not yet much");
+    assert_eq!((node.told(3), here.due_us(&node.pairs, 1)), ((vec![1], vec![1]), Some(500 + LOOK_US)), "not yet much");
     node.pairs.get(3).unwrap().carried(1, 0, 600);
     here.turn(&node.pairs, 1, pair, 600, &stats).unwrap();
     assert_eq!((node.told(3), here.due_us(&node.pairs, 1)), ((vec![], vec![]), Some(600 + PAUSE_US)), "on its way");
     here.turn(&node.pairs, 1, Set::default(), 599 + PAUSE_US, &stats).unwrap();
     assert_eq!(node.told(3), (vec![], vec![]), "still");
     here.turn(&node.pairs, 1, Set::default(), 600 + PAUSE_US, &stats).unwrap();
-    assert_eq!((node.told(3), here.due_us(&node.pairs, 1)), ((vec![3], vec![3]), None), "what came meanwhile waited");
+    assert_eq!(
+        (node.told(3), here.due_us(&node.pairs, 1)),
+        ((vec![3], vec![3]), Some(500 + LOOK_US)),
+        "what came meanwhile waited"
+    );
 
     there.turn(&node.pairs, 3, Set::default(), 599 + CALM_US, &stats).unwrap();
     assert_eq!(node.told(3), (vec![3], vec![3]), "for a while");
@@ -150,41 +154,56 @@ fn bulk_traffic_goes_to_the_thread_that_has_least_of_it() {
     assert_eq!(at, [vec![2], vec![3], vec![3], vec![2]]);
 }
 
+/// Rounds of the first two threads every 10 ms, each of so many microseconds. Returns when pairs were spread.
+fn rounds(node: &Node, state: &mut [(Load, Moves); 2], times: std::ops::Range<u64>, busy_us: [u64; 2]) -> Vec<u64> {
+    let mut spread = Vec::new();
+    for now_us in times.step_by(10_000) {
+        for (thread, (load, moves)) in state.iter_mut().enumerate() {
+            let busy_us = busy_us[thread];
+            if load.turn(&node.pairs, thread, busy_us > 0, now_us - busy_us, now_us) {
+                spread.push(now_us);
+                moves.look();
+            }
+            moves.turn(&node.pairs, thread, Set::default(), now_us, &WorkerStats::default()).unwrap();
+        }
+    }
+    spread
+}
+
 #[test]
 fn pairs_are_with_the_first_worker_while_it_has_time() {
-    let (mut node, stats) = (node(1), WorkerStats::default());
-    let (mut first, mut second) = (Moves::default(), Moves::default());
-    let mut load = [Load::default(), Load::default()];
+    let (mut node, mut state) = (node(1), <[(Load, Moves); 2]>::default());
+    node.pairs.spread.store(false, Ordering::Relaxed);
     node.feed(1);
-    assert_eq!(node.told(1).0, [1], "spread");
+    assert_eq!(node.told(1).0, [1], "who has it lets it go");
+    assert_eq!(state[1].1.due_us(&node.pairs, 1), Some(0), "without being woken");
+    assert!(rounds(&node, &mut state, 1_000_000..1_050_000, [0, 0]).is_empty());
+    assert_eq!(node.told(1), (vec![0], vec![0]));
+    assert_eq!(state[1].1.due_us(&node.pairs, 1), None);
 
-    // both do nothing for a second, then they are gathered
-    let mut rounds = |node: &Node, first: &mut Moves, times: std::ops::Range<u64>, busy_us: u64| {
-        let mut changed = 0;
-        for now_us in times.step_by(10_000) {
-            for (thread, load) in load.iter_mut().enumerate() {
-                let other = load.turn(&node.pairs, thread, busy_us > 0, now_us - busy_us, now_us);
-                changed += usize::from(other);
-                if other {
-                    first.look();
-                }
-            }
-            for (thread, moves) in [&mut *first, &mut second].into_iter().enumerate() {
-                moves.turn(&node.pairs, thread, Set::default(), now_us, &stats).unwrap();
-            }
-        }
-        changed
-    };
-    assert_eq!(rounds(&node, &mut first, 1_000_000..1_990_000, 0), 1, "what was before is not known");
-    assert_eq!(node.told(1), (vec![0], vec![0]));
-    assert_eq!(rounds(&node, &mut first, 2_000_000..4_000_000, 8_500), 0, "not quite busy");
+    assert!(rounds(&node, &mut state, 2_000_000..3_950_000, [8_500, 0]).is_empty(), "not quite busy");
     assert_eq!(node.told(1).0, [0]);
-    assert_eq!(rounds(&node, &mut first, 4_000_000..4_150_000, 9_500), 1, "busy");
+    assert_eq!(rounds(&node, &mut state, 3_950_000..4_100_000, [9_500, 0]), [4_000_000]);
     assert_eq!(node.told(1), (vec![1], vec![1]));
-    assert_eq!(rounds(&node, &mut first, 4_150_000..8_000_000, 4_000), 0, "four tenths each are too much for one");
-    assert_eq!(rounds(&node, &mut first, 8_000_000..10_500_000, 3_000), 1);
-    assert_eq!(node.told(1), (vec![0], vec![0]));
     assert_eq!(node.told(0), (vec![], vec![]));
+
+    rounds(&node, &mut state, 4_100_000..6_990_000, [0, 0]);
+    assert_eq!(node.told(1).0, [1], "what came before they were spread says nothing of ease");
+    rounds(&node, &mut state, 6_990_000..7_400_000, [0, 0]);
+    assert_eq!(node.told(1).0, [0]);
+
+    assert_eq!(rounds(&node, &mut state, 7_400_000..7_600_000, [10_000, 0]).len(), 1);
+    rounds(&node, &mut state, 7_600_000..15_000_000, [4_000, 4_000]);
+    assert_eq!(node.told(1).0, [1], "four tenths each are too much for one");
+    rounds(&node, &mut state, 15_000_000..22_000_000, [4_000, 3_000]);
+    assert_eq!(node.told(1).0, [0]);
+}
+
+#[test]
+fn all_begin_with_the_first_worker() {
+    let queues = (0..4).map(|_| TunQueue::of(UnixDatagram::unbound().unwrap())).collect();
+    let pairs = Pairs::new(queues, (0..4).map(|_| Vec::new()).collect(), WORKERS, true).unwrap();
+    assert_eq!([0, 1, 2, 3].map(|pair| pairs.get(pair).unwrap().owner.load(Ordering::Relaxed)), [0; 4]);
 }
 
 #[test]
@@ -207,24 +226,20 @@ fn a_thread_goes_on_with_what_it_did_not_empty_for_some_rounds() {
 fn what_another_thread_does_not_look_at_is_noticed() {
     let node = node(1);
     let pair = node.pairs.get(0).unwrap();
-    node.feed(0);
     let late = 1_000 + NEGLECTED_US;
-    assert!(!node.pairs.neglected(0, late), "its own");
-    node.pairs.release(0).unwrap();
-    assert!(node.pairs.neglected(0, 0), "nobody has it");
-    node.pairs.give(0, 2).unwrap();
-    assert!(node.pairs.neglected(0, late));
-    assert!(!node.pairs.neglected(1, late), "that is not its home");
+    let neglected = |now_us| [0, 1, 2, 3].map(|thread| node.pairs.neglected(thread, now_us));
+    assert_eq!(neglected(late), [false; 4], "nothing came");
+    node.feed(0);
+    assert_eq!(neglected(late), [false, true, true, true], "who has it receives it");
     pair.received(1_000);
-    assert!(!node.pairs.neglected(0, late), "who has it has looked");
-    assert!(node.pairs.neglected(0, late + 1));
-    assert!(!node.pairs.neglected(2, late + 1), "its own");
+    assert_eq!(neglected(late), [false; 4], "who has it has looked");
+    assert_eq!(neglected(late + 1), [false, true, true, true]);
     node.pairs.release(0).unwrap();
-    node.pairs.give(0, 0).unwrap();
-    assert!(node.pairs.neglected(2, late + 1), "who had it asks too: sessions are still with it");
+    assert_eq!(neglected(1_000), [true; 4], "nobody has it");
+    node.pairs.give(0, 2).unwrap();
+    assert_eq!(neglected(late + 1), [true, true, false, true]);
     node.empty(0);
-    assert!(!node.pairs.neglected(2, late + 1));
-    assert!(!node.pairs.neglected(0, late + 1), "nothing came");
+    assert_eq!(neglected(late + 1), [false; 4]);
 }
 
 #[test]
