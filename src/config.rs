@@ -147,6 +147,7 @@ impl Config {
     /// Makes a configuration out of what the user wrote.
     pub fn parse(sources: &Sources) -> Result<Self, ConfigError> {
         let layers = Layers::new(sources)?;
+        let (token, token_file) = membership::tokens(&layers)?;
         let settings = Settings {
             node_name: match layers.one("node-name", values::node_name)? {
                 Some(name) => name,
@@ -181,8 +182,8 @@ impl Config {
             socket_mode: layers.one("socket-mode", values::socket_mode)?.unwrap_or(0o660),
             socket_group: layers.one("socket-group", values::socket_group)?,
             servers: layers.many("server", membership::server, same_text)?,
-            token: layers.one("token", membership::token)?,
-            token_file: layers.one("token-file", membership::token_file)?,
+            token,
+            token_file,
             cluster_cidr: membership::cluster_cidr(&layers)?,
             node_cidr_mask_size: membership::mask_sizes(&layers)?,
             tls_san: layers.many("tls-san", membership::tls_san, same_text)?,
@@ -207,7 +208,12 @@ impl Config {
         };
         let says_encryption = layers.says("encryption");
         let says_busy_poll = layers.says("busy-poll");
+        let on_command_line = matches!(layers.place("token"), Place::Flag(_));
         let mut notices = layers.notices;
+        if on_command_line {
+            let seen = "every user of this machine can read `--token` in the list of processes; use MESHD_TOKEN or --token-file";
+            notices.push(seen.to_owned());
+        }
         if settings.io == Io::Tokio && says_busy_poll && !settings.busy_poll.is_zero() {
             notices.push("`busy-poll` does nothing with `io: tokio`; use `auto`, `mmsg` or `uring`".to_owned());
         }

@@ -208,13 +208,19 @@ fn an_agent_without_anything_to_join_with_is_told_what_to_do() {
     for (more, part) in [
         (&[][..], "`meshctl token create` on a server prints a token; set MESHD_TOKEN"),
         (&["--server", "https://10.9.0.1:9345"], "`server` alone lets nobody in"),
-        (&["--token", "a shared secret"], "give --server https://HOST:9345 with it"),
         (&["--token", "mesh1AAAA"], "flag --token: `token` cannot be `…`: the token is damaged"),
+        (&["--token", "hush", "--token-file", "/nowhere/token"], "`token` is given in the same place; keep one"),
         (&["--token-file", "/nowhere/token"], "cannot read the token-file: /nowhere/token: No such file"),
     ] {
         let o = outcome_is_2(agent(more));
         assert!(o.contains(part), "{more:?}: {o}");
     }
+    // it works, and somebody should know once who else can read it
+    let o = agent(&["--token", "a shared secret"]);
+    let lines: Vec<_> = o.err.lines().collect();
+    assert!(o.code == 2 && lines.len() == 2 && !o.err.contains("a shared secret"), "{}", o.err);
+    assert!(lines[0].contains("list of processes; use MESHD_TOKEN"), "{}", o.err);
+    assert!(lines[1].contains("give --server https://HOST:9345 with it"), "{}", o.err);
     let file = dir.path().join("token");
     std::fs::write(&file, "mesh1 AAAA\n").unwrap();
     let o = outcome_is_2(agent(&["--token-file", &file.display().to_string()]));

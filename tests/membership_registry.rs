@@ -31,6 +31,7 @@ struct Sim {
 
 struct Node {
     name: String,
+    role: Role,
     request: String,
     id: String,
     underlay: SocketAddr,
@@ -42,6 +43,7 @@ impl Node {
         let request = CertificateParams::default().serialize_request(&key).unwrap();
         Node {
             name: format!("n{n}"),
+            role: Role::Agent,
             request: STANDARD.encode(request.der()),
             id: String::new(),
             underlay: SocketAddr::from(([10, 9, 0, n], 8472)),
@@ -82,7 +84,7 @@ impl Sim {
     async fn join(&self, node: &Node, proof: &Proof, control_only: bool) -> Result<JoinAnswer, Refused> {
         let join = JoinRequest {
             name: node.name.clone(),
-            role: Role::Agent,
+            role: node.role,
             myself: Myself {
                 underlay: vec![node.underlay],
                 public_keys: vec![],
@@ -318,6 +320,28 @@ async fn a_full_disk_refuses_joins_and_tells_so_and_recovers() {
     sim.join(&big, &Proof::Secret, false).await.unwrap();
 }
 
+/// A cluster without a server is none: nobody could join or change anything, and a restart would bring the server back.
+#[tokio::test]
+async fn the_only_server_stays() {
+    let sim = Sim::new("10.42.0.0/16", MASKS).await;
+    let server = |n| Node { role: Role::Server, ..Node::new(n) };
+    let remove = |n: u8| Request::NodeRemove { name: format!("n{n}") };
+    let first = sim.join(&server(1), &Proof::Local, false).await.unwrap();
+    let agent = sim.join(&Node::new(2), &Proof::Secret, false).await.unwrap();
+    let refused = sim.ask(remove(1)).await.unwrap_err();
+    assert!(refused.code() == "last-server" && refused.to_string().contains("`n1` is the cluster's only server"));
+    let refused = sim.registry.leave(sim.now, &first.id).await.unwrap_err();
+    assert!(refused.code() == "last-server" && refused.to_string().contains("one other node would have none"));
+    let second = sim.join(&server(3), &Proof::Local, false).await.unwrap();
+    sim.ask(remove(1)).await.unwrap();
+    assert_eq!(sim.registry.leave(sim.now, &second.id).await.unwrap_err().code(), "last-server");
+    // the last node of all takes the cluster with it
+    sim.registry.leave(sim.now, &agent.id).await.unwrap();
+    sim.registry.leave(sim.now, &second.id).await.unwrap();
+    let status = sim.ask(Request::ClusterStatus).await.unwrap();
+    assert!(status["warnings"][0].as_str().unwrap().contains("no server is a member"), "{status}");
+}
+
 #[tokio::test]
 async fn the_audit_log_tells_who_did_what_and_is_bounded() {
     let sim = Sim::new("10.42.0.0/16", MASKS).await;
@@ -327,7 +351,7 @@ async fn the_audit_log_tells_who_did_what_and_is_bounded() {
     sim.join(&Node::new(2), &proof, false).await.unwrap_err();
     sim.ask(Request::TokenRevoke { id: token.id.to_string() }).await.unwrap();
     let log = sim.registry.audit().await.unwrap();
-    let what: Vec<_> = log.iter().map(|line| line["what"].as_str().unwrap()).collect();
+    let what: Vec<_> = log.iter().map(|line| line.what.as_str()).collect();
     assert_eq!(what, ["create token", "join", "refuse: token-used-up", "revoke token"]);
     let text = serde_json::to_string(&log).unwrap();
     assert!(text.contains(&token.id.to_string()) && !text.contains(&random::hex(&token.secret.0)));

@@ -218,6 +218,49 @@ fn a_server_that_is_killed_while_many_tokens_are_made_keeps_each_that_was_shown(
     assert!(shown.len() > 40);
 }
 
+/// `MESHD_TOKEN` in a unit file stays there, and who has served a cluster is still its server.
+#[test]
+fn a_server_that_is_started_with_a_token_of_its_own_cluster_goes_on() {
+    let (dir, stranger) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let settings = server_settings(dir.path(), free_port());
+    let mut server = Sidecar::start(&settings, "s", "10.9.0.1:8472");
+    server.until("starts", |s| s.status.connected);
+    let token = mint(&mut server);
+    server.kill();
+    let with = |token: &str| Settings { token: Some(Secret::new(token)), ..settings.clone() };
+    let mut server = Sidecar::start(&with(&token), "s", "10.9.0.1:8472");
+    server.until("a member goes on", |s| s.status.connected && s.nodes.len() == 1);
+    server.kill();
+    std::fs::remove_dir_all(dir.path().join("agent")).unwrap();
+    let mut server = Sidecar::start(&with(&token), "t", "10.9.0.2:8472");
+    server.until("so does who was none any more", |s| s.status.connected && s.nodes.len() == 2);
+    server.kill();
+
+    std::fs::remove_dir_all(dir.path().join("agent")).unwrap();
+    let mut other = Sidecar::start(&server_settings(stranger.path(), free_port()), "o", "10.9.0.9:8472");
+    other.until("another cluster", |s| s.status.connected);
+    ends_with(&with(&mint(&mut other)), "holds a cluster of its own");
+    other.kill();
+}
+
+/// The sidecar ends by itself, and says this.
+fn ends_with(settings: &Settings, what: &str) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_mesh-sidecar"))
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = serde_json::to_string(settings).unwrap();
+    lines.push_str("\n{\"type\":\"hello\",\"name\":\"s\",\"underlay\":[\"10.9.0.1:8472\"],\"public_keys\":[],\"encryption\":\"none\"}\n");
+    (&ours).write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains(what), "{said}");
+    let told = BufReader::new(ours).lines().map_while(Result::ok).any(|line| line.contains("\"problem\":\""));
+    assert!(told, "meshd is told why, too");
+}
+
 #[test]
 fn it_runs_without_privileges_and_refuses_what_it_cannot_do() {
     let dir = TempDir::new().unwrap();
@@ -231,22 +274,6 @@ fn it_runs_without_privileges_and_refuses_what_it_cannot_do() {
     assert!(!maps.contains("mesh1"));
     server.kill();
 
-    let ends_with = |settings: &Settings, what: &str| {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_mesh-sidecar"))
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = serde_json::to_string(settings).unwrap();
-        lines.push_str("\n{\"type\":\"hello\",\"name\":\"s\",\"underlay\":[\"10.9.0.1:8472\"],\"public_keys\":[],\"encryption\":\"none\"}\n");
-        (&ours).write_all(lines.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && said.contains(what), "{said}");
-        let told = BufReader::new(ours).lines().map_while(Result::ok).any(|line| line.contains("\"problem\":\""));
-        assert!(told, "meshd is told why, too");
-    };
     let mut other = settings.clone();
     other.cluster_cidr = vec!["10.43.0.0/16".parse().unwrap()];
     ends_with(&other, "cluster-cidr");

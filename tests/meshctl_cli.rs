@@ -780,7 +780,12 @@ fn a_token_stands_alone_on_standard_output() {
     let made: Value = serde_json::from_str(&text(&["token", "create", "--json"])).unwrap();
     assert_eq!((&made["token"], &made["id"]), (&json!("mesh1TOKEN"), &json!("t1")));
     assert!(text(&["token", "list"]).contains("t1  agent"), "{}", text(&["token", "list"]));
-    assert!(text(&["token", "revoke", "t1"]).contains("revoked"));
+    let made: Value = serde_json::from_str(&text(&["token", "create", "--print-join", "--json"])).unwrap();
+    assert_eq!(made["join"], json!("MESHD_TOKEN=mesh1TOKEN meshd agent\n"));
+    let made: Value = serde_json::from_str(&text(&["token", "create", "--print-script", "--json"])).unwrap();
+    assert_eq!(made["script"], json!(script));
+    assert!(text(&["token", "create", "--ttl", "7d", "--json"]).contains("mesh1TOKEN"));
+    assert!(text(&["token", "revoke", "t1"]).contains("the token t1 is revoked"));
 }
 
 #[test]
@@ -809,7 +814,8 @@ fn nodes_are_changed_and_refusals_are_told() {
 
     assert_eq!(answer["commands"][0], "ip link add mesh0 type wireguard");
     let text = String::from_utf8(served.ctl(&add).stdout).unwrap();
-    assert!(text.contains("is a member") && text.contains("\n# again\nip link add mesh0"), "{text}");
+    let expected = "# x is a member\n# To be run there, as root:\n# again\nip link add mesh0 type wireguard\n";
+    assert!(text.starts_with(expected), "it is for a shell, all of it: {text}");
     let output = served.ctl(&["node", "commands", "x", "--device", "wg7", "--private-key-file", "/k"]);
     let expected = "# again\nip link add wg7 type wireguard\nwg set wg7 private-key /k\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "what a shell may be given");
@@ -817,7 +823,9 @@ fn nodes_are_changed_and_refusals_are_told() {
     let output = served.ctl(&["node", "remove", "x"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("there is no node named x"), "{output:?}");
-    for wrong in [&["node", "add", "x"][..], &["token", "create", "--role", "boss"], &["token", "create", "--ttl", "x"]]
+    let token = |more: &[&'static str]| [&["token", "create"], more].concat();
+    for wrong in
+        [&["node", "add", "x"][..], &token(&["--role", "boss"]), &token(&["--ttl", "x"]), &token(&["--ttl", "0s"])]
     {
         assert_eq!(served.ctl(wrong).status.code(), Some(2), "{wrong:?}");
     }

@@ -106,7 +106,8 @@ impl Request {
                     link::Request::Nodes
                     | link::Request::TokenList
                     | link::Request::ClusterStatus
-                    | link::Request::ClusterMatrix,
+                    | link::Request::ClusterMatrix
+                    | link::Request::ClusterAudit,
             } => false,
             Request::Capture { .. } | Request::NodesAccept | Request::Cluster { .. } | Request::Leave { .. } => true,
         }

@@ -158,6 +158,8 @@ pub fn status(status: &StatusView, look: Look) -> String {
     );
     match &status.public_key {
         Some(key) => out += &format!("key      {}\n", clean(key)),
+        // the key of a member comes with membership
+        None if status.membership.as_ref().is_some_and(|membership| !membership.joined) => {}
         None => out += "key      none: traffic is not encrypted\n",
     }
     match status.peers {
@@ -190,7 +192,7 @@ pub fn status(status: &StatusView, look: Look) -> String {
 /// `meshctl nodes`.
 pub fn nodes(nodes: &[NodeView], look: Look) -> String {
     if nodes.is_empty() {
-        return "The node list is empty: name a `nodes-file` in meshd's configuration.\n".to_owned();
+        return "There are no nodes yet: `meshctl status` says what this one waits for.\n".to_owned();
     }
     let mut grid = Grid::new(&["NAME", "ROLE", "STATE", "UNDERLAY", "SUBNETS", "LABELS", "TAINTS", "JOINED"]);
     for node in nodes {

@@ -66,9 +66,9 @@ pub fn rate(before: u64, after: u64, passed: Duration) -> Option<f64> {
     (!passed.is_zero()).then(|| grown as f64 / passed.as_secs_f64())
 }
 
-/// Reads `500ms`, `30s`, `2m`, `1h`.
+/// Reads `500ms`, `30s`, `2m`, `1h`, `7d`.
 pub fn parse_span(text: &str) -> Result<Duration, String> {
-    let help = || format!("`{text}` is no duration: write a number and a unit, such as 500ms, 30s, 2m or 1h");
+    let help = || format!("`{text}` is no duration: write a number and a unit, such as 500ms, 30s, 2m, 1h or 7d");
     let text = text.trim();
     let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(help)?;
     let (number, unit) = text.split_at(unit_at);
@@ -78,6 +78,7 @@ pub fn parse_span(text: &str) -> Result<Duration, String> {
         "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
+        "d" => 86_400_000,
         _ => return Err(help()),
     };
     // A year is for ever, and small enough to be added to any clock.

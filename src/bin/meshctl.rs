@@ -20,6 +20,7 @@ use meshd::admin::protocol::capture::{self, FilterView, SideView};
 use meshd::admin::protocol::{ForeignView, PeerView, StatsView, TargetView, TokenMade, TokenView, why};
 use meshd::admin::render::{self, Before, Look};
 use meshd::admin::{DEFAULT_SOCKET, units};
+use meshd::control::foreign;
 use meshd::doctor;
 use meshd::membership::link;
 use meshd::membership::matrix::Matrix;
@@ -92,7 +93,9 @@ const ADD_HELP: &str = "\
 Examples:
   meshctl node add k --underlay 10.9.0.7                        a kernel VXLAN device, in the clear
   meshctl node add w --underlay 10.9.0.8 --public-key BASE64    a stock WireGuard peer
-  meshctl node commands k | ssh root@k sh                       again, when nodes have changed";
+  meshctl node commands k | ssh root@k sh                       again, when nodes have changed
+
+What is printed is for the shell of the foreign machine: commands, and all else as comments.";
 
 const TOKEN_HELP: &str = "\
 Examples:
@@ -320,10 +323,10 @@ enum NodeAction {
 #[derive(Debug, Args)]
 struct There {
     /// What the interface there is to be called
-    #[arg(long, value_name = "NAME", default_value = "mesh0")]
+    #[arg(long, value_name = "NAME", default_value = foreign::DEVICE)]
     device: String,
     /// Where a WireGuard peer's private key lies there
-    #[arg(long, value_name = "PATH", default_value = "/etc/wireguard/private.key")]
+    #[arg(long, value_name = "PATH", default_value = foreign::PRIVATE_KEY_FILE)]
     private_key_file: String,
 }
 
@@ -366,6 +369,8 @@ enum ClusterAction {
     Status,
     /// Who reaches whom, with round trip and loss, as the nodes themselves say
     Matrix,
+    /// Who made, used and revoked tokens, who joined, was refused, removed, and went: the last 1,000 lines (on a server)
+    Audit,
 }
 
 /// How long a token lives; `None` is for ever.
@@ -375,7 +380,12 @@ struct Lifetime(Option<Duration>);
 fn lifetime(text: &str) -> Result<Lifetime, String> {
     match text {
         "never" => Ok(Lifetime(None)),
-        text => units::parse_span(text).map(|span| Lifetime(Some(span))),
+        text => match units::parse_span(text)? {
+            span if span < Duration::from_secs(1) => {
+                Err("a token lives for a second at least, or `never` ends".to_owned())
+            }
+            span => Ok(Lifetime(Some(span))),
+        },
     }
 }
 
@@ -521,6 +531,10 @@ fn run(cli: &Cli) -> anyhow::Result<bool> {
         Command::Cluster(ClusterAction::Matrix) => {
             let matrix: Matrix = client.cluster(link::Request::ClusterMatrix)?;
             screen.print(&matrix, || render::matrix::matrix(&matrix, screen.look))?;
+        }
+        Command::Cluster(ClusterAction::Audit) => {
+            let lines: Vec<link::AuditLine> = client.cluster(link::Request::ClusterAudit)?;
+            screen.print(&lines, || render::cluster::audit(&lines, screen.look))?;
         }
         Command::Leave { force } => {
             let done = json!({"left": true, "message": client.leave(*force)?});
@@ -751,7 +765,7 @@ fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result
             let later = format!("what to run there is not known yet ({error}): try `meshctl node commands {name}`");
             ForeignView { name: name.clone(), commands: Vec::new(), notes: vec![later] }
         });
-        recipe = format!("\nTo be run there, as root:\n\n{}", render::cluster::recipe(&foreign));
+        recipe = format!("# To be run there, as root:\n{}", render::cluster::recipe(&foreign));
         if let Value::Object(fields) = &mut answer {
             fields.insert("commands".to_owned(), json!(foreign.commands));
             fields.insert("notes".to_owned(), json!(foreign.notes));
@@ -761,7 +775,9 @@ fn node(client: &Client, screen: &Screen, action: &NodeAction) -> anyhow::Result
         let subnets = answer.get("subnets").and_then(Value::as_array).into_iter().flatten();
         let subnets: Vec<&str> = subnets.filter_map(Value::as_str).collect();
         let subnets = if subnets.is_empty() { String::new() } else { format!(", with {}", subnets.join(" and ")) };
-        format!("{done}{subnets}\n{recipe}")
+        // with a recipe all of it may be handed to a shell there
+        let comment = if recipe.is_empty() { "" } else { "# " };
+        format!("{comment}{done}{subnets}\n{recipe}")
     })
 }
 
@@ -775,10 +791,17 @@ fn token(client: &Client, screen: &Screen, action: &TokenAction) -> anyhow::Resu
                 node: node.clone(),
             };
             let made: TokenMade = client.cluster(request)?;
-            screen.print(&made, || match (print_join, print_script) {
-                (true, _) => render::cluster::join_line(&made.token, role),
-                (_, true) => render::cluster::join_script(&made.token, role),
-                _ => format!("{}\n", made.token),
+            let print = match (print_join, print_script) {
+                (true, _) => Some(("join", render::cluster::join_line(&made.token, role))),
+                (_, true) => Some(("script", render::cluster::join_script(&made.token, role))),
+                _ => None,
+            };
+            let mut document = json!(made);
+            if let Some((key, text)) = &print {
+                document[key] = json!(text);
+            }
+            screen.print(&document, || {
+                print.as_ref().map_or_else(|| format!("{}\n", made.token), |(_, text)| text.clone())
             })
         }
         TokenAction::List => {
@@ -787,7 +810,8 @@ fn token(client: &Client, screen: &Screen, action: &TokenAction) -> anyhow::Resu
         }
         TokenAction::Revoke { id } => {
             let answer: Value = client.cluster(link::Request::TokenRevoke { id: id.clone() })?;
-            screen.print(&answer, || "the token is revoked: nobody joins with it any more\n".to_owned())
+            let id = answer.get("id").and_then(Value::as_str).unwrap_or(id);
+            screen.print(&answer, || format!("the token {id} is revoked: nobody joins with it any more\n"))
         }
     }
 }

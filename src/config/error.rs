@@ -33,6 +33,18 @@ pub enum Place {
     Default(&'static str),
 }
 
+impl Place {
+    /// What a source says counts more than what one of less weight says.
+    pub(super) fn weight(&self) -> u8 {
+        match self {
+            Place::Default(_) => 0,
+            Place::File { .. } => 1,
+            Place::Env(_) => 2,
+            Place::Flag(_) => 3,
+        }
+    }
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -80,7 +80,7 @@ pub enum TokenError {
     },
 }
 
-/// The token that `token` or `token-file` brings; the former wins.
+/// The token that `token` or `token-file` brings.
 pub fn token(config: &Config) -> Result<Option<Secret>, TokenError> {
     if let Some(token) = &config.token {
         return Ok(Some(token.clone()));

@@ -46,6 +46,22 @@ pub(super) fn token_file(text: &str) -> Read<TokenFile> {
     if text == "-" { Ok(TokenFile::StandardInput) } else { values::path(text).map(TokenFile::Path) }
 }
 
+/// `token` and `token-file`, of which the one that was said by more weighty a source counts.
+pub(super) fn tokens(layers: &Layers) -> Result<(Option<Secret>, Option<TokenFile>), ConfigError> {
+    let (text, file) = (layers.one("token", token)?, layers.one("token-file", token_file)?);
+    let (of_text, of_file) = (layers.place("token"), layers.place("token-file"));
+    match (text, file) {
+        (Some(_), Some(_)) if of_text.weight() == of_file.weight() => {
+            let fix = "`token` is given in the same place; keep one of them".to_owned();
+            let problem = Problem::BadValue { key: "token-file", value: "…".to_owned(), fix };
+            Err(ConfigError { place: of_file, problem })
+        }
+        (Some(_), Some(file)) if of_file.weight() > of_text.weight() => Ok((None, Some(file))),
+        (Some(text), Some(_)) => Ok((Some(text), None)),
+        one => Ok(one),
+    }
+}
+
 pub(super) fn cluster_cidr(layers: &Layers) -> Result<Vec<IpNet>, ConfigError> {
     let given = layers.many("cluster-cidr", cidr, same_family)?;
     let default = Ipv4Net::new(Ipv4Addr::new(10, 42, 0, 0), 16).map(IpNet::V4);

@@ -353,7 +353,7 @@ const OTHERS: [(&str, &str); 23] = [
 #[test]
 fn membership_keys_are_read() {
     let config = parse(
-        "server: [10.9.0.1, 'https://b.example:9345', '[fd00::1]:9345']\ntoken: hush-hush\ntoken-file: '-'\n\
+        "server: [10.9.0.1, 'https://b.example:9345', '[fd00::1]:9345']\ntoken: hush-hush\n\
          cluster-cidr: 10.42.0.0/16, fd42::/48\nnode-cidr-mask-size: [25, 72]\ntls-san: [mesh.example, 192.0.2.1]\n\
          bind-address: 10.9.0.1\ndatastore-endpoint: sqlite:///x/y.db\nnode-label: zone=a, example.org/x=\n\
          node-taint: CriticalAddonsOnly=true:NoExecute\ncontrol-only: true\npurge-after: 2d\ncluster-init: false\n\
@@ -362,7 +362,7 @@ fn membership_keys_are_read() {
     .unwrap();
     assert_eq!(config.servers, ["10.9.0.1", "https://b.example:9345", "[fd00::1]:9345"]);
     assert_eq!(config.token.as_ref().map(|token| token.reveal()), Some("hush-hush"));
-    assert_eq!(config.token_file, Some(TokenFile::StandardInput));
+    assert_eq!(parse("token-file: '-'").unwrap().token_file, Some(TokenFile::StandardInput));
     assert_eq!(config.cluster_cidr.len(), 2);
     assert_eq!((config.node_cidr_mask_size.v4, config.node_cidr_mask_size.v6), (25, 72));
     assert_eq!(config.bind_address.to_string(), "10.9.0.1:9345");
@@ -428,6 +428,25 @@ fn a_token_is_never_shown() {
     assert!(env.contains("MESHD_TOKEN") && !env.contains("hush"), "{env}");
     let changed = config.live_changes(&parse("token: other\nadvertise-address: 192.0.2.1\n").unwrap());
     assert_eq!((changed.live.as_slice(), changed.restart.len()), (&["advertise-address", "token"][..], 0));
+}
+
+#[test]
+fn of_token_and_token_file_the_weightier_source_counts() {
+    let given = |file: &str, env: &[(&str, &str)], flags: &[(&str, &str)]| Config::parse(&sources(file, env, flags));
+    let config = given("token: hush\n", &[("MESHD_TOKEN_FILE", "/t")], &[]).unwrap();
+    assert!(config.token.is_none() && config.token_file.is_some());
+    assert!(config.notices().is_empty(), "{:?}", config.notices());
+    let config = given("token-file: /t\n", &[("MESHD_TOKEN_FILE", "/t")], &[("token", "hush")]).unwrap();
+    assert!(config.token.is_some() && config.token_file.is_none());
+    assert!(config.notices().iter().any(|n| n.contains("list of processes")), "{:?}", config.notices());
+    for both in [
+        given("token: hush\ntoken-file: /t\n", &[], &[]),
+        given("", &[("MESHD_TOKEN", "hush"), ("MESHD_TOKEN_FILE", "/t")], &[]),
+        given("", &[], &[("token", "hush"), ("token-file", "/t")]),
+    ] {
+        let message = both.unwrap_err().to_string();
+        assert!(message.contains("keep one of them") && !message.contains("hush"), "{message}");
+    }
 }
 
 #[test]

@@ -13,6 +13,11 @@ use crate::key::PublicKey;
 use crate::membership::record::{Mode, NodeRecord, Role, State};
 use crate::node::{Mac, NodeName, Vni};
 
+/// What the interface of a foreign member is called, unless it is said.
+pub const DEVICE: &str = "mesh0";
+/// Where its private key lies, unless it is said.
+pub const PRIVATE_KEY_FILE: &str = "/etc/wireguard/private.key";
+
 /// What is the same for all of them.
 #[derive(Debug, Clone)]
 pub struct Setting {
@@ -127,7 +132,7 @@ impl Plan<'_> {
         let Plan { device, setting, local, .. } = self;
         let mut recipe = self.start();
         recipe.commands.push(format!(
-            "ip link show dev {device} >/dev/null 2>&1 || ip link add {device} type wireguard 2>/dev/null || \
+            "ip link show dev {device} >/dev/null 2>&1 || ip link add {device} type wireguard || \
              wireguard-go {device}"
         ));
         let key = quoted(&setting.private_key_file);
@@ -154,10 +159,16 @@ impl Plan<'_> {
     }
 
     fn start(&self) -> Recipe {
+        let Setting { device, private_key_file: key, .. } = self.setting;
+        let mut again = format!("meshctl node commands {}", self.node.name);
+        if device != DEVICE {
+            again += &format!(" --device {device}");
+        }
+        if key != PRIVATE_KEY_FILE && self.node.encryption == Mode::Wireguard {
+            again += &format!(" --private-key-file {}", quoted(key));
+        }
         let again = format!(
-            "these commands know the nodes of today: when nodes come, go or move, run what `meshctl node commands {}` \
-             prints then",
-            self.node.name
+            "these commands know the nodes of today: when nodes come, go or move, run what `{again}` prints then"
         );
         Recipe { commands: Vec::new(), notes: vec![again] }
     }
@@ -265,7 +276,7 @@ ip route replace 10.42.255.2/32 via 10.42.255.2 dev mesh0 onlink src 10.42.9.1"
         let node = foreign(Some(KEY));
         let recipe = recipe(&node, &others(), &setting()).unwrap();
         let expected = format!(
-            "ip link show dev mesh0 >/dev/null 2>&1 || ip link add mesh0 type wireguard 2>/dev/null || wireguard-go mesh0
+            "ip link show dev mesh0 >/dev/null 2>&1 || ip link add mesh0 type wireguard || wireguard-go mesh0
 wg set mesh0 private-key '/etc/wireguard/my key' listen-port 8472
 ip link set dev mesh0 mtu 1440
 ip addr replace 10.42.9.1/32 dev mesh0
@@ -277,6 +288,8 @@ ip route replace fd42:0:0:1::/64 dev mesh0 src fd42:0:0:9::1"
         );
         assert_eq!(recipe.commands.join("\n"), expected);
         assert!(recipe.notes.iter().any(|note| note.starts_with("b does not speak WireGuard")), "{recipe:?}");
+        let again = "`meshctl node commands k --private-key-file '/etc/wireguard/my key'`";
+        assert!(recipe.notes[0].contains(again), "{recipe:?}");
     }
 
     #[test]

@@ -118,6 +118,23 @@ pub enum Request {
     ClusterStatus,
     /// `meshctl cluster matrix`: the answer is a [`Matrix`](super::matrix::Matrix).
     ClusterMatrix,
+    /// `meshctl cluster audit`: an array of [`AuditLine`]s, the oldest first.
+    ClusterAudit,
+}
+
+/// Something that somebody may want to know later: who made, used or revoked a token, who joined, was refused or went.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditLine {
+    /// When, RFC 3339.
+    pub at: String,
+    /// What.
+    pub what: String,
+    /// Whom it concerns.
+    pub node: Option<String>,
+    /// The id of a token.
+    pub token: Option<String>,
+    /// Where it was asked from, where that is known.
+    pub from: Option<String>,
 }
 
 /// A message from the sidecar.

@@ -19,8 +19,8 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use self::known::Known;
 pub use self::known::elsewhere;
+use self::known::{Known, without_own_token};
 use self::names::{addresses, keep_names, names, node_token, refresh_node_token};
 use super::address::BadServerAddress;
 use super::agent::keep::KeepError;
@@ -210,6 +210,7 @@ async fn live(
         Agent::new(settings, heard, orders, view, out)?.run().await;
         return Ok(());
     }
+    let settings = without_own_token(settings)?;
     let hello = heard.hello.clone();
     let mut managed = Managed::find(&settings, DATABASE)?;
     let (registry, server, standby) = loop {

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{Grid, Look, Paint, clean, dash};
 use crate::admin::protocol::{ForeignView, TokenView};
+use crate::membership::link::AuditLine;
 
 /// `meshctl token list`.
 pub fn tokens(tokens: &[TokenView], look: Look) -> String {
@@ -31,6 +32,19 @@ pub fn tokens(tokens: &[TokenView], look: Look) -> String {
                 or_dash(&token.description.clone().filter(|text| !text.is_empty())),
             ],
         );
+    }
+    grid.draw(look)
+}
+
+/// `meshctl cluster audit`.
+pub fn audit(lines: &[AuditLine], look: Look) -> String {
+    let mut grid = Grid::new(&["TIME", "WHAT", "NODE", "TOKEN", "FROM"]);
+    for line in lines {
+        let paint = if line.what.starts_with("refuse") { Paint::Warn } else { Paint::Plain };
+        let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(dash);
+        let cells =
+            [Some(line.at.clone()), Some(line.what.clone()), line.node.clone(), line.token.clone(), line.from.clone()];
+        grid.row(paint, cells.iter().map(or_dash).collect());
     }
     grid.draw(look)
 }
@@ -145,6 +159,17 @@ t2  -      b     revoked  unlimited  -        -
 ";
         assert_eq!(tokens(&list, Look::default()), expected);
         assert!(tokens(&[], Look::default()).contains("token create"));
+    }
+
+    #[test]
+    fn the_audit_log_is_a_table() {
+        let at = "2026-11-20T09:00:00Z".to_owned();
+        let line = AuditLine { at, what: "join".to_owned(), node: Some("a".to_owned()), token: None, from: None };
+        let expected = "\
+TIME                  WHAT  NODE  TOKEN  FROM
+2026-11-20T09:00:00Z  join  a     -      -
+";
+        assert_eq!(audit(&[line], Look::default()), expected);
     }
 
     #[test]

@@ -1,4 +1,5 @@
 use super::*;
+use crate::admin::protocol::MembershipView;
 
 fn peer(name: &str, state: PeerState) -> PeerView {
     PeerView {
@@ -55,7 +56,7 @@ node-with-a-long-name  unknown  10.9.0.2:8472  10.42.2.0/24  none        -      
 #[test]
 fn an_empty_list_says_what_to_do() {
     assert!(peers(&[], None, PLAIN).contains("add the other nodes to `nodes-file`"));
-    assert!(nodes(&[], PLAIN).contains("`nodes-file`"));
+    assert!(nodes(&[], PLAIN).contains("meshctl status"));
 }
 
 #[test]
@@ -164,6 +165,17 @@ peers    2 (see `meshctl peers`)
     let text = status(&StatusView { ready: false, reasons, ..view }, PLAIN);
     assert!(text.starts_with("ready    NO\n"), "{text}");
     assert!(text.contains("\nnot ready: mesh0 is down: `ip link set mesh0 up`\nWhat to do: "), "{text}");
+}
+
+/// Keys come with membership: until then nothing is sent at all, in the clear or not.
+#[test]
+fn who_waits_to_join_is_not_told_that_it_does_not_encrypt() {
+    let member = |joined| StatusView {
+        membership: Some(MembershipView { joined, ..MembershipView::default() }),
+        ..StatusView::default()
+    };
+    assert!(!status(&member(false), PLAIN).contains("not encrypted"));
+    assert!(status(&member(true), PLAIN).contains("not encrypted"));
 }
 
 #[test]

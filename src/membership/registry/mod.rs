@@ -46,7 +46,7 @@ use super::authority::{self, Authority, AuthorityError};
 use super::clock::Now;
 use super::etcd::Members;
 use super::files::FileError;
-use super::link::Peers;
+use super::link::{AuditLine, Peers};
 use super::matrix::MAX_PATHS;
 use super::pake;
 use super::random;
@@ -462,9 +462,10 @@ impl Registry {
     }
 
     /// The audit log, oldest first: who made, used and revoked tokens, who joined, was refused, removed, and went.
-    pub async fn audit(&self) -> Result<Vec<serde_json::Value>, StoreError> {
+    pub async fn audit(&self) -> Result<Vec<AuditLine>, StoreError> {
         let lines = self.store.range(rows::AUDIT).await?.items;
-        Ok(lines.iter().filter_map(|line| serde_json::from_slice(&line.value).ok()).collect())
+        let lines = lines.iter().filter_map(|line| serde_json::from_slice::<AuditRow>(&line.value).ok());
+        Ok(lines.map(AuditLine::from).collect())
     }
 
     /// The member with this identity, or why there is none.
@@ -745,8 +746,8 @@ impl Registry {
 
     fn settle(&self, plan: &Plan, lines: &[Op], revision: Revision) {
         for line in &plan.audit {
-            let of = |part: &Option<String>| part.clone().unwrap_or_default();
-            tracing::info!(node = of(&line.node), token = of(&line.token), from = of(&line.from), "{}", line.what);
+            let AuditRow { what, node, token, from, .. } = line;
+            tracing::info!(node, token, from, "{what}");
         }
         self.make_known(plan, lines, revision);
     }

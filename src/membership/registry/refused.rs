@@ -6,6 +6,7 @@ use crate::membership::authority::AuthorityError;
 use crate::membership::etcd::members::MembersError;
 use crate::membership::record::Role;
 use crate::membership::store::StoreError;
+use crate::membership::token::ID_LEN;
 
 /// A refusal.
 #[derive(Debug, thiserror::Error)]
@@ -48,8 +49,8 @@ pub enum Refused {
     NoSecret,
     /// The name has an owner.
     #[error(
-        "the name `{0}` belongs to a node with another key; choose another `node-name`, or, if that node is gone for good, \
-         run `meshctl node remove {0}` on a server first"
+        "the name `{0}` is that of another node; choose another (`node-name`, where meshd runs), or, if that node is gone for \
+         good, run `meshctl node remove {0}` on a server first"
     )]
     NameTaken(String),
     /// The key has another name.
@@ -91,6 +92,25 @@ pub enum Refused {
     /// No such token.
     #[error("there is no token `{0}`; `meshctl token list` lists them")]
     NoSuchToken(String),
+    /// Something else than a token's id.
+    #[error("a token is revoked by its id, which is {digits} hexadecimal digits: `meshctl token list` shows it", digits = 2 * ID_LEN)]
+    NoTokenId,
+    /// Without it there is no cluster any more.
+    #[error(
+        "node `{0}` is the cluster's only server: without it no node could join, and nothing could be changed. Add another \
+         server first, or restore a backup on the machine that takes its place; to end the cluster, run `meshctl leave` on \
+         each node, on this one last"
+    )]
+    LastServer(String),
+    /// The same, by its own will.
+    #[error(
+        "this node is the cluster's only server, and {} would have none: have them leave first, or add another server",
+        nodes(*.others)
+    )]
+    LeavesNone {
+        /// How many other nodes run meshd.
+        others: usize,
+    },
     /// Servers only.
     #[error("only servers may do this; run it on a server")]
     NotAllowed,
@@ -145,6 +165,8 @@ impl Refused {
             Refused::NotMember => "not-a-member",
             Refused::NoSuchNode(_) => "no-such-node",
             Refused::NoSuchToken(_) => "no-such-token",
+            Refused::NoTokenId => "no-token-id",
+            Refused::LastServer(_) | Refused::LeavesNone { .. } => "last-server",
             Refused::NotAllowed => "not-allowed",
             Refused::NotHere => "not-here",
             Refused::TooMany => "too-many-attempts",
@@ -160,7 +182,8 @@ impl Refused {
     /// The HTTP status that says the same.
     pub fn status(&self) -> u16 {
         match self {
-            Refused::BadRecord(_) | Refused::Authority(AuthorityError::BadRequest) | Refused::NotHere => 400,
+            Refused::BadRecord(_) | Refused::NoTokenId | Refused::NotHere => 400,
+            Refused::Authority(AuthorityError::BadRequest) => 400,
             Refused::NoSuchNode(_) | Refused::NoSuchToken(_) => 404,
             Refused::NameTaken(_) | Refused::KeyTaken(_) => 409,
             Refused::TooMany => 429,
@@ -188,6 +211,10 @@ pub(crate) fn role(role: Role) -> &'static str {
         Role::Agent => "agent",
         Role::Foreign => "foreign",
     }
+}
+
+fn nodes(count: usize) -> String {
+    if count == 1 { "one other node".to_owned() } else { format!("{count} other nodes") }
 }
 
 fn span(seconds: i64) -> String {

@@ -51,13 +51,14 @@ impl Registry {
             }
             Request::TokenList => Ok(self.token_list()),
             Request::TokenRevoke { id } => {
-                // A whole token pasted here would be a secret in the answer and the log.
-                let id: TokenId = id.parse().map_err(|_| Refused::NoSuchToken("(not an id)".to_owned()))?;
+                // a whole token pasted here would be a secret in the answer and the log: what it was is not said
+                let id: TokenId = id.parse().map_err(|_| Refused::NoTokenId)?;
                 self.decide(now, true, |state| Ok(((), state.revoke(now, &id.to_string())?))).await?;
                 Ok(json!({ "id": id.to_string(), "revoked": true }))
             }
             Request::ClusterStatus => Ok(self.cluster_status(now)),
             Request::ClusterMatrix => Ok(json!(self.matrix(now))),
+            Request::ClusterAudit => Ok(json!(self.audit().await?)),
         }
     }
 
@@ -122,6 +123,10 @@ impl Registry {
             })
             .collect();
         let mut warnings = Vec::new();
+        if servers.is_empty() {
+            let only = "no server is a member: restart meshd on this node, which then joins again, or restore a backup";
+            warnings.push(only.to_owned());
+        }
         let workers = records.iter().any(|r| r.subnets.iter().any(|net| net.prefix_len() < net.max_prefix_len()));
         if !records.is_empty() && !workers {
             warnings.push("no node carries a workload subnet: all are control-only".to_owned());

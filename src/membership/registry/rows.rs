@@ -5,6 +5,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::space::BadSpace;
+use crate::membership::clock::rfc3339;
+use crate::membership::link::AuditLine;
 use crate::membership::record::{NodeRecord, Role, State as Health};
 use crate::membership::settings::MaskSizes;
 use crate::membership::store::Op;
@@ -107,6 +109,13 @@ pub(super) struct AuditRow {
     pub(super) node: Option<String>,
     pub(super) token: Option<String>,
     pub(super) from: Option<String>,
+}
+
+impl From<AuditRow> for AuditLine {
+    fn from(row: AuditRow) -> Self {
+        let AuditRow { at, what, node, token, from } = row;
+        AuditLine { at: rfc3339(at), what, node, token, from }
+    }
 }
 
 /// A change that was decided, and is not stored yet.

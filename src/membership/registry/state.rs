@@ -181,7 +181,7 @@ impl State {
             if row.record.name != join.name {
                 return Err(Refused::KeyTaken(row.record.name));
             }
-            self.check_myself(&join.myself, Some(&row.record.id))?;
+            self.check_myself(&join.myself, Some(&row.record.id), OF_MESHD)?;
             let before = row.clone();
             set_myself(&mut row, &join.myself);
             let put_nodes = if row == before { vec![] } else { vec![row.clone()] };
@@ -199,7 +199,7 @@ impl State {
             }
             plan = removal(other, now, How::Replaced);
         }
-        self.check_myself(&join.myself, plan.drop_nodes.first().map(String::as_str))?;
+        self.check_myself(&join.myself, plan.drop_nodes.first().map(String::as_str), OF_MESHD)?;
         let back = self.gone_by_identity.get(identity).and_then(|id| self.gone.get(id)).cloned();
         let subnets = self.subnets_for(join, back.as_ref())?;
         plan.drop_gone.extend(back.iter().map(|gone| gone.id.clone()));
@@ -250,7 +250,7 @@ impl State {
     /// What a node says of itself changes.
     pub(super) fn update(&self, id: &str, myself: &Myself) -> Result<Plan, Refused> {
         let mut row = self.nodes.get(id).ok_or(Refused::NotMember)?.clone();
-        self.check_myself(myself, Some(id))?;
+        self.check_myself(myself, Some(id), OF_MESHD)?;
         set_myself(&mut row, myself);
         let changed = self.nodes.get(id) != Some(&row);
         Ok(Plan { put_nodes: if changed { vec![row] } else { vec![] }, ..Plan::default() })
@@ -281,7 +281,7 @@ impl State {
             labels: BTreeMap::new(),
             taints: vec![],
         };
-        self.check_myself(&myself, None)?;
+        self.check_myself(&myself, None, OF_FOREIGN)?;
         for (at, net) in subnets.iter().enumerate() {
             if net.prefix_len() == 0 || net.trunc() != *net {
                 return Err(bad(format!("{net} cannot be a node's subnet; give a prefix such as 10.99.1.0/24")));
@@ -338,7 +338,19 @@ impl State {
     }
 
     pub(super) fn remove(&self, now: Now, id: &str, how: How) -> Result<Plan, Refused> {
-        Ok(removal(self.nodes.get(id).ok_or(Refused::NotMember)?, now, how))
+        let row = self.nodes.get(id).ok_or(Refused::NotMember)?;
+        let servers = self.nodes.values().filter(|row| row.record.role == Role::Server).count();
+        if row.record.role == Role::Server && servers == 1 {
+            // foreign members ask no server for anything
+            let runs_meshd = |other: &&NodeRow| other.record.role != Role::Foreign && other.record.id != row.record.id;
+            let others = self.nodes.values().filter(runs_meshd).count();
+            match how {
+                How::Removed => return Err(Refused::LastServer(row.record.name.clone())),
+                How::Left if others > 0 => return Err(Refused::LeavesNone { others }),
+                _ => {}
+            }
+        }
+        Ok(removal(row, now, how))
     }
 
     pub(super) fn revoke(&self, now: Now, id: &str) -> Result<Plan, Refused> {
@@ -429,24 +441,23 @@ impl State {
     }
 
     /// What a node says of itself must be possible, and nobody else's.
-    fn check_myself(&self, myself: &Myself, own: Option<&str>) -> Result<(), Refused> {
+    fn check_myself(&self, myself: &Myself, own: Option<&str>, words: Words) -> Result<(), Refused> {
         let bad = |what: String| Err(Refused::BadRecord(what));
+        let Words { underlay, public_key } = words;
         if myself.underlay.is_empty() {
-            return bad("the node says no underlay address; set `node-ip`".to_owned());
+            return bad(format!("the node says no underlay address; {underlay}"));
         }
         for (at, address) in myself.underlay.iter().enumerate() {
             let ip = address.ip();
             if !is_underlay(ip) || address.port() == 0 {
-                return bad(format!("{address} cannot be an underlay address; set `node-ip` or `advertise-address`"));
+                return bad(format!("{address} cannot be an underlay address; {underlay}"));
             }
             if self.space.contains(ip) {
-                return bad(format!(
-                    "{ip} lies within cluster-cidr, so it cannot be an underlay address; set `node-ip`"
-                ));
+                return bad(format!("{ip} lies within cluster-cidr, so it cannot be an underlay address; {underlay}"));
             }
             if self.space.is_taken(&IpNet::from(ip)) {
                 return bad(format!(
-                    "{ip} lies within a node's subnet, so it cannot be an underlay address; set `node-ip`"
+                    "{ip} lies within a node's subnet, so it cannot be an underlay address; {underlay}"
                 ));
             }
             if myself.underlay.iter().take(at).any(|other| other.is_ipv4() == address.is_ipv4()) {
@@ -454,9 +465,7 @@ impl State {
             }
             if let Some(other) = self.by_address.get(&ip).filter(|id| Some(id.as_str()) != own) {
                 let name = self.nodes.get(other).map_or("another node", |row| &row.record.name);
-                return bad(format!(
-                    "the underlay address {ip} is that of node `{name}`; set `node-ip` or `advertise-address` to one of this node's own"
-                ));
+                return bad(format!("the underlay address {ip} is that of node `{name}`; {underlay}"));
             }
         }
         for (at, key) in myself.public_keys.iter().enumerate() {
@@ -466,10 +475,7 @@ impl State {
             }
             let of_another = self.by_key.get(key).is_some_and(|id| Some(id.as_str()) != own);
             if of_another || myself.public_keys.iter().take(at).any(|other| other == key) {
-                return bad(
-                    "the public key is that of another node; was this machine cloned? Remove its `private-key-file`"
-                        .to_owned(),
-                );
+                return bad(format!("the public key is that of another node; {public_key}"));
             }
         }
         let long = |text: &String| text.len() > MAX_TEXT || text.chars().any(char::is_control);
@@ -489,6 +495,24 @@ impl State {
         Ok(())
     }
 }
+
+/// What mends what a node says of itself.
+#[derive(Clone, Copy)]
+struct Words {
+    underlay: &'static str,
+    public_key: &'static str,
+}
+
+/// Where meshd runs: keys of its configuration.
+const OF_MESHD: Words = Words {
+    underlay: "set `node-ip` or `advertise-address` to one that is this node's own",
+    public_key: "was this machine cloned? Remove its `private-key-file`",
+};
+/// Where it does not: flags of `meshctl node add`.
+const OF_FOREIGN: Words = Words {
+    underlay: "give `--underlay` the address at which it receives data",
+    public_key: "give `--public-key` its own",
+};
 
 /// A line for the audit log.
 pub(super) fn audit(now: Now, what: &str, node: Option<&str>, token: Option<&str>) -> AuditRow {

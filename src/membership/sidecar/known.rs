@@ -2,11 +2,15 @@
 
 use std::path::Path;
 
-use super::SidecarError;
+use super::{DATABASE, NODE_TOKEN, SidecarError};
+use crate::membership::agent::keep::Keep;
+use crate::membership::etcd::{Kept, ManagedError};
 use crate::membership::files::{self, FileError};
 use crate::membership::random;
-use crate::membership::settings::Datastore;
+use crate::membership::settings::{Datastore, Settings};
+use crate::membership::store;
 use crate::membership::store::endpoint::redacted;
+use crate::membership::token::{Credential, Token};
 
 /// Which cluster a server has served, and, on its second line, in which store it is.
 const CLUSTER_ID: &str = "server/cluster-id";
@@ -50,6 +54,32 @@ impl Known {
         let candidate = data_dir.join(CANDIDATE);
         Ok(files::remove(&candidate).map_err(|source| FileError { path: candidate, source })?)
     }
+}
+
+/// The settings of a server, without a `token` and a `server` that are not for it: one that serves a cluster out of a file
+/// has joined nothing else by them, and may have been started with the token of its own cluster, which others join by.
+pub(super) fn without_own_token(mut settings: Settings) -> Result<Settings, SidecarError> {
+    let token = settings.token.as_ref().and_then(|token| Credential::parse(token.reveal()).ok());
+    let whole = if let Some(Credential::Token(token)) = &token { Some(token) } else { None };
+    let serves = Known::read(&settings.data_dir)?.cluster.filter(|_| {
+        settings.data_dir.join(DATABASE).exists() && !settings.cluster_init && !store::is_shared(&settings.datastore)
+    });
+    let Some(cluster) = serves.filter(|_| whole.is_some() || !settings.servers.is_empty()) else { return Ok(settings) };
+    if Kept::new(&settings.data_dir).member().map_err(ManagedError::from)?.is_some() {
+        return Ok(settings);
+    }
+    let member = Keep::open(&settings.data_dir)?.membership()?.is_some_and(|member| member.cluster == cluster);
+    let ready = files::read(&settings.data_dir.join(NODE_TOKEN))?.and_then(|bytes| String::from_utf8(bytes).ok());
+    let ready = ready.and_then(|text| text.trim().parse::<Token>().ok());
+    let same = ready.is_some_and(|ready| whole.is_some_and(|token| token.ca_hash == ready.ca_hash));
+    if member || same {
+        tracing::warn!(
+            "this server serves cluster {cluster} already: `token` and `server` are not needed, and ignored"
+        );
+        settings.servers.clear();
+        settings.token = None;
+    }
+    Ok(settings)
 }
 
 /// Where the state of a server with this data directory is, when that is a store elsewhere, which has tools of its own.
