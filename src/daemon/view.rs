@@ -51,7 +51,7 @@ pub(super) struct Shared {
     pub tun_drops: AtomicU64,
     /// What the kernel dropped at sockets that are closed by now.
     pub udp_drops_before: AtomicU64,
-    problems: Mutex<BTreeMap<Concern, String>>,
+    problems: Mutex<BTreeMap<Concern, Told>>,
     held: Mutex<Option<NodeList>>,
     pub accept: Notify,
     pub member: Member,
@@ -74,6 +74,14 @@ pub(super) enum Concern {
     Kept,
     Attach,
     HandshakeTime,
+}
+
+/// What was said of a concern.
+#[derive(Debug, Clone)]
+struct Told {
+    message: String,
+    /// Somebody is to mend something; else it is only waited for.
+    fault: bool,
 }
 
 impl Concern {
@@ -107,25 +115,29 @@ impl Shared {
 
     /// Something is wrong; it is logged when it is news.
     pub(super) fn problem(&self, concern: Concern, message: String) {
-        let mut problems = lock(&self.problems);
-        if problems.get(&concern) != Some(&message) {
-            tracing::warn!("{message}");
-            problems.insert(concern, message);
-        }
+        self.tell(concern, Told { message, fault: true });
     }
 
     /// Something is not there yet, which is no fault.
     pub(super) fn waits(&self, concern: Concern, message: String) {
-        let mut problems = lock(&self.problems);
-        if problems.get(&concern) != Some(&message) {
-            tracing::info!("{message}");
-            problems.insert(concern, message);
-        }
+        self.tell(concern, Told { message, fault: false });
     }
 
-    /// A concern is settled.
+    fn tell(&self, concern: Concern, told: Told) {
+        let mut problems = lock(&self.problems);
+        if problems.get(&concern).is_some_and(|before| before.message == told.message) {
+            return;
+        }
+        match told.fault {
+            true => tracing::warn!("{}", told.message),
+            false => tracing::info!("{}", told.message),
+        }
+        problems.insert(concern, told);
+    }
+
+    /// A concern is settled. What came that was waited for is told by whom it concerns.
     pub(super) fn settled(&self, concern: Concern) {
-        if let Some(message) = lock(&self.problems).remove(&concern) {
+        if let Some(Told { message, fault: true }) = lock(&self.problems).remove(&concern) {
             tracing::info!("settled: {message}");
         }
     }
@@ -345,7 +357,7 @@ impl Mesh for Shared {
         let tables = self.tables.load();
         let local = tables.local();
         let problems = lock(&self.problems).clone();
-        let reasons = problems.values().cloned().collect();
+        let reasons = problems.values().map(|told| told.message.clone()).collect();
         StatusView {
             node: self.node.to_string(),
             role: self.member.as_ref().map_or(Role::Run, |member| member.role()),
