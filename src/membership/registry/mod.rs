@@ -1,13 +1,14 @@
 //! Who is a member: nodes, tokens and subnets, over a store.
 //!
-//! Owns the rules, and the order of changes: each is decided on the copy in memory (`state`), stored with a comparison that
-//! nobody came in between, and only then true and told to watchers (`feed`). Heartbeats stay in memory (`health`). Takes the
-//! time as an argument, and knows nothing of HTTP.
+//! Owns the rules (`state`), how it comes to be (`open`), and the order of changes (`change`), which watchers are told of
+//! (`feed`). Heartbeats stay in memory (`health`). Takes the time as an argument, and knows nothing of HTTP.
 
+mod change;
 mod feed;
 mod follow;
 mod found;
 mod health;
+mod open;
 mod others;
 mod refused;
 mod requests;
@@ -29,15 +30,14 @@ use ipnet::IpNet;
 use tokio::sync::{Notify, watch};
 
 use self::feed::Feed;
-use self::found::Found;
 use self::health::{Beat, Health, Patient};
 pub use self::health::{GRACE, INTERVAL};
+pub use self::open::{OpenError, Setup};
 use self::others::Others;
 pub use self::refused::Refused;
 pub use self::rows::BadRow;
 use self::rows::{AuditRow, ClusterRow, How, Plan, TokenRow};
 pub use self::space::BadSpace;
-use self::space::Space;
 pub use self::state::{Proof, REST};
 use self::state::{State, audit};
 use super::address::ServerAddress;
@@ -45,111 +45,18 @@ use super::api::{JoinAnswer, JoinRequest, Myself, News, PollAnswer};
 use super::authority::{self, Authority, AuthorityError};
 use super::clock::Now;
 use super::etcd::Members;
-use super::files::FileError;
 use super::link::{AuditLine, Peers};
 use super::matrix::MAX_PATHS;
 use super::pake;
 use super::random;
 use super::record::{NodeRecord, Role};
-use super::settings::{MaskSizes, PurgeAfter, SERVER_PORT, Secret};
-use super::store::{Compare, Op, Outcome, Revision, Store, StoreError, Txn};
+use super::settings::{PurgeAfter, SERVER_PORT};
+use super::store::{Op, Revision, Store, StoreError, Txn};
 use super::token::{Token, TokenId, TokenSecret};
 
-/// A change is tried again at least so often, and for so long, when somebody came in between: where the store is slow and the
-/// others write much, most tries meet another's.
-const TRIES: usize = 20;
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Lines that the audit log keeps.
-const AUDIT_KEEP: usize = 1000;
-/// Lines that one change removes at most, whatever there is too much: etcd takes 128 steps in a transaction.
-const AUDIT_DROP: usize = 10;
 /// Heartbeats are stored this often, for people who ask after a restart.
 const FLUSH: Duration = Duration::from_secs(300);
 const TIDY: Duration = Duration::from_secs(600);
-
-/// What a cluster is made with, and what is known of the one that should be there.
-#[derive(Debug, Clone, Default)]
-pub struct Setup {
-    /// `cluster-cidr`; empty: the one of the cluster that is there.
-    pub cidrs: Vec<IpNet>,
-    /// `node-cidr-mask-size`
-    pub masks: MaskSizes,
-    /// The pre-shared secret, where one was given.
-    pub secret: Option<Secret>,
-    /// `purge-after`
-    pub purge_after: PurgeAfter,
-    /// Whether other servers use the store, too.
-    pub shared: bool,
-    /// The cluster that this server has served before: nothing else will do.
-    pub cluster: Option<String>,
-    /// The id of a cluster that this server makes, or has just made.
-    pub candidate: Option<String>,
-    /// SHA-256 of the CA of the cluster that this server is to join, as its token says.
-    pub ca: Option<[u8; 32]>,
-    /// Whether the cluster has to be there already, for another reason: `server` was given.
-    pub join: bool,
-    /// What kind of store it is, in a word; for people.
-    pub datastore: &'static str,
-}
-
-/// Why there is no registry.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The store fails.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Its content is wrong.
-    #[error(transparent)]
-    Row(#[from] BadRow),
-    /// The copy of it.
-    #[error(transparent)]
-    File(#[from] FileError),
-    /// The CA.
-    #[error(transparent)]
-    Authority(#[from] AuthorityError),
-    /// The cluster that was there is not.
-    #[error(
-        "cluster {cluster}, which this server belongs to, is no longer in its datastore: it was emptied, or is another one. Nothing \
-         is served. Restore the datastore from a backup, or set `datastore-endpoint` right; to give that cluster up for good, \
-         remove the data-dir's `server` and `agent` folders"
-    )]
-    Vanished {
-        /// Its id.
-        cluster: String,
-    },
-    /// Another cluster is there.
-    #[error(
-        "the datastore holds cluster {found}, but this server belongs to {cluster}: one database is for one cluster. Set \
-         `datastore-endpoint` right"
-    )]
-    OtherCluster {
-        /// The one that is there.
-        found: String,
-        /// The one that should be.
-        cluster: String,
-    },
-    /// A cluster is there, and nothing says that this server is meant to serve it.
-    #[error(
-        "the datastore holds cluster {found} already: to add this server to it, give it a token that `meshctl token create --role \
-         server` made there, or its shared secret; for a cluster of its own, give it another database. If it is a server of it \
-         whose data-dir was lost, write {found} into the file server/cluster-id there"
-    )]
-    Stranger {
-        /// The one that is there.
-        found: String,
-    },
-    /// A token for a cluster that is not there.
-    #[error(
-        "`token` or `server` joins a cluster that is not the one in the datastore; set `datastore-endpoint` to that of its servers"
-    )]
-    OtherToken,
-    /// Another secret than the cluster's.
-    #[error("`token` is not the shared secret that this cluster was made with; use the one of its other servers")]
-    OtherSecret,
-    /// Somebody else makes a cluster in it.
-    #[error("another server makes a cluster in this store at the same time; start again")]
-    Race,
-}
 
 /// A member, for authorisation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,96 +145,6 @@ struct Answers {
 }
 
 impl Registry {
-    /// Opens the cluster in this store, or makes one. Stretching a secret takes a moment.
-    pub async fn open(store: Arc<dyn Store>, setup: Setup, now: Now) -> Result<Self, OpenError> {
-        let mut setup = setup;
-        if setup.cidrs.is_empty()
-            && let Some(row) = store.range(rows::CLUSTER).await?.items.iter().find(|item| item.key == rows::CLUSTER)
-        {
-            let row: ClusterRow = rows::read(rows::CLUSTER, &row.value)?;
-            (setup.cidrs, setup.masks) = (row.cidrs, row.masks);
-        }
-        let space = Space::new(&setup.cidrs, setup.masks).map_err(BadRow::from)?;
-        let mut found = Found::read(&*store, &space).await?;
-        let mut made = false;
-        if found.cluster.is_none() {
-            if let Some(cluster) = setup.cluster {
-                return Err(OpenError::Vanished { cluster });
-            }
-            if setup.ca.is_some() || setup.join {
-                return Err(OpenError::OtherToken);
-            }
-            made = found::make(&*store, &setup, now).await?;
-            found = Found::read(&*store, &space).await?;
-        }
-        let (Some(cluster), Some(ca)) = (found.cluster, found.ca) else { return Err(OpenError::Race) };
-        let authority = Authority::load(&ca)?;
-        if let Some(was) = setup.cluster.as_ref().filter(|was| **was != cluster.id) {
-            return Err(OpenError::OtherCluster { found: cluster.id, cluster: was.clone() });
-        }
-        if setup.ca.is_some_and(|hash| hash != authority.hash()) {
-            return Err(OpenError::OtherToken);
-        }
-        made |= setup.candidate.as_ref() == Some(&cluster.id);
-        let verifier = setup.secret.as_ref().map(|secret| pake::Verifier::new(secret.reveal(), &cluster.id));
-        if setup.shared && !made {
-            if verifier.is_some() && found.secret != verifier {
-                return Err(OpenError::OtherSecret);
-            }
-            if setup.cluster.is_none() && setup.ca.is_none() && verifier.is_none() {
-                return Err(OpenError::Stranger { found: cluster.id });
-            }
-        }
-        if cluster.cidrs != setup.cidrs || cluster.masks != setup.masks {
-            let was = cluster.cidrs.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-            let masks = format!("{}, {}", cluster.masks.v4, cluster.masks.v6);
-            return Err(BadRow::OtherSpace { was, masks }.into());
-        }
-        let secret = match verifier {
-            Some(verifier) => {
-                if found.secret.as_ref() != Some(&verifier) {
-                    let ops = vec![Op::put(rows::SECRET, STANDARD.encode(verifier.as_bytes()))];
-                    store.txn(Txn { compares: vec![], ops }).await?;
-                }
-                Some(verifier)
-            }
-            None => found.secret,
-        };
-        let revision = found.feed.revision();
-        Ok(Registry {
-            store,
-            authority,
-            cluster,
-            secret,
-            purge_after: setup.purge_after,
-            known: RwLock::new(Known { state: found.state, feed: found.feed }),
-            writer: tokio::sync::Mutex::new(Writer {
-                guard: found.guard,
-                followed: found.revision,
-                stale: false,
-                audited: 0,
-                flushed: now.mono,
-                tidied: Duration::ZERO,
-            }),
-            health: Mutex::new(Health::new(now, found.beats)),
-            servers: RwLock::default(),
-            members: OnceLock::new(),
-            away: OnceLock::new(),
-            shared: setup.shared,
-            datastore: setup.datastore,
-            me: random::id(),
-            others: Mutex::new(found.others),
-            moved: Mutex::default(),
-            presence: tokio::sync::Mutex::default(),
-            heard: AtomicU64::new(0),
-            published: watch::Sender::new(revision),
-            changed: Notify::new(),
-            answers: Mutex::default(),
-            refused_at: AtomicI64::new(0),
-            counters: Counters::default(),
-        })
-    }
-
     /// Whether the store answers.
     pub async fn check(&self) -> Result<(), StoreError> {
         self.store.range(rows::GUARD).await.map(drop)
@@ -681,130 +498,6 @@ impl Registry {
     /// The same, for who is in this process.
     pub fn local_news(&self, from: Option<u64>) -> News {
         self.known().news(from)
-    }
-
-    /// Decides on what is known, stores it, and then makes it known. That nothing is to be changed is believed as it is.
-    async fn change<T>(
-        &self,
-        now: Now,
-        decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
-    ) -> Result<T, Refused> {
-        self.decide(now, false, decide).await
-    }
-
-    /// The same. `sure`: also a refusal, or that there is nothing to change, is about what the store has now, and not about
-    /// what this server last heard of it: the others may have gone on without it.
-    async fn decide<T>(
-        &self,
-        now: Now,
-        sure: bool,
-        decide: impl Fn(&mut State) -> Result<(T, Plan), Refused>,
-    ) -> Result<T, Refused> {
-        let mut writer = self.writer.lock().await;
-        let begun = tokio::time::Instant::now();
-        let mut tries = 0;
-        while tries < TRIES || begun.elapsed() < PATIENCE {
-            tries += 1;
-            if writer.stale {
-                self.reload(&mut writer).await?;
-            }
-            let decided = decide(&mut self.known_mut().state);
-            let (answer, plan) = match decided {
-                Ok((answer, plan)) if !plan.is_empty() => (answer, plan),
-                other => {
-                    if sure && !self.is_current(&mut writer).await? {
-                        continue;
-                    }
-                    return other.map(|(answer, _)| answer);
-                }
-            };
-            let mut ops = plan.ops();
-            ops.push(Op::put(rows::GUARD, ""));
-            if plan.changes_list() {
-                ops.push(Op::put(rows::LIST, ""));
-            }
-            let lines = self.audit_ops(now, &plan.audit, &mut writer);
-            ops.extend(lines.iter().cloned());
-            let compares = vec![Compare { key: rows::GUARD.to_owned(), modified: writer.guard }];
-            match self.store.txn(Txn { compares, ops }).await {
-                Ok(Outcome::Done(revision)) => {
-                    writer.guard = revision;
-                    self.counters.commits.fetch_add(1, Ordering::Relaxed);
-                    self.heard_store(now);
-                    self.settle(&plan, &lines, revision);
-                    return Ok(answer);
-                }
-                Ok(Outcome::Conflict) => self.catch_up(&mut writer).await,
-                Err(error) => {
-                    writer.stale = !matches!(error, StoreError::Full { .. });
-                    return Err(error.into());
-                }
-            }
-        }
-        Err(Refused::Busy)
-    }
-
-    fn settle(&self, plan: &Plan, lines: &[Op], revision: Revision) {
-        for line in &plan.audit {
-            let AuditRow { what, node, token, from, .. } = line;
-            tracing::info!(node, token, from, "{what}");
-        }
-        self.make_known(plan, lines, revision);
-    }
-
-    fn make_known(&self, plan: &Plan, lines: &[Op], revision: Revision) {
-        let mut known = self.known_mut();
-        known.state.apply(plan);
-        for line in lines {
-            match line {
-                Op::Put { key, .. } => drop(known.state.audit.insert(key.clone())),
-                Op::Delete { key } => drop(known.state.audit.remove(key)),
-            }
-        }
-        if plan.changes_list() {
-            let upsert = plan.put_nodes.iter().map(|row| row.record.clone());
-            known.feed.push(revision, upsert, &plan.drop_nodes);
-            self.changed.notify_one();
-        }
-    }
-
-    /// The log's new lines, and the removal of the oldest in their place.
-    fn audit_ops(&self, now: Now, lines: &[AuditRow], writer: &mut Writer) -> Vec<Op> {
-        let mut ops = Vec::new();
-        for line in lines {
-            writer.audited += 1;
-            let (time, count) = (now.unix.max(0), writer.audited % 100_000_000);
-            // another server may write its line of that number in the same second
-            let key = format!("{}{time:012}-{count:08}-{}", rows::AUDIT, &self.me[..8]);
-            ops.push(Op::put(key, rows::json(line)));
-        }
-        let known = self.known();
-        let spare = (known.state.audit.len() + ops.len()).saturating_sub(AUDIT_KEEP).min(lines.len() + AUDIT_DROP);
-        // A key that is written in this transaction must not be dropped in it too.
-        let fresh = |key: &&String| !ops.iter().any(|op| matches!(op, Op::Put { key: new, .. } if new == *key));
-        let oldest: Vec<_> = known.state.audit.iter().filter(fresh).take(spare).map(Op::delete).collect();
-        ops.extend(oldest);
-        ops
-    }
-
-    async fn reload(&self, writer: &mut Writer) -> Result<(), Refused> {
-        let space =
-            Space::new(&self.cluster.cidrs, self.cluster.masks).map_err(|e| Refused::BadRecord(e.to_string()))?;
-        let found = Found::read(&*self.store, &space).await.map_err(|e| match e {
-            OpenError::Store(error) => Refused::Store(error),
-            other => Refused::BadRecord(other.to_string()),
-        })?;
-        if found.cluster.as_ref().map(|cluster| &cluster.id) != Some(&self.cluster.id) {
-            let gone = OpenError::Vanished { cluster: self.cluster.id.clone() }.to_string();
-            return Err(StoreError::Unfit { place: "datastore".to_owned(), problem: gone }.into());
-        }
-        *self.others() = found.others;
-        *self.known_mut() = Known { state: found.state, feed: found.feed };
-        writer.guard = found.guard;
-        writer.followed = found.revision;
-        writer.stale = false;
-        self.changed.notify_one();
-        Ok(())
     }
 
     fn known(&self) -> RwLockReadGuard<'_, Known> {
