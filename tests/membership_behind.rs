@@ -116,9 +116,9 @@ async fn a_server_without_its_store_says_so_and_judges_nobody() {
     let setup = Setup { candidate: Some("c".to_owned()), shared: true, ..harness::setup() };
     let mut now = Now::read();
     let registry = Registry::open(store.clone(), setup, now).await.unwrap();
-    let token = registry.mint(now, Role::Agent, None, None, None, "").await.unwrap();
+    let token = registry.mint(now, Role::Server, None, None, None, "").await.unwrap();
     let keep = Keep::open(dir.path()).unwrap();
-    let join = JoinRequest { clock: now.unix, ..harness::request(&keep, "n", Role::Agent) };
+    let join = JoinRequest { clock: now.unix, ..harness::request(&keep, "n", Role::Server) };
     let id = registry.join(now, &join, &Proof::Token(token.id, token.secret), None).await.unwrap().id;
     let mut pass = async |seconds: u32, beats: bool| {
         let mut failed = 0;

@@ -81,7 +81,7 @@ async fn too_long_an_audit_log_stops_no_change() {
     drop(open().await);
     let key = |n: u64| format!("audit/{n:012}-{n:08}");
     for part in (0..1300).collect::<Vec<_>>().chunks(100) {
-        let ops = part.iter().map(|n| Op::put(key(*n), *b"{}")).collect();
+        let ops = part.iter().map(|n| Op::put(key(*n), *br#"{"at":0,"what":"join"}"#)).collect();
         store.txn(Txn { compares: vec![], ops }).await.unwrap();
     }
     // two at once, neither of which knows what the other removes

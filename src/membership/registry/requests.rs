@@ -123,10 +123,6 @@ impl Registry {
             })
             .collect();
         let mut warnings = Vec::new();
-        if servers.is_empty() {
-            let only = "no server is a member: restart meshd on this node, which then joins again, or restore a backup";
-            warnings.push(only.to_owned());
-        }
         let workers = records.iter().any(|r| r.subnets.iter().any(|net| net.prefix_len() < net.max_prefix_len()));
         if !records.is_empty() && !workers {
             warnings.push("no node carries a workload subnet: all are control-only".to_owned());
@@ -158,6 +154,10 @@ impl Registry {
             let summary = format!("{all} server{plural}, {may} may fail, as long as the datastore answers");
             (tolerance, (self.is_shared() && all > 0).then_some(summary))
         };
+        if servers.is_empty() {
+            let only = "no server is a member: restart meshd on this node, which then joins again, or restore a backup";
+            warnings.push(only.to_owned());
+        }
         let mut status = json!({
             "cluster": self.cluster(),
             "datastore": if self.datastore.is_empty() { "sqlite" } else { self.datastore },
