@@ -61,9 +61,9 @@ impl Known {
 pub(super) fn without_own_token(mut settings: Settings) -> Result<Settings, SidecarError> {
     let token = settings.token.as_ref().and_then(|token| Credential::parse(token.reveal()).ok());
     let whole = if let Some(Credential::Token(token)) = &token { Some(token) } else { None };
-    let serves = Known::read(&settings.data_dir)?.cluster.filter(|_| {
-        settings.data_dir.join(DATABASE).exists() && !settings.cluster_init && !store::is_shared(&settings.datastore)
-    });
+    let serves = Known::read(&settings.data_dir)?
+        .cluster
+        .filter(|_| settings.data_dir.join(DATABASE).exists() && !store::is_shared(&settings.datastore));
     let Some(cluster) = serves.filter(|_| whole.is_some() || !settings.servers.is_empty()) else { return Ok(settings) };
     if Kept::new(&settings.data_dir).member().map_err(ManagedError::from)?.is_some() {
         return Ok(settings);
@@ -77,7 +77,8 @@ pub(super) fn without_own_token(mut settings: Settings) -> Result<Settings, Side
             "this server serves cluster {cluster} already: `token` and `server` are not needed, and ignored"
         );
         settings.servers.clear();
-        settings.token = None;
+        // a shared secret is what others join its cluster by
+        settings.token = settings.token.filter(|_| whole.is_none());
     }
     Ok(settings)
 }
