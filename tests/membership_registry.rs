@@ -342,6 +342,25 @@ async fn the_only_server_stays() {
     assert!(status["warnings"][0].as_str().unwrap().contains("no server is a member"), "{status}");
 }
 
+/// A backup on a new machine, or a data-dir that lost its `agent` folder: the only server is itself again.
+#[tokio::test]
+async fn the_only_server_takes_its_own_place() {
+    let sim = Sim::new("10.42.0.0/16", MASKS).await;
+    let server = |n| Node { role: Role::Server, ..Node::new(n) };
+    sim.join(&server(1), &Proof::LocalAlone, false).await.unwrap();
+    sim.join(&Node::new(2), &Proof::Secret, false).await.unwrap();
+    let again = server(1);
+    let shared = sim.join(&again, &Proof::Local, false).await.unwrap_err();
+    assert_eq!(shared.code(), "name-taken", "where there may be others, it may be one of them");
+    sim.join(&again, &Proof::LocalAlone, false).await.unwrap();
+    let renamed = Node { name: "other".to_owned(), ..server(1) };
+    sim.join(&renamed, &Proof::LocalAlone, false).await.unwrap();
+    let names: Vec<_> = sim.registry.records().into_iter().map(|record| record.name).collect();
+    assert_eq!(names, ["n2", "other"], "by its name, and by its address");
+    let agent = Node { role: Role::Server, ..Node::new(2) };
+    assert_eq!(sim.join(&agent, &Proof::LocalAlone, false).await.unwrap_err().code(), "name-taken", "not an agent's");
+}
+
 #[tokio::test]
 async fn the_audit_log_tells_who_did_what_and_is_bounded() {
     let sim = Sim::new("10.42.0.0/16", MASKS).await;

@@ -67,10 +67,11 @@ pub async fn run(
     let keep = Keep::open(&settings.data_dir)?;
     let member = keep.membership()?;
     let name = member.map_or_else(|| hello.borrow().name.clone(), |member| member.name);
+    let proof = if registry.is_shared() { Proof::Local } else { Proof::LocalAlone };
     let mut outlook = registry.outlook();
     let id = loop {
         let join = request(&settings, &keep, &name, &hello.borrow_and_update())?;
-        match registry.join(Now::read(), &join, &Proof::Local, None).await {
+        match registry.join(Now::read(), &join, &proof, None).await {
             Ok(answer) => {
                 keep.joined(&name, Role::Server, &answer)?;
                 break answer.id;

@@ -225,7 +225,7 @@ impl Registry {
         proof: &Proof,
         from: Option<IpAddr>,
     ) -> Result<JoinAnswer, Refused> {
-        if *proof != Proof::Local {
+        if !matches!(proof, Proof::Local | Proof::LocalAlone) {
             self.present()?;
         }
         if let Proof::Token(id, secret) = proof {

@@ -63,8 +63,9 @@ pub enum Refused {
     BadRecord(String),
     /// No subnet is left.
     #[error(
-        "no free subnet of /{mask} is left in {cidr} ({used} in use or resting); remove nodes that are gone with \
-         `meshctl node remove`, or set up the cluster with a larger cluster-cidr"
+        "no free subnet of /{mask} is left in {cidr} ({used} in use or resting: what a removed node had rests for {} days, in \
+         case it comes back); the next one is free when a rest is over, or set up the cluster with a larger cluster-cidr",
+        super::REST / 86_400
     )]
     Exhausted {
         /// Out of which.

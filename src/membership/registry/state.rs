@@ -44,6 +44,8 @@ pub enum Proof {
     Certificate(String),
     /// It is this very server's node.
     Local,
+    /// The same where no other server can be: whoever was a server of this name or at this place before, was this one.
+    LocalAlone,
 }
 
 /// What the registry knows.
@@ -181,7 +183,7 @@ impl State {
             if row.record.name != join.name {
                 return Err(Refused::KeyTaken(row.record.name));
             }
-            self.check_myself(&join.myself, Some(&row.record.id), OF_MESHD)?;
+            self.check_myself(&join.myself, std::slice::from_ref(&row.record.id), OF_MESHD)?;
             let before = row.clone();
             set_myself(&mut row, &join.myself);
             let put_nodes = if row == before { vec![] } else { vec![row.clone()] };
@@ -191,15 +193,24 @@ impl State {
             check_usable(now, token)?;
         }
         let mut plan = Plan::default();
-        if let Some(other) = self.by_name.get(&join.name).and_then(|id| self.nodes.get(id)) {
-            // A token for this very name, or the name's own server, replaces a node that is not there any more.
+        if *proof == Proof::LocalAlone {
+            for former in self.formerly(join) {
+                let gone = removal(former, now, How::Replaced);
+                plan.drop_nodes.extend(gone.drop_nodes);
+                plan.put_gone.extend(gone.put_gone);
+                plan.audit.extend(gone.audit);
+            }
+        }
+        let other = self.by_name.get(&join.name).and_then(|id| self.nodes.get(id));
+        if let Some(other) = other.filter(|other| !plan.drop_nodes.contains(&other.record.id)) {
+            // A token for this very name replaces a node that is not there any more.
             let meant = token.as_ref().is_some_and(|t| t.node.as_deref() == Some(&join.name));
             if !meant || other.ready {
                 return Err(Refused::NameTaken(join.name.clone()));
             }
             plan = removal(other, now, How::Replaced);
         }
-        self.check_myself(&join.myself, plan.drop_nodes.first().map(String::as_str), OF_MESHD)?;
+        self.check_myself(&join.myself, &plan.drop_nodes, OF_MESHD)?;
         let back = self.gone_by_identity.get(identity).and_then(|id| self.gone.get(id)).cloned();
         let subnets = self.subnets_for(join, back.as_ref())?;
         plan.drop_gone.extend(back.iter().map(|gone| gone.id.clone()));
@@ -250,7 +261,7 @@ impl State {
     /// What a node says of itself changes.
     pub(super) fn update(&self, id: &str, myself: &Myself) -> Result<Plan, Refused> {
         let mut row = self.nodes.get(id).ok_or(Refused::NotMember)?.clone();
-        self.check_myself(myself, Some(id), OF_MESHD)?;
+        self.check_myself(myself, &[id.to_owned()], OF_MESHD)?;
         set_myself(&mut row, myself);
         let changed = self.nodes.get(id) != Some(&row);
         Ok(Plan { put_nodes: if changed { vec![row] } else { vec![] }, ..Plan::default() })
@@ -281,7 +292,7 @@ impl State {
             labels: BTreeMap::new(),
             taints: vec![],
         };
-        self.check_myself(&myself, None, OF_FOREIGN)?;
+        self.check_myself(&myself, &[], OF_FOREIGN)?;
         for (at, net) in subnets.iter().enumerate() {
             if net.prefix_len() == 0 || net.trunc() != *net {
                 return Err(bad(format!("{net} cannot be a node's subnet; give a prefix such as 10.99.1.0/24")));
@@ -388,7 +399,7 @@ impl State {
         proof: &Proof,
     ) -> Result<Option<TokenRow>, Refused> {
         match proof {
-            Proof::Local | Proof::Secret => Ok(None),
+            Proof::Local | Proof::LocalAlone | Proof::Secret => Ok(None),
             Proof::Certificate(shown) => {
                 if shown != identity {
                     return Err(Refused::NotAllowed);
@@ -440,8 +451,19 @@ impl State {
         }
     }
 
-    /// What a node says of itself must be possible, and nobody else's.
-    fn check_myself(&self, myself: &Myself, own: Option<&str>, words: Words) -> Result<(), Refused> {
+    /// The servers that have the name, an address or a key of the one that joins.
+    fn formerly<'s>(&'s self, join: &'s JoinRequest) -> impl Iterator<Item = &'s NodeRow> {
+        let Myself { underlay, public_keys, .. } = &join.myself;
+        self.nodes.values().filter(move |row| {
+            let of = &row.record;
+            let same_place = of.underlay.iter().any(|a| underlay.iter().any(|b| a.ip() == b.ip()));
+            let same = of.name == join.name || same_place || of.public_keys.iter().any(|key| public_keys.contains(key));
+            same && of.role == Role::Server
+        })
+    }
+
+    /// What a node says of itself must be possible, and nobody else's: nobody's but those of `own`, ids that are its own.
+    fn check_myself(&self, myself: &Myself, own: &[String], words: Words) -> Result<(), Refused> {
         let bad = |what: String| Err(Refused::BadRecord(what));
         let Words { underlay, public_key } = words;
         if myself.underlay.is_empty() {
@@ -463,7 +485,7 @@ impl State {
             if myself.underlay.iter().take(at).any(|other| other.is_ipv4() == address.is_ipv4()) {
                 return bad("there are two underlay addresses of one family; give one of each at most".to_owned());
             }
-            if let Some(other) = self.by_address.get(&ip).filter(|id| Some(id.as_str()) != own) {
+            if let Some(other) = self.by_address.get(&ip).filter(|id| !own.contains(id)) {
                 let name = self.nodes.get(other).map_or("another node", |row| &row.record.name);
                 return bad(format!("the underlay address {ip} is that of node `{name}`; {underlay}"));
             }
@@ -473,7 +495,7 @@ impl State {
             if decoded.len() != 32 || decoded.iter().all(|b| *b == 0) || STANDARD.encode(&decoded) != *key {
                 return bad("a public key is not 32 bytes in base64".to_owned());
             }
-            let of_another = self.by_key.get(key).is_some_and(|id| Some(id.as_str()) != own);
+            let of_another = self.by_key.get(key).is_some_and(|id| !own.contains(id));
             if of_another || myself.public_keys.iter().take(at).any(|other| other == key) {
                 return bad(format!("the public key is that of another node; {public_key}"));
             }
