@@ -39,6 +39,7 @@ use crate::node::{DEFAULT_PORT, NodeName, Vni};
 pub struct Config {
     settings: Settings,
     says_encryption: bool,
+    says_node_name: bool,
     notices: Vec<String>,
 }
 
@@ -207,17 +208,13 @@ impl Config {
             log_format: layers.one("log-format", values::log_format)?.unwrap_or(LogFormat::Text),
         };
         let says_encryption = layers.says("encryption");
+        let says_node_name = layers.says("node-name");
         let says_busy_poll = layers.says("busy-poll");
-        let on_command_line = matches!(layers.place("token"), Place::Flag(_));
         let mut notices = layers.notices;
-        if on_command_line {
-            let seen = "every user of this machine can read `--token` in the list of processes; use MESHD_TOKEN or --token-file";
-            notices.push(seen.to_owned());
-        }
         if settings.io == Io::Tokio && says_busy_poll && !settings.busy_poll.is_zero() {
             notices.push("`busy-poll` does nothing with `io: tokio`; use `auto`, `mmsg` or `uring`".to_owned());
         }
-        Ok(Config { settings, says_encryption, notices })
+        Ok(Config { settings, says_encryption, says_node_name, notices })
     }
 
     /// The same for a member of a cluster, whose default differs: keys come with membership, so it encrypts.
@@ -226,6 +223,11 @@ impl Config {
             self.settings.encryption = Encryption::Wireguard;
         }
         self
+    }
+
+    /// Whether somebody chose `node-name`; else it is the machine's.
+    pub fn says_node_name(&self) -> bool {
+        self.says_node_name
     }
 
     /// Things that are no error but that somebody should read once, such as a `MESHD_` variable that means nothing.

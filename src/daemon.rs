@@ -42,7 +42,7 @@ use self::data_plane::{DataPlane, Parts};
 use self::lives::Lives;
 use self::logging::Logging;
 use self::membership::{Inbox, Membership, ends};
-pub use self::membership::{Join, has_joined};
+pub use self::membership::{Join, Joined, joined};
 use self::metrics::Metrics;
 pub use self::privileges::settle;
 use self::stamps::Stamps;
@@ -171,7 +171,11 @@ pub async fn cleanup(config: Config) -> anyhow::Result<()> {
     for route in &report.routes {
         println!("removed the route {route}");
     }
-    if report.is_empty() {
+    let files = attach::detach(&config);
+    for path in &files {
+        println!("removed {path}");
+    }
+    if report.is_empty() && files.is_empty() {
         println!("nothing of meshd's is left here");
     }
     Ok(())

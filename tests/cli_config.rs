@@ -235,3 +235,18 @@ fn outcome_is_2(o: Outcome) -> String {
     assert_eq!(o.err.lines().count(), 1, "{}", o.err);
     o.err
 }
+
+/// Whoever starts another role than the one it joined as, or under another name, would make a second cluster, or a second node.
+#[test]
+fn a_node_that_has_joined_stays_what_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().display().to_string();
+    std::fs::create_dir(dir.path().join("agent")).unwrap();
+    std::fs::write(dir.path().join("agent/membership.json"), r#"{"name":"a","role":"agent"}"#).unwrap();
+    let started = |args: &[&str]| outcome_is_2(outcome(&mut meshd(&[args, &["--data-dir", &data]].concat())));
+    let o = started(&["server", "--node-name", "a"]);
+    assert!(o.contains("as `agent`, so start `meshd agent`") && o.contains("meshctl leave"), "{o}");
+    let o = started(&["agent", "--node-name", "b"]);
+    assert!(o.contains("joined as `a`, so `node-name` cannot be `b`"), "{o}");
+    assert!(!dir.path().join("server").exists(), "nothing was made");
+}

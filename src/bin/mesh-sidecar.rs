@@ -105,8 +105,7 @@ fn main() -> ExitCode {
             block_on(async { Ok(sqlite::backup(&data_dir.join(sidecar::DATABASE), &file).await?) })
                 .map(|()| written(&file))
         }
-        Some(Verb::Restore { data_dir, file, .. }) => restore(&data_dir.join(sidecar::DATABASE), &file)
-            .map(|()| eprintln!("mesh-sidecar: done; start meshd again")),
+        Some(Verb::Restore { data_dir, file, .. }) => restore(&data_dir, &file),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -133,12 +132,22 @@ fn written(file: &std::path::Path) {
     eprintln!("mesh-sidecar: wrote {}, which holds the cluster's keys: keep it as secret as those", file.display());
 }
 
-fn restore(database: &std::path::Path, file: &std::path::Path) -> anyhow::Result<()> {
-    if let Some(folder) = database.parent() {
-        meshd::membership::files::ensure_dir(folder)?;
-    }
-    block_on(async { Ok(sqlite::restore(file, database).await?) })?;
-    database.parent().map_or(Ok(()), give)
+fn restore(data_dir: &std::path::Path, file: &std::path::Path) -> anyhow::Result<()> {
+    let database = data_dir.join(sidecar::DATABASE);
+    let folder = database.parent().unwrap_or(data_dir);
+    meshd::membership::files::ensure_dir(folder)?;
+    let cluster = sidecar::served(data_dir)?;
+    let restored = block_on(async { Ok(sqlite::restore(file, &database, cluster.as_deref()).await?) })?;
+    give(folder)?;
+    let as_of =
+        restored.as_of.map(|at| format!(" as of {}", meshd::membership::clock::rfc3339(at))).unwrap_or_default();
+    let former = restored.former.map(|path| format!("; what was there before is {} now", path.display()));
+    eprintln!(
+        "mesh-sidecar: restored{as_of}{}. What was changed later is as it was then: who was removed since is a member again, and \
+         tokens made since are none (`meshctl cluster audit`). Start meshd again",
+        former.unwrap_or_default()
+    );
+    Ok(())
 }
 
 /// Run by root, it must stay readable for the sidecar's account.
@@ -225,7 +234,7 @@ fn start_log(settings: &Settings) {
     }
 }
 
-fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(work)
 }

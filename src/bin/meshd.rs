@@ -11,7 +11,7 @@ use meshd::config::load::{DEFAULT_PATH, DatastoreError, LoadError, Loader, Token
 use meshd::config::{self, Config, ConfigError, KEYS, NodeIp};
 use meshd::control::nodes_file::{self, NoOwnEntry};
 use meshd::control::source::{NodesFile, NodesFileError};
-use meshd::daemon::{Join, ask, launcher};
+use meshd::daemon::{Join, Joined, ask, launcher};
 use meshd::key::file::{BfdKeysError, load_bfd};
 use meshd::key::{MAX_LANES, SecretKey};
 use meshd::membership::record::Role;
@@ -90,8 +90,8 @@ is missing is printed as what to run in the database, such as a GRANT.
 Exit codes: 0 a server can use it, 1 it cannot, 2 wrong usage or configuration.";
 
 const CLEANUP_HELP: &str = "\
-Removes the device that `tun` names where meshd made it, and the routes that meshd left; nothing else. Other keys do not \
-matter here. Refused while meshd runs.
+Removes the device that `tun` names where meshd made it, the routes that meshd left, and what it wrote by `cni-conf-dir` and \
+`subnet-file`; nothing else. Refused while meshd runs.
 
   meshd cleanup                  after the last stop
   meshd cleanup --tun mesh1      where `tun: mesh1` was set by a flag
@@ -203,10 +203,10 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         None => return bare(),
-        Some(Verb::Server(Settings(loader))) => member(Role::Server, loader),
-        Some(Verb::Agent(Settings(loader))) => member(Role::Agent, loader),
+        Some(Verb::Server(Settings(loader))) => member(Role::Server, loader, true),
+        Some(Verb::Agent(Settings(loader))) => member(Role::Agent, loader, true),
         Some(Verb::Run(Settings(loader))) => run(loader),
-        Some(Verb::Config(ConfigVerb::Check { file })) => check(Loader { path: file, flags: Vec::new() }),
+        Some(Verb::Config(ConfigVerb::Check { file })) => check(Loader { path: file, ..Loader::default() }),
         Some(Verb::Datastore(DatastoreVerb::Check { json, settings })) => return datastore_check(json, settings.0),
         Some(Verb::Keygen { lanes }) => keygen(lanes),
         Some(Verb::Selftest { json }) => return selftest(json),
@@ -239,20 +239,57 @@ fn run(loader: Loader) -> anyhow::Result<()> {
 /// Without a word on the command line: questions for who can answer them, else the usage.
 fn bare() -> ExitCode {
     let configured = std::path::Path::new(DEFAULT_PATH).exists();
-    if configured || !ask::is_possible() {
+    let joined = Loader::default().load().ok().and_then(|config| meshd::daemon::joined(&config.data_dir));
+    if configured || joined.is_some() || !ask::is_possible() {
         eprint!("{}", Cli::command().render_help());
-        if configured {
-            eprintln!("\n{DEFAULT_PATH} is there: start `meshd server`, `meshd agent` or `meshd run` by it.");
+        match joined {
+            Some(joined) => eprintln!(
+                "\nThis machine is a node of a cluster already: `meshd {}` starts it again.",
+                verb(joined.role.unwrap_or(Role::Agent))
+            ),
+            None if configured => {
+                eprintln!("\n{DEFAULT_PATH} is there: start `meshd server`, `meshd agent` or `meshd run` by it.");
+            }
+            None => {}
         }
         return ExitCode::from(USAGE);
     }
-    exit(ask::ask().and_then(|(role, loader)| member(role, loader)))
+    exit(ask::ask().and_then(|(role, loader)| member(role, loader, false)))
 }
 
-fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
-    let config = loader.load()?;
+fn verb(role: Role) -> &'static str {
+    if role == Role::Server { "server" } else { "agent" }
+}
+
+/// `shown`: flags are on the command line, where others see them.
+fn member(role: Role, mut loader: Loader, shown: bool) -> anyhow::Result<()> {
+    let mut config = loader.load()?;
     notice(&config);
-    let joined = meshd::daemon::has_joined(&config.data_dir);
+    if shown && loader.flags.iter().any(|(key, _)| key == "token") {
+        eprintln!(
+            "meshd: every user of this machine can read `--token` in the list of processes; use MESHD_TOKEN or --token-file"
+        );
+    }
+    let joined = meshd::daemon::joined(&config.data_dir);
+    if let Some(Joined { name, role: was }) = &joined {
+        if let Some(was) = was.filter(|was| *was != role) {
+            return Err(
+                NotItself::Role { was: verb(was), wanted: verb(role), data_dir: config.data_dir.clone() }.into()
+            );
+        }
+        if let Some(name) = name.as_ref().filter(|name| **name != config.node_name.as_str()) {
+            if config.says_node_name() {
+                return Err(NotItself::Name { was: name.clone(), wanted: config.node_name.to_string() }.into());
+            }
+            eprintln!(
+                "meshd: the machine is called {} now; the node goes on as {name}, as it joined",
+                config.node_name
+            );
+            loader.name = Some(name.clone());
+            config = loader.load()?;
+        }
+    }
+    let joined = joined.is_some();
     let token = match config::load::token(&config) {
         Ok(token) => token,
         Err(error) if joined => {
@@ -262,7 +299,10 @@ fn member(role: Role, loader: Loader) -> anyhow::Result<()> {
         Err(error) => return Err(error.into()),
     };
     if joined && (token.is_some() || !config.servers.is_empty()) {
-        eprintln!("meshd: this node has joined already: `token` and `server` are not needed, and ignored");
+        eprintln!(
+            "meshd: this node has joined already: `token` and `server` are not needed, and ignored, but that `server` is asked \
+             where the servers that it knows do not answer; `meshctl leave` comes first to join another cluster"
+        );
     } else if !joined {
         needs(role, token.as_ref(), &config)?;
     }
@@ -418,7 +458,8 @@ fn code(error: &anyhow::Error) -> u8 {
         || error.is::<TokenError>()
         || error.is::<BfdKeysError>()
         || error.is::<DatastoreError>()
-        || error.is::<Missing>();
+        || error.is::<Missing>()
+        || error.is::<NotItself>();
     if theirs { USAGE } else { FAILED }
 }
 
@@ -430,6 +471,22 @@ fn code(error: &anyhow::Error) -> u8 {
 )]
 struct NoNodesFile {
     path: PathBuf,
+}
+
+/// What is started is not the node whose data directory it is.
+#[derive(Debug, thiserror::Error)]
+enum NotItself {
+    #[error(
+        "the node of {} is a member of a cluster as `{was}`, so start `meshd {was}`; to make it a `{wanted}`, have it leave \
+         first (`meshctl leave`), and join again",
+        data_dir.display()
+    )]
+    Role { was: &'static str, wanted: &'static str, data_dir: PathBuf },
+    #[error(
+        "this node joined as `{was}`, so `node-name` cannot be `{wanted}`: set it back, or remove it; for another name, have it \
+         leave first (`meshctl leave`), and join again"
+    )]
+    Name { was: String, wanted: String },
 }
 
 /// What a node cannot join without.
@@ -488,7 +545,7 @@ impl FromArgMatches for Settings {
             let given = matches.get_many::<String>(key.name).into_iter().flatten();
             flags.extend(given.map(|value| (key.name.to_owned(), value.clone())));
         }
-        Ok(Settings(Loader { path: matches.get_one::<PathBuf>("config").cloned(), flags }))
+        Ok(Settings(Loader { path: matches.get_one::<PathBuf>("config").cloned(), flags, name: None }))
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {

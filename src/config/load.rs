@@ -24,6 +24,8 @@ pub struct Loader {
     pub path: Option<PathBuf>,
     /// Flags as key and value.
     pub flags: Vec<(String, String)>,
+    /// What the node is called where `node-name` does not say it; `None` for the machine's name.
+    pub name: Option<String>,
 }
 
 /// Why there is no configuration.
@@ -171,7 +173,8 @@ impl Loader {
             Err(error) if self.path.is_none() && error.is_missing() => None,
             Err(error) => return Err(LoadError::Read(error)),
         };
-        Ok(Sources { file, env: std::env::vars_os().collect(), flags: self.flags.clone(), hostname: hostname() })
+        let hostname = self.name.clone().unwrap_or_else(hostname);
+        Ok(Sources { file, env: std::env::vars_os().collect(), flags: self.flags.clone(), hostname })
     }
 }
 

@@ -34,14 +34,15 @@ pub fn cni(own_subnets: &[IpNet], mtu: u32) -> String {
     format!("{list:#}\n")
 }
 
-/// `subnet.env`: the network, this node's subnet with the bridge's address, the MTU.
-pub fn subnet_env(subnets: &[IpNet], own_subnets: &[IpNet], mtu: u32) -> String {
+/// `subnet.env`: the network, this node's subnet with the bridge's address, the MTU. The network is the one of `networks` that
+/// has the subnet: what the cluster gives out, however few have some of it now; else what is around all `subnets`.
+pub fn subnet_env(networks: &[IpNet], subnets: &[IpNet], own_subnets: &[IpNet], mtu: u32) -> String {
     let mut text = String::new();
     for (v6, prefix) in [(false, "FLANNEL"), (true, "FLANNEL_IPV6")] {
         let of = |net: &&IpNet| matches!(net, IpNet::V6(_)) == v6;
         let Some(own) = own_subnets.iter().find(of) else { continue };
-        let all = subnets.iter().filter(of).copied();
-        if let Some(network) = all.reduce(around) {
+        let given = networks.iter().find(|network| network.contains(own)).copied();
+        if let Some(network) = given.or_else(|| subnets.iter().filter(of).copied().reduce(around)) {
             text += &format!("{prefix}_NETWORK={network}\n");
         }
         text += &format!("{prefix}_SUBNET={}/{}\n", first(own), own.prefix_len());
@@ -91,7 +92,10 @@ mod tests {
         let own = nets(&["10.42.1.0/24", "fd42:0:0:1::/64"]);
         let expected = "FLANNEL_NETWORK=10.42.0.0/21\nFLANNEL_SUBNET=10.42.1.1/24\nFLANNEL_IPV6_NETWORK=fd42::/63\n\
                         FLANNEL_IPV6_SUBNET=fd42:0:0:1::1/64\nFLANNEL_MTU=1440\nFLANNEL_IPMASQ=false\n";
-        assert_eq!(subnet_env(&all, &own, 1440), expected);
+        assert_eq!(subnet_env(&[], &all, &own, 1440), expected);
+        let of_cluster = subnet_env(&nets(&["10.42.0.0/16", "fd42::/48"]), &all, &own, 1440);
+        assert!(of_cluster.starts_with("FLANNEL_NETWORK=10.42.0.0/16\nFLANNEL_SUBNET=10.42.1.1/24\n"), "{of_cluster}");
+        assert!(of_cluster.contains("FLANNEL_IPV6_NETWORK=fd42::/48\n"), "{of_cluster}");
         assert_eq!(around(all[0], all[0]), all[0]);
     }
 }

@@ -7,7 +7,7 @@ use std::io::{self, BufRead, IsTerminal, Write};
 
 use anyhow::bail;
 
-use crate::config::load::Loader;
+use crate::config::load::{LoadError, Loader};
 use crate::membership::record::Role;
 use crate::membership::token::PREFIX;
 use crate::sys::terminal;
@@ -22,28 +22,45 @@ pub fn is_possible() -> bool {
 
 /// Asks, and says what to start with.
 pub fn ask() -> anyhow::Result<(Role, Loader)> {
-    let yes = matches!(line("Join an existing cluster? [y/N] ")?.to_ascii_lowercase().as_str(), "y" | "yes");
-    let mut loader = Loader::default();
-    if !yes {
+    if !yes("Join an existing cluster? [y/N] ")? {
         eprintln!("Starting a new cluster on this machine, as `meshd server` does.");
-        return Ok((Role::Server, loader));
+        return Ok((Role::Server, Loader::default()));
     }
     eprintln!("On a server of that cluster `meshctl token create` prints a token to paste here.");
+    let mut flags = vec![good("token", || secret("Token (not shown): "))?];
+    if !flags[0].1.starts_with(PREFIX) {
+        flags.push(good("server", || line("That is a shared secret, so: which server (https://host:9345)? "))?);
+    }
+    Ok((Role::Agent, Loader { flags, ..Loader::default() }))
+}
+
+fn yes(question: &str) -> anyhow::Result<bool> {
     for _ in 0..PATIENCE {
-        loader.flags = vec![("token".to_owned(), secret("Token (not shown): ")?)];
-        match loader.load() {
-            Ok(config) if config.token.is_some() => break,
-            Ok(_) => {}
-            Err(error) => eprintln!("{error}"),
+        match line(question)?.to_ascii_lowercase().as_str() {
+            "y" | "yes" => return Ok(true),
+            "" | "n" | "no" => return Ok(false),
+            _ => eprintln!("That is neither yes nor no: type y or n."),
         }
-        loader.flags.clear();
     }
-    let Some((_, token)) = loader.flags.first() else { bail!("no token was given: nothing is started") };
-    if !token.starts_with(PREFIX) {
-        let server = line("That is a shared secret, so: which server (https://host:9345)? ")?;
-        loader.flags.push(("server".to_owned(), server));
+    bail!("that was no answer: nothing is started")
+}
+
+/// The key with the value that was typed, as soon as the key takes it.
+fn good(key: &str, question: impl Fn() -> io::Result<String>) -> anyhow::Result<(String, String)> {
+    for _ in 0..PATIENCE {
+        let flag = (key.to_owned(), question()?);
+        if flag.1.is_empty() {
+            eprintln!("Nothing was typed.");
+            continue;
+        }
+        match (Loader { flags: vec![flag.clone()], ..Loader::default() }).load() {
+            Ok(_) => return Ok(flag),
+            // not where it stands: it stands nowhere
+            Err(LoadError::Config(error)) => eprintln!("{}", error.problem),
+            Err(error) => return Err(error.into()),
+        }
     }
-    Ok((Role::Agent, loader))
+    bail!("no {key} was given: nothing is started")
 }
 
 fn secret(question: &str) -> io::Result<String> {

@@ -5,19 +5,21 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use ipnet::IpNet;
+
 use super::view::{Concern, Shared};
 use crate::config::Config;
 use crate::control::attach::{CNI_FILE, cni, subnet_env};
 use crate::control::plan::Plan;
 
 /// Brings the files up to date.
-pub(super) fn attach(config: &Config, plan: &Plan, shared: &Shared) {
+pub(super) fn attach(config: &Config, plan: &Plan, networks: &[IpNet], shared: &Shared) {
     let mut wanted = Vec::new();
     if let Some(folder) = &config.cni_conf_dir {
         wanted.push((folder.join(CNI_FILE), cni(&plan.own_subnets, plan.mtu)));
     }
     if let Some(path) = &config.subnet_file {
-        wanted.push((path.clone(), subnet_env(&plan.subnets, &plan.own_subnets, plan.mtu)));
+        wanted.push((path.clone(), subnet_env(networks, &plan.subnets, &plan.own_subnets, plan.mtu)));
     }
     for (path, text) in wanted {
         match write(&path, &text) {
@@ -30,6 +32,15 @@ pub(super) fn attach(config: &Config, plan: &Plan, shared: &Shared) {
         }
     }
     shared.settled(Concern::Attach);
+}
+
+/// Removes the files, where they are ours, and says which: no workload is to be attached any more to what is gone.
+pub(super) fn detach(config: &Config) -> Vec<String> {
+    let cni = config.cni_conf_dir.as_ref().map(|folder| (folder.join(CNI_FILE), "\"name\": \"meshd\""));
+    let env = config.subnet_file.as_ref().map(|path| (path.clone(), "FLANNEL_SUBNET="));
+    let ours =
+        cni.into_iter().chain(env).filter(|(path, mark)| fs::read_to_string(path).is_ok_and(|t| t.contains(mark)));
+    ours.filter(|(path, _)| fs::remove_file(path).is_ok()).map(|(path, _)| path.display().to_string()).collect()
 }
 
 /// Whoever reads the file sees the old text or the new, never a part.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use ipnet::IpNet;
+use serde::Deserialize;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -20,7 +21,7 @@ use super::launcher::{Launcher, Launching, PROGRAM};
 use super::member::{Leaving, MemberView};
 use super::supervisor::{News, Sidecar};
 use super::view::{Concern, Shared, lock};
-use super::{Daemon, Source, carriers, shortened, told};
+use super::{Daemon, Source, attach, carriers, shortened, told};
 use crate::config::{self, Config};
 use crate::control::plan::plan;
 use crate::control::records::Records;
@@ -62,9 +63,21 @@ struct Terms {
     datastore: Box<Datastore>,
 }
 
-/// Whether the node of that data directory is a member already.
-pub fn has_joined(data_dir: &Path) -> bool {
-    data_dir.join("agent/membership.json").exists()
+/// What the node of that data directory is in its cluster, if it has joined one.
+pub fn joined(data_dir: &Path) -> Option<Joined> {
+    let bytes = std::fs::read(data_dir.join("agent/membership.json")).ok()?;
+    // whose file it is says what is wrong with it
+    Some(serde_json::from_slice(&bytes).unwrap_or_default())
+}
+
+/// See [`joined`]. What cannot be read is not there.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Joined {
+    /// The name that it joined under.
+    pub name: Option<String>,
+    /// As what.
+    pub role: Option<Role>,
 }
 
 /// What comes from beside the daemon.
@@ -424,7 +437,8 @@ impl Daemon {
         match self.host.cleanup(self.config.tun.as_str()).await {
             Ok(report) => {
                 let device = report.device.iter().map(|device| format!("the device {device}"));
-                let removed: Vec<String> = device.chain(report.routes).collect();
+                let files = attach::detach(&self.config);
+                let removed: Vec<String> = device.chain(files).chain(report.routes).collect();
                 told.push(format!("removed {}", shortened(&removed)));
             }
             Err(error) => told.push(format!("`meshd cleanup` has to be run, since not everything went: {error}")),

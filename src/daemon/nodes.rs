@@ -127,7 +127,7 @@ impl Daemon {
             tracing::warn!("{warning}");
         }
         warn_of_own_entry(own, &self.underlays, &self.config);
-        attach::attach(&self.config, &plan, &self.shared);
+        attach::attach(&self.config, &plan, &self.cluster_prefixes(list), &self.shared);
         *lock(&self.shared.overlay) = plan.overlay;
         let tables = Arc::new(Tables::new(plan.local, plan.peers));
         self.retired.push(self.shared.tables.swap(tables));

@@ -86,7 +86,7 @@ fn document<T: Serialize, E: ToString>(answer: Result<T, E>) -> String {
 }
 
 fn redactor(client: &Client, places: &Places) -> Redactor {
-    let config = Loader { path: places.config.clone(), flags: Vec::new() }.load().ok();
+    let config = Loader { path: places.config.clone(), ..Loader::default() }.load().ok();
     let from_stdin = |config: &crate::config::Config| {
         matches!(config.token_file, Some(crate::config::TokenFile::StandardInput)) && config.token.is_none()
     };

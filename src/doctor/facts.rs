@@ -30,7 +30,7 @@ pub fn collect(client: &Client, places: &Places) -> Facts {
         Ok(daemon) => facts.daemon = Some(daemon),
         Err(error) => facts.unreachable = Some(error.to_string()),
     }
-    let config = match (Loader { path: places.config.clone(), flags: Vec::new() }).load() {
+    let config = match (Loader { path: places.config.clone(), ..Loader::default() }).load() {
         Ok(config) => Some(config),
         Err(error) => {
             facts.config_problem = Some(crate::daemon::told(&error.into()));

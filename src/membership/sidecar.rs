@@ -19,8 +19,8 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-pub use self::known::elsewhere;
 use self::known::{Known, without_own_token};
+pub use self::known::{elsewhere, served};
 use self::names::{addresses, keep_names, names, node_token, refresh_node_token};
 use super::address::BadServerAddress;
 use super::agent::keep::KeepError;

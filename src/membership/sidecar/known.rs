@@ -83,6 +83,11 @@ pub(super) fn without_own_token(mut settings: Settings) -> Result<Settings, Side
     Ok(settings)
 }
 
+/// Which cluster the server with this data directory serves, if it has served one.
+pub fn served(data_dir: &Path) -> Result<Option<String>, SidecarError> {
+    Ok(Known::read(data_dir)?.cluster)
+}
+
 /// Where the state of a server with this data directory is, when that is a store elsewhere, which has tools of its own.
 pub fn elsewhere(data_dir: &Path) -> Option<String> {
     let text = std::fs::read_to_string(data_dir.join(CLUSTER_ID)).ok()?;

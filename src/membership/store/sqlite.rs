@@ -84,8 +84,18 @@ impl Store for Sqlite {
     }
 }
 
-/// Checks the backup at `from`, and puts it in the place of the database at `path`, which nobody may have open.
-pub async fn restore(from: &Path, path: &Path) -> Result<(), StoreError> {
+/// What a restored backup is.
+#[derive(Debug)]
+pub struct Restored {
+    /// When what is in it last changed, in seconds of Unix time, where its audit log says so.
+    pub as_of: Option<i64>,
+    /// Where what was there before lies now.
+    pub former: Option<PathBuf>,
+}
+
+/// Checks the backup at `from`, and puts it in the place of the database at `path`, which nobody may have open. `cluster`: the
+/// id of the one that it has to be of.
+pub async fn restore(from: &Path, path: &Path, cluster: Option<&str>) -> Result<Restored, StoreError> {
     let _lock = lock(path)?;
     let fresh = path.with_extension("restore");
     let io = |e: std::io::Error| StoreError::Unavailable { place: from.display().to_string(), detail: e.to_string() };
@@ -99,14 +109,31 @@ pub async fn restore(from: &Path, path: &Path) -> Result<(), StoreError> {
     }
     files::write_atomic(&fresh, &bytes).map_err(|e| files_failed(path, &e))?;
     let mut opened = OneFile::open(from.display().to_string(), options(&fresh)?).await?;
-    let prepared = prepare_restored(&mut opened, from).await;
+    let prepared = prepare_restored(&mut opened, from, cluster).await;
     opened.close().await;
-    prepared?;
+    let as_of = prepared?;
+    let former = match path.exists() {
+        true => Some(set_aside(path).map_err(|e| files_failed(path, &e))?),
+        false => None,
+    };
     // The old write-ahead log must not be replayed over the new database.
     for old in with_sidefiles(path).into_iter().skip(1).chain(with_sidefiles(&fresh).into_iter().skip(1)) {
         files::remove(&old).map_err(io)?;
     }
-    files::rename(&fresh, path).map_err(|e| files_failed(path, &e))
+    files::rename(&fresh, path).map_err(|e| files_failed(path, &e))?;
+    Ok(Restored { as_of, former })
+}
+
+/// Moves the database away, with what SQLite keeps beside it; what was moved before goes. Where to.
+fn set_aside(path: &Path) -> Result<PathBuf, files::FileError> {
+    let former = path.with_extension("former");
+    for (is, was) in with_sidefiles(path).iter().zip(with_sidefiles(&former)) {
+        files::remove(&was).map_err(|source| files::FileError { path: was.clone(), source })?;
+        if is.exists() {
+            files::rename(is, &was)?;
+        }
+    }
+    Ok(former)
 }
 
 /// A copy of the database at `path` that is whole as of now, to `to`; the server may run meanwhile.
@@ -123,19 +150,45 @@ pub async fn backup(path: &Path, to: &Path) -> Result<(), StoreError> {
 
 async fn copy_into(database: &mut OneFile, to: &Path) -> Result<(), StoreError> {
     // The copy holds the cluster's keys: the file is there, and its owner's alone, before SQLite fills it.
-    files::create_new(to).map_err(|e| files_failed(to, &e))?;
+    files::create_new(to).map_err(|e| match e.source.kind() {
+        std::io::ErrorKind::AlreadyExists => StoreError::Unfit {
+            place: to.display().to_string(),
+            problem: "there is a file of that name, which a backup does not overwrite: give it another".to_owned(),
+        },
+        _ => files_failed(to, &e),
+    })?;
     database.run("VACUUM INTO ?", &to.to_string_lossy()).await?;
     File::open(to)
         .and_then(|file| file.sync_all())
         .map_err(|e| StoreError::Unavailable { place: to.display().to_string(), detail: e.to_string() })
 }
 
-async fn prepare_restored(database: &mut OneFile, from: &Path) -> Result<(), StoreError> {
+/// When what is in it last changed, as its audit log says.
+async fn prepare_restored(
+    database: &mut OneFile,
+    from: &Path,
+    cluster: Option<&str>,
+) -> Result<Option<i64>, StoreError> {
     let report = database.text("PRAGMA integrity_check(1)").await?;
     if report != "ok" {
         return Err(StoreError::Corrupt { place: from.display().to_string(), detail: report });
     }
     database.migrate().await?;
+    let of =
+        database.text("SELECT CAST(coalesce(max(value), '') AS TEXT) FROM meshd_kv WHERE name = 'cluster'").await?;
+    let of = serde_json::from_str::<serde_json::Value>(&of).unwrap_or_default();
+    let of = of.get("id").and_then(|id| id.as_str()).unwrap_or("none");
+    if let Some(cluster) = cluster.filter(|cluster| *cluster != of) {
+        let problem = format!(
+            "this is a backup of cluster {of}, and this server belongs to {cluster}; nothing was changed. To have it serve that \
+             one instead, move the data-dir's `server` and `agent` folders away first"
+        );
+        return Err(StoreError::Unfit { place: from.display().to_string(), problem });
+    }
+    // the key of a line begins with its time
+    let last = "SELECT coalesce(max(CAST(name AS TEXT)), '') FROM meshd_kv WHERE name LIKE 'audit/%'";
+    let last = database.text(last).await?;
+    let as_of = last.strip_prefix("audit/").and_then(|key| key.split('-').next()?.parse().ok());
     // Who compares with, or resumes from, what was there before the restore must notice it.
     database
         .script(format!(
@@ -144,7 +197,8 @@ async fn prepare_restored(database: &mut OneFile, from: &Path) -> Result<(), Sto
              DELETE FROM meshd_log;
              PRAGMA wal_checkpoint(TRUNCATE)"
         ))
-        .await
+        .await?;
+    Ok(as_of)
 }
 
 /// How to open the file, which is made where there is none.
