@@ -576,18 +576,21 @@ fn desired(tun: &str, plan: &Plan, cluster: Vec<IpNet>) -> Desired {
     }
 }
 
-fn warn_of_own_entry(own: &Node, underlays: &[Underlay], config: &Config) {
+/// Where peers do not send to this node, by its entry in the node list: of a member it says what the node itself told.
+fn misplaced(own: &Node, underlays: &[Underlay], config: &Config, member: bool) -> Option<String> {
     let advertised = |ip: &IpAddr| own.underlay_ips().any(|own| own == *ip) || !config.advertise_address.is_empty();
-    for underlay in underlays.iter().filter(|underlay| !advertised(&underlay.ip)) {
-        tracing::warn!(
-            "this node sends from {}, but its entry in the node list has other addresses: peers will drop what it sends, \
-             unless something translates addresses in between",
-            underlay.ip
-        );
-    }
-    if let Some(endpoint) = own.underlay.iter().find(|endpoint| endpoint.port() != config.port.get()) {
-        tracing::warn!("peers send to {endpoint}, but `port` is {}", config.port);
-    }
+    let from = underlays.iter().find(|underlay| !advertised(&underlay.ip))?.ip;
+    let told = shortened(&own.underlay_ips().map(|ip| ip.to_string()).collect::<Vec<_>>());
+    Some(match member {
+        true => format!(
+            "this node sends from {from}, but the cluster has it at {told}: if it has not just moved, another machine runs with a \
+             copy of its data-dir, and has its place; give that one a name and a data-dir of its own"
+        ),
+        false => format!(
+            "this node sends from {from}, but its entry in the node list has {told}: peers will drop what it sends, unless \
+             something translates addresses in between"
+        ),
+    })
 }
 
 fn log_report(report: &host::Report) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::anyhow;
 
 use super::view::{Concern, lock};
-use super::{Daemon, Source, attach, carriers, desired, log_report, told, warn_of_own_entry};
+use super::{Daemon, Source, attach, carriers, desired, log_report, misplaced, told};
 use crate::control::nodes_file;
 use crate::control::plan::{Plan, plan};
 use crate::control::reconcile::{Verdict, judge};
@@ -126,7 +126,15 @@ impl Daemon {
         for warning in &plan.warnings {
             tracing::warn!("{warning}");
         }
-        warn_of_own_entry(own, &self.underlays, &self.config);
+        let member = matches!(self.source, Source::Members(_));
+        match misplaced(own, &self.underlays, &self.config, member) {
+            Some(message) if member => self.shared.problem(Concern::Place, message),
+            Some(message) => tracing::warn!("{message}"),
+            None => self.shared.settled(Concern::Place),
+        }
+        if let Some(endpoint) = own.underlay.iter().find(|endpoint| endpoint.port() != self.config.port.get()) {
+            tracing::warn!("peers send to {endpoint}, but `port` is {}", self.config.port);
+        }
         attach::attach(&self.config, &plan, &self.cluster_prefixes(list), &self.shared);
         *lock(&self.shared.overlay) = plan.overlay;
         let tables = Arc::new(Tables::new(plan.local, plan.peers));

@@ -66,6 +66,7 @@ pub(super) enum Concern {
     HeldBack,
     Underlay,
     Plan,
+    Place,
     Host,
     Device,
     Config,

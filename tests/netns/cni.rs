@@ -45,7 +45,7 @@ fn pods_of_the_standard_plugins_reach_each_other() {
         let mtu = node.json(&["status"])["mtu"].to_string();
         until("subnet.env has the MTU", || {
             let text = std::fs::read_to_string(node.dir.join("subnet.env")).unwrap_or_default();
-            text.contains(&format!("FLANNEL_MTU={mtu}\n"))
+            text.contains(&format!("FLANNEL_MTU={mtu}\n")) && text.contains("FLANNEL_NETWORK=10.42.0.0/16\n")
         });
     }
     let pods = [(a, "1"), (a, "2"), (b, "1")].map(|(node, name)| pod(plugins, node, name));
@@ -69,6 +69,10 @@ fn pods_of_the_standard_plugins_reach_each_other() {
         let full = |size: u32| pod.ns.succeeds(&format!("ping -n -q -c 1 -W 2 -M do -s {size} {other}"));
         assert!(full(fits) && !full(fits + 1), "{fits}");
     }
+    // nothing is attached any more to what is gone
+    let left = b.ctl(&["leave"]);
+    assert!(left.code == 0 && left.out.contains("subnet.env"), "{left:?}");
+    assert!(!b.dir.join("subnet.env").exists() && std::fs::read_dir(b.dir.join("net.d")).unwrap().next().is_none());
 }
 
 /// The address that a datagram from `from` comes from, as who receives it at `address` sees it.

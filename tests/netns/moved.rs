@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use nix::sys::signal::Signal;
 
 use crate::joined::{create, has_peers};
-use crate::mesh::{Mesh, Node};
+use crate::mesh::{Builder, Mesh, Node};
 use crate::servers::{children, good, patiently_ready, three, until_slowly};
 use crate::traffic::ping;
 
@@ -91,6 +91,40 @@ fn servers_change_their_addresses_one_by_one() {
     has_peers(e, 4);
     let servers = |token: &str| token.parse::<meshd::membership::token::Token>().unwrap().servers;
     assert!(servers(&token).iter().all(|server| server.host() != "10.9.0.101"));
+}
+
+/// Nobody can tell agents where the only server is but the server: they find it through the mesh, in which it stays where it is.
+#[test]
+fn the_only_server_moves_and_its_agents_find_it() {
+    let Some(mesh) = Builder::new("the_only_server_moves_and_its_agents_find_it") else { return };
+    let mesh = mesh.server("a").agent("b").agent("c").build();
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    a.set("node-ip", Some("ul0"));
+    a.restart();
+    let token = create(a, &[]);
+    for agent in [b, c] {
+        agent.token(Some(&token));
+        agent.restart();
+    }
+    for node in [a, b, c] {
+        has_peers(node, 2);
+    }
+    readdress(a, Ipv4Addr::new(10, 9, 0, 1), Ipv4Addr::new(10, 9, 0, 101));
+    for agent in [b, c] {
+        until_slowly("the agent knows where the server is", agent, || {
+            membership(agent).contains("https://10.9.0.101:9345")
+                && agent.json(&["status"])["membership"]["connected"] == true
+        });
+    }
+    for node in [a, b, c] {
+        has_peers(node, 2);
+        until_slowly("all peers are up", node, || {
+            node.json(&["peers"]).as_array().unwrap().iter().all(|peer| peer["state"] == "up")
+        });
+    }
+    ping(&b.ns, a.given());
+    assert_eq!(a.ctl(&["node", "drain", "c"]).code, 0);
+    until_slowly("a change is heard", b, || b.json(&["nodes"]).to_string().contains("draining"));
 }
 
 /// Whether the server's certificate names this host, by a client that knows the cluster's CA and nothing else.

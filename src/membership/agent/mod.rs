@@ -9,6 +9,7 @@ pub mod keep;
 pub mod local;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -31,9 +32,9 @@ use super::clock::Now;
 use super::link::{FromSidecar, Hello, Peers, Refusal, Status};
 use super::matrix::Part;
 use super::random;
-use super::record::NodeRecord;
+use super::record::{NodeRecord, Role};
 use super::registry::INTERVAL;
-use super::settings::Settings;
+use super::settings::{SERVER_PORT, Settings};
 use super::tls::Trust;
 use super::token::{BadToken, Credential};
 
@@ -304,6 +305,7 @@ impl Agent {
             match &end {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
+                    self.learn_overlay();
                     self.view.problem(self.waiting(error));
                     // who cannot decide now refuses nobody: perhaps another server can
                     let refused = error.code().is_some_and(|code| !["store", "busy"].contains(&code));
@@ -536,6 +538,16 @@ impl Agent {
             status.server = Some(server.to_string());
             status.servers = all;
         });
+    }
+
+    /// Where the servers' nodes are in the overlay: there they stay where they are when the underlay's addresses change.
+    fn learn_overlay(&mut self) {
+        let port = self.balancer.servers().first().map_or(SERVER_PORT, ServerAddress::port);
+        let nodes = self.view.nodes();
+        let nets = nodes.iter().filter(|node| node.role == Role::Server).flat_map(|node| &node.subnets);
+        // network + 1 is the node's or its bridge's
+        let first = nets.filter_map(|net| net.hosts().find(|ip| *ip != net.network()).or(Some(net.network())));
+        self.balancer.learn_overlay(first.map(|ip| SocketAddr::new(ip, port).into()));
     }
 
     fn relay(&self, member: &Membership) -> Relay {
