@@ -99,6 +99,10 @@ fn the_only_server_moves_and_its_agents_find_it() {
     let Some(mesh) = Builder::new("the_only_server_moves_and_its_agents_find_it") else { return };
     let mesh = mesh.server("a").agent("b").agent("c").build();
     let [a, b, c] = mesh.three(["a", "b", "c"]);
+    for node in [a, b, c] {
+        // by IPv6 it would be where it was
+        node.ns.sh("ip -6 addr flush dev ul0 scope global");
+    }
     a.set("node-ip", Some("ul0"));
     a.restart();
     let token = create(a, &[]);
@@ -109,7 +113,10 @@ fn the_only_server_moves_and_its_agents_find_it() {
     for node in [a, b, c] {
         has_peers(node, 2);
     }
+    // it cannot tell anybody while it still has the old one
+    a.signal(Signal::SIGSTOP);
     readdress(a, Ipv4Addr::new(10, 9, 0, 1), Ipv4Addr::new(10, 9, 0, 101));
+    a.signal(Signal::SIGCONT);
     for agent in [b, c] {
         until_slowly("the agent knows where the server is", agent, || {
             membership(agent).contains("https://10.9.0.101:9345")
