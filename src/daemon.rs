@@ -129,7 +129,7 @@ pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::
     };
     match leaving {
         Some(leaving) => {
-            leaving.done.send(daemon.leave().await).ok();
+            leaving.done.send(daemon.leave(leaving.known).await).ok();
             sleep(Duration::from_millis(100)).await; // for the answer to reach who asked
         }
         None => daemon.stop().await,

@@ -38,6 +38,8 @@ pub(super) struct MemberView {
 
 /// Somebody wants this node to leave, and waits to be told.
 pub(super) struct Leaving {
+    /// Whether the servers know of it.
+    pub known: bool,
     pub done: oneshot::Sender<String>,
 }
 
@@ -127,7 +129,9 @@ impl MemberView {
 
     /// Tells the servers, and then the daemon, which takes everything away.
     pub(super) async fn leave(&self, force: bool) -> Result<String, String> {
-        if let Err(why) = self.ask(Request::Leave).await {
+        let told = self.ask(Request::Leave).await;
+        let known = told.is_ok();
+        if let Err(why) = told {
             if !force {
                 return Err(format!("{why}; `meshctl leave --force` leaves without telling the servers"));
             }
@@ -135,7 +139,7 @@ impl MemberView {
         }
         let (done, told) = oneshot::channel();
         let stopping = || "meshd is stopping already".to_owned();
-        self.leave.send(Leaving { done }).await.map_err(|_| stopping())?;
+        self.leave.send(Leaving { done, known }).await.map_err(|_| stopping())?;
         told.await.map_err(|_| stopping())
     }
 }

@@ -418,14 +418,21 @@ impl Daemon {
         }
     }
 
-    /// Takes everything away: peers, device, routes, and what this node knows of the cluster.
-    pub(super) async fn leave(mut self) -> String {
+    /// Takes everything away: peers, device, routes, and what this node knows of the cluster. `known`: whether the servers
+    /// know.
+    pub(super) async fn leave(mut self, known: bool) -> String {
         self.plane = None;
         if let Source::Members(members) = &self.source {
             members.keeper.forget();
         }
         let launcher = self.stop_membership().await;
-        let mut told = vec![format!("{} has left the cluster", self.config.node_name)];
+        let name = &self.config.node_name;
+        let mut told = match known {
+            true => vec![format!("{name} has left the cluster")],
+            false => vec![format!(
+                "{name} has left the cluster, of which the servers know nothing: run `meshctl node remove {name}` on one of them"
+            )],
+        };
         match launcher {
             Some(mut launcher) => told.extend(launcher.forget().await),
             None => told.extend(forget(&self.config.data_dir)),

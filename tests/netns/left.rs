@@ -148,6 +148,28 @@ fn a_node_that_moves_is_found_again() {
     until("and takes it back", || pings(&c.ns, b.given()));
 }
 
+/// A machine image with somebody's data-dir in it: the last one to say where it is has the node's place, and the other says so.
+#[test]
+fn a_node_whose_place_a_clone_has_says_so() {
+    let Some(mesh) = Builder::new("a_node_whose_place_a_clone_has_says_so") else { return };
+    let mesh = mesh.server("a").agent("b").agent("c").build();
+    let [a, b, c] = mesh.three(["a", "b", "c"]);
+    a.restart();
+    b.token(Some(&create(a, &[])));
+    b.restart();
+    has_peers(a, 1);
+    ping(&b.ns, a.given());
+    let copied = std::process::Command::new("cp").arg("-a").args([b.dir.join("data"), c.dir.join("data")]).status();
+    assert!(copied.unwrap().success());
+    c.set("node-name", Some("b"));
+    c.token(None);
+    c.restart();
+    until("the clone has its place", || pings(&c.ns, a.given()));
+    until("it says so", || b.reasons().contains("another machine runs with a copy of its data-dir"));
+    assert_eq!(b.ctl(&["status"]).code, 1);
+    assert_eq!(c.ctl(&["status"]).code, 0, "{}", c.reasons());
+}
+
 #[test]
 fn servers_that_take_most_nodes_away_are_not_believed_at_once() {
     let Some(mesh) = Builder::new("servers_that_take_most_nodes_away_are_not_believed_at_once") else { return };
