@@ -457,6 +457,8 @@ impl Node {
     /// Starts the other implementation and gives it its peers.
     pub(crate) fn start_wireguard(&self, program: &str, peers: &[&Node], underlay_mtu: u32) {
         let wg = self.wg();
+        // a killed one's may outlive it by a moment
+        until("the former interface is gone", || !self.ns.succeeds(&format!("ip link show dev {wg}")));
         let mut command = self.ns.command(program);
         match program {
             "boringtun-cli" => command.args(["--foreground", "--disable-drop-privileges", &wg]),
