@@ -357,6 +357,8 @@ async fn the_only_server_takes_its_own_place() {
     sim.join(&renamed, &Proof::LocalAlone, false).await.unwrap();
     let names: Vec<_> = sim.registry.records().into_iter().map(|record| record.name).collect();
     assert_eq!(names, ["n2", "other"], "by its name, and by its address");
+    assert_eq!(sim.subnets(&renamed), ["10.42.0.0/24"], "with what it had");
+    assert_eq!(sim.subnets(&sim.joined(5).await), ["10.42.2.0/24"], "and that is nobody else's");
     let agent = Node { role: Role::Server, ..Node::new(2) };
     assert_eq!(sim.join(&agent, &Proof::LocalAlone, false).await.unwrap_err().code(), "name-taken", "not an agent's");
 }

@@ -477,7 +477,7 @@ struct NoNodesFile {
 #[derive(Debug, thiserror::Error)]
 enum NotItself {
     #[error(
-        "the node of {} is a member of a cluster as `{was}`, so start `meshd {was}`; to make it a `{wanted}`, have it leave \
+        "the node of {} is a member of a cluster as `{was}`, so start `meshd {was}`; to make it `{wanted}`, have it leave \
          first (`meshctl leave`), and join again",
         data_dir.display()
     )]

@@ -212,7 +212,15 @@ impl State {
         }
         self.check_myself(&join.myself, &plan.drop_nodes, OF_MESHD)?;
         let back = self.gone_by_identity.get(identity).and_then(|id| self.gone.get(id)).cloned();
-        let subnets = self.subnets_for(join, back.as_ref())?;
+        let subnets = match (proof, plan.put_gone.first_mut()) {
+            // it is the same node, and nobody else has a claim
+            (Proof::LocalAlone, Some(former)) => {
+                let subnets = self.subnets_for(join, Some(former))?;
+                former.subnets.retain(|net| !subnets.contains(net));
+                subnets
+            }
+            _ => self.subnets_for(join, back.as_ref())?,
+        };
         plan.drop_gone.extend(back.iter().map(|gone| gone.id.clone()));
         let id = match back {
             Some(back) => back.id,
