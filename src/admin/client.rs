@@ -60,13 +60,12 @@ pub enum ClientError {
     #[error("meshd does not answer on {}: look at its log (`journalctl -u meshd`)", .0.display())]
     Timeout(PathBuf),
     /// The connection failed.
-    #[error("cannot talk to meshd on {}: {source}", path.display())]
+    #[error("cannot talk to meshd on {}: {cause}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        #[source]
-        source: io::Error,
+        cause: io::Error,
     },
     /// The answer makes no sense.
     #[error(
@@ -242,7 +241,7 @@ impl Client {
                 ClientError::Denied { path, owner: found.map(|m| (m.uid(), m.gid(), m.mode() & 0o7777)) }
             }
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ClientError::Timeout(path),
-            _ => ClientError::Io { path, source },
+            _ => ClientError::Io { path, cause: source },
         }
     }
 

@@ -325,6 +325,7 @@ impl Daemon {
         let (problem, progress) = (status.problem.clone(), status.progress.clone());
         let servers = shortened(&status.servers);
         let (joined, connected) = (status.joined, status.connected);
+        let answer = if status.refused { "the servers refuse this node" } else { "no server answers" };
         *lock(&members.view.status) = status;
         if self.shared.has_problem(Concern::Expelled) {
             return; // which says it all
@@ -337,7 +338,7 @@ impl Daemon {
                 }
                 Some(problem) => self.shared.problem(
                     Concern::Servers,
-                    format!("no server answers ({problem}): the node list stays in use, and nothing else changes"),
+                    format!("{answer} ({problem}): the node list stays in use, and nothing else changes"),
                 ),
             }
             return;

@@ -69,7 +69,7 @@ pub fn udp_port(facts: &Facts) -> Check {
         return Check::skipped(name, "netlink did not answer");
     }
     let (own, others) = split(&facts.udp, "meshd");
-    if let Some(other) = others.first() {
+    if let Some(other) = stranger(&others, facts) {
         let found = format!("UDP {port} on {} belongs to {}", shown(other.ip), other.text);
         let fix = format!("{}  # or choose another port, the same on all nodes, with `port:`", other.remedy);
         return Check::bad(name, found, fix);
@@ -100,10 +100,13 @@ pub fn server_port(facts: &Facts) -> Check {
     let name = "server_port";
     let Some(port) = facts.server_port else { return Check::ok(name, "this node is no server") };
     let (own, others) = split(&facts.tcp, "mesh-sidecar");
-    match (own.as_slice(), others.first(), &facts.daemon) {
+    match (own.as_slice(), stranger(&others, facts), &facts.daemon) {
         ([], Some(other), _) => {
             let found = format!("TCP {port} on {} belongs to {}", shown(other.ip), other.text);
             Check::bad(name, found, format!("{}  # or set another `bind-address:`", other.remedy))
+        }
+        ([], None, Some(_)) if !others.is_empty() => {
+            Check::warning(name, format!("somebody listens on TCP {port}, and it is not seen who"), "run this as root")
         }
         ([], None, Some(_)) => Check::bad(
             name,
@@ -155,6 +158,12 @@ fn tcp_ports(facts: &Facts) -> impl Iterator<Item = u16> {
 fn split<'a>(holders: &'a [Holder], name: &str) -> (Vec<&'a Holder>, Vec<&'a Holder>) {
     let is_own = |holder: &&Holder| holder.process.as_ref().is_some_and(|(_, process)| process.starts_with(name));
     holders.iter().partition(is_own)
+}
+
+/// Who is not meshd. Whom this user cannot see may be meshd itself, where that says that it is well.
+fn stranger<'a>(others: &[&'a Holder], facts: &Facts) -> Option<&'a Holder> {
+    let well = facts.daemon.as_ref().is_some_and(|daemon| daemon.status.ready);
+    others.iter().find(|other| other.seen || !well).copied()
 }
 
 fn shown(ip: IpAddr) -> String {

@@ -35,6 +35,8 @@ pub struct Holder {
     pub ip: IpAddr,
     /// The process, where there is one and it can be seen.
     pub process: Option<(u32, String)>,
+    /// Whether it is known who it is.
+    pub seen: bool,
     /// In words.
     pub text: String,
     /// A command that frees the port.
@@ -86,6 +88,7 @@ fn holders(kind: Kind, wanted: u16, links: &[Link]) -> Vec<Holder> {
         ip,
         text: owner.to_string(),
         remedy: owner.remedy(wanted),
+        seen: !matches!(owner, Owner::Unknown),
         process: match owner {
             Owner::Process(pid, name) => Some((pid, name)),
             _ => None,

@@ -195,6 +195,9 @@ pub struct Status {
     pub servers: Vec<String>,
     /// What is wrong, and what to do.
     pub problem: Option<String>,
+    /// Whether that is what a server answered, which is to say that servers are there.
+    #[serde(default)]
+    pub refused: bool,
     /// What a server that is joining waits for, while nothing is wrong.
     #[serde(default)]
     pub progress: Option<String>,

@@ -7,6 +7,7 @@ fn holder(name: &str, pid: u32) -> Holder {
     Holder {
         ip: IpAddr::from([0; 4]),
         process: Some((pid, name.to_owned())),
+        seen: true,
         text: format!("{name} (process {pid})"),
         remedy: format!("kill {pid}"),
     }
@@ -136,7 +137,10 @@ fn ports_have_owners() {
     level(udp_port(&with(|f| f.udp.clear())), Warning, "not seen");
     level(udp_port(&with(|f| (f.udp, f.daemon) = (vec![], None))), Ok, "is free");
     let kernel = Holder { process: None, text: "vx0 (kernel VXLAN device)".to_owned(), ..holder("", 0) };
-    level(udp_port(&with(|f| f.udp = vec![kernel])), Bad, "vx0");
+    level(udp_port(&with(|f| f.udp = vec![kernel.clone()])), Bad, "vx0");
+    let unseen = Holder { seen: false, text: "a process that meshd cannot see".to_owned(), ..kernel };
+    level(udp_port(&with(|f| f.udp = vec![unseen.clone()])), Warning, "not seen");
+    level(udp_port(&with(|f| (f.udp, f.daemon) = (vec![unseen], None))), Bad, "cannot see");
 
     level(server_port(&good()), Ok, "no server");
     let server = |tcp: Vec<Holder>| with(|f| (f.server_port, f.tcp) = (Some(9345), tcp));

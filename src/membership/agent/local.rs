@@ -93,6 +93,7 @@ pub async fn run(
             server: servers.first().cloned(),
             servers,
             problem: None,
+            refused: false,
             progress: None,
         };
     });

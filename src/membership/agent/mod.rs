@@ -119,6 +119,11 @@ impl View {
     }
 
     fn problem(&self, problem: String) {
+        self.trouble(problem, false);
+    }
+
+    /// `refused`: it is a server's answer.
+    fn trouble(&self, problem: String, refused: bool) {
         if self.status.borrow().problem.as_ref() != Some(&problem) {
             tracing::warn!("{problem}");
         }
@@ -126,6 +131,7 @@ impl View {
             status.connected = false;
             status.server = None;
             status.problem = Some(problem);
+            status.refused = refused;
         });
     }
 }
@@ -306,9 +312,9 @@ impl Agent {
                 End::Failed(error) => {
                     self.balancer.failed(&server, Now::read().mono, random::below(1000));
                     self.learn_overlay();
-                    self.view.problem(self.waiting(error));
                     // who cannot decide now refuses nobody: perhaps another server can
                     let refused = error.code().is_some_and(|code| !["store", "busy"].contains(&code));
+                    self.view.trouble(self.waiting(error), refused);
                     if refused || self.proofs > 0 {
                         let doublings = self.proofs.saturating_sub(1).min(MAX_DOUBLINGS);
                         let pause = REFUSED_PAUSE * (1 << doublings);
@@ -328,7 +334,7 @@ impl Agent {
                     }
                     Err(error) => {
                         self.balancer.failed(&server, Now::read().mono, random::below(1000));
-                        self.view.problem(error.to_string());
+                        self.view.trouble(error.to_string(), error.code().is_some());
                     }
                 },
                 end => {
@@ -347,7 +353,7 @@ impl Agent {
             () = self.out.closed() => Some(End::Gone),
             Some(Command::Leave(answer)) = self.commands.recv() => {
                 let message = match &self.view.status.borrow().problem {
-                    Some(problem) => format!("no server knows of it yet, so this node cannot leave now: {problem}"),
+                    Some(problem) => format!("no server can be told of it, so this node does not leave now: {problem}"),
                     None => "no server answers, so this node cannot leave now; try again".to_owned(),
                 };
                 let _ = answer.send(Err(Refusal { message }));
@@ -502,7 +508,7 @@ impl Agent {
             other => other.map(|()| None)?,
         };
         let unwell = self.unwell.clone();
-        self.view.say(|status| status.problem = unwell);
+        self.view.say(|status| (status.refused, status.problem) = (unwell.is_some(), unwell));
         Ok(())
     }
 
@@ -532,7 +538,7 @@ impl Agent {
         let all = self.balancer.servers().iter().map(ToString::to_string).collect();
         let unwell = self.unwell.clone();
         self.view.say(|status| {
-            status.problem = unwell;
+            (status.refused, status.problem) = (unwell.is_some(), unwell);
             status.joined = true;
             status.connected = true;
             status.server = Some(server.to_string());

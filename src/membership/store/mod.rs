@@ -214,7 +214,7 @@ pub enum StoreError {
         known: i64,
     },
     /// Another process has it.
-    #[error("{place}: another mesh-sidecar uses this database; stop it first")]
+    #[error("{place}: another mesh-sidecar uses this database: stop its meshd first")]
     InUse {
         /// Which store.
         place: String,
