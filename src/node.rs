@@ -4,7 +4,7 @@
 //! where a list comes from (`control`) or what is done with it.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -219,6 +219,15 @@ impl NodeList {
     /// The node of that name.
     pub fn get(&self, name: &NodeName) -> Option<&Node> {
         self.nodes.binary_search_by(|n| n.name.cmp(name)).ok().and_then(|i| self.nodes.get(i))
+    }
+}
+
+/// Network + 1; of a subnet that is a single address, that one.
+pub fn first_address(net: &IpNet) -> IpAddr {
+    match net {
+        IpNet::V4(net) if net.prefix_len() < 32 => Ipv4Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
+        IpNet::V6(net) if net.prefix_len() < 128 => Ipv6Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
+        _ => net.network(),
     }
 }
 

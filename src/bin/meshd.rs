@@ -245,7 +245,7 @@ fn bare() -> ExitCode {
         match joined {
             Some(joined) => eprintln!(
                 "\nThis machine is a node of a cluster already: `meshd {}` starts it again.",
-                verb(joined.role.unwrap_or(Role::Agent))
+                joined.role.unwrap_or(Role::Agent).name()
             ),
             None if configured => {
                 eprintln!("\n{DEFAULT_PATH} is there: start `meshd server`, `meshd agent` or `meshd run` by it.");
@@ -255,10 +255,6 @@ fn bare() -> ExitCode {
         return ExitCode::from(USAGE);
     }
     exit(ask::ask().and_then(|(role, loader)| member(role, loader, false)))
-}
-
-fn verb(role: Role) -> &'static str {
-    if role == Role::Server { "server" } else { "agent" }
 }
 
 /// `shown`: flags are on the command line, where others see them.
@@ -274,7 +270,7 @@ fn member(role: Role, mut loader: Loader, shown: bool) -> anyhow::Result<()> {
     if let Some(Joined { name, role: was }) = &joined {
         if let Some(was) = was.filter(|was| *was != role) {
             return Err(
-                NotItself::Role { was: verb(was), wanted: verb(role), data_dir: config.data_dir.clone() }.into()
+                NotItself::Role { was: was.name(), wanted: role.name(), data_dir: config.data_dir.clone() }.into()
             );
         }
         if let Some(name) = name.as_ref().filter(|name| **name != config.node_name.as_str()) {

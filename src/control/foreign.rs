@@ -8,10 +8,9 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::plan::first_address;
 use crate::key::PublicKey;
 use crate::membership::record::{Mode, NodeRecord, Role, State};
-use crate::node::{Mac, NodeName, Vni};
+use crate::node::{Mac, NodeName, Vni, first_address};
 
 /// What the interface of a foreign member is called, unless it is said.
 pub const DEVICE: &str = "mesh0";

@@ -2,7 +2,7 @@
 //!
 //! Pure: configuration, list and underlay in, one plan out. Does not know how any of it is put into effect.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
@@ -11,7 +11,7 @@ use crate::config::{Config, Encryption, Mtu, OverlayAddress};
 use crate::engine::tables::{ENCAPSULATION, Local, PeerSpec};
 use crate::engine::tunnel;
 use crate::key::PublicKey;
-use crate::node::{Mac, Node, NodeList, NodeName};
+use crate::node::{Mac, Node, NodeList, NodeName, first_address};
 
 /// Outer IP and UDP header, over IPv4 and IPv6: what any datagram costs.
 const DATAGRAM_V4: u32 = 28;
@@ -262,15 +262,6 @@ fn overlay_addresses(wanted: &OverlayAddress, own: &Node) -> Result<Vec<IpAddr>,
             let stray = given.iter().find(|ip| !own.subnets.iter().any(|net| net.contains(*ip)));
             stray.map_or_else(|| Ok(given.clone()), |ip| Err(PlanError::AddressNotOurs(*ip)))
         }
-    }
-}
-
-/// Network + 1; of a subnet that is a single address, that one.
-pub fn first_address(net: &IpNet) -> IpAddr {
-    match net {
-        IpNet::V4(net) if net.prefix_len() < 32 => Ipv4Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
-        IpNet::V6(net) if net.prefix_len() < 128 => Ipv6Addr::from_bits(net.network().to_bits().wrapping_add(1)).into(),
-        _ => net.network(),
     }
 }
 

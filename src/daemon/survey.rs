@@ -9,10 +9,9 @@ use tokio::time::{Instant, sleep};
 use super::view::{Shared, lock};
 use crate::admin::protocol::{Encryption, PairView, PeerState, SurveyView, TargetView};
 use crate::admin::server::Mesh;
-use crate::control::plan::first_address;
 use crate::engine::tables::Tables;
 use crate::health::peer::{SURVEYED, Verdict};
-use crate::node::Mac;
+use crate::node::{Mac, first_address};
 use crate::wire::survey::Entry;
 
 /// How long sessions that have just begun may take to come up: a packet a second goes either way until then.

@@ -6,9 +6,8 @@ use std::time::Duration;
 use super::view::{Shared, lock};
 use crate::admin::protocol::why::{Ask, RouteView, WhyView};
 use crate::admin::server::Mesh;
-use crate::control::plan::first_address;
 use crate::host::Host;
-use crate::node::NodeName;
+use crate::node::{NodeName, first_address};
 use crate::why::{self, Facts};
 
 /// How long the kernel may take to answer.

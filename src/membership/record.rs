@@ -18,6 +18,17 @@ pub enum Role {
     Foreign,
 }
 
+impl Role {
+    /// In the user's words.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Server => "server",
+            Role::Agent => "agent",
+            Role::Foreign => "foreign",
+        }
+    }
+}
+
 /// What the servers think of a node's health and life cycle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -37,6 +37,7 @@ use super::registry::INTERVAL;
 use super::settings::{SERVER_PORT, Settings};
 use super::tls::Trust;
 use super::token::{BadToken, Credential};
+use crate::node::first_address;
 
 /// A server that refuses is asked again after this long, and up to half as long again.
 const REFUSED_PAUSE: Duration = Duration::from_secs(10);
@@ -549,11 +550,10 @@ impl Agent {
     /// Where the servers' nodes are in the overlay: there they stay where they are when the underlay's addresses change.
     fn learn_overlay(&mut self) {
         let port = self.balancer.servers().first().map_or(SERVER_PORT, ServerAddress::port);
-        let nodes = self.view.nodes();
-        let nets = nodes.iter().filter(|node| node.role == Role::Server).flat_map(|node| &node.subnets);
-        // network + 1 is the node's or its bridge's
-        let first = nets.filter_map(|net| net.hosts().find(|ip| *ip != net.network()).or(Some(net.network())));
-        self.balancer.learn_overlay(first.map(|ip| SocketAddr::new(ip, port).into()));
+        let nodes = self.view.list.read().unwrap_or_else(PoisonError::into_inner);
+        let nets = nodes.values().filter(|node| node.role == Role::Server).flat_map(|node| &node.subnets);
+        // that one is the node's or its bridge's
+        self.balancer.learn_overlay(nets.map(|net| SocketAddr::new(first_address(net), port).into()));
     }
 
     fn relay(&self, member: &Membership) -> Relay {

@@ -532,9 +532,7 @@ fn judged(state: &State, now: Now, verdict: &health::Verdict) -> (Vec<(String, b
     let mut changed = Vec::new();
     for id in &verdict.purge {
         if let Ok(purge) = state.remove(now, id, How::Purged) {
-            plan.drop_nodes.extend(purge.drop_nodes);
-            plan.put_gone.extend(purge.put_gone);
-            plan.audit.extend(purge.audit);
+            plan.add_removal(purge);
         }
     }
     let flips = verdict.up.iter().map(|id| (id, true)).chain(verdict.down.iter().map(|id| (id, false)));

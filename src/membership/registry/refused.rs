@@ -24,7 +24,7 @@ pub enum Refused {
     #[error("the token {0} was revoked; make a new one with `meshctl token create` on a server")]
     TokenRevoked(String),
     /// For something else.
-    #[error("the token {id} is for role {}, not {}; use one made with `--role {}`", role(*.is), role(*.wanted), role(*.wanted))]
+    #[error("the token {id} is for role {}, not {}; use one made with `--role {}`", .is.name(), .wanted.name(), .wanted.name())]
     WrongRole {
         /// The token.
         id: String,
@@ -202,15 +202,6 @@ impl From<MembersError> for Refused {
             MembersError::Store(error) => Refused::Store(error),
             MembersError::Later(why) => Refused::Later(why),
         }
-    }
-}
-
-/// A role in the user's words.
-pub(crate) fn role(role: Role) -> &'static str {
-    match role {
-        Role::Server => "server",
-        Role::Agent => "agent",
-        Role::Foreign => "foreign",
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use serde_json::{Value, json};
 
 use super::health::GRACE;
-use super::refused::{Refused, role};
+use super::refused::Refused;
 use super::rows::How;
 use super::{Registry, with_health};
 use crate::membership::api::ServerMember;
@@ -191,7 +191,7 @@ impl Registry {
                 [(Readiness::Ready, "ready"), (Readiness::NotReady, "not-ready"), (Readiness::Draining, "draining")]
             {
                 let count = records.iter().filter(|r| r.role == of && r.state == state).count();
-                text.push_str(&format!("meshd_nodes{{role=\"{}\",state=\"{name}\"}} {count}\n", role(of)));
+                text.push_str(&format!("meshd_nodes{{role=\"{}\",state=\"{name}\"}} {count}\n", of.name()));
             }
         }
         let counters = &self.counters;

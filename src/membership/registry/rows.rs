@@ -137,6 +137,13 @@ impl Plan {
         *self == Plan::default()
     }
 
+    /// Removes that node, too.
+    pub(super) fn add_removal(&mut self, removal: Plan) {
+        self.drop_nodes.extend(removal.drop_nodes);
+        self.put_gone.extend(removal.put_gone);
+        self.audit.extend(removal.audit);
+    }
+
     pub(super) fn changes_list(&self) -> bool {
         !self.put_nodes.is_empty() || !self.drop_nodes.is_empty()
     }

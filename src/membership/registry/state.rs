@@ -195,10 +195,7 @@ impl State {
         let mut plan = Plan::default();
         if *proof == Proof::LocalAlone {
             for former in self.formerly(join) {
-                let gone = removal(former, now, How::Replaced);
-                plan.drop_nodes.extend(gone.drop_nodes);
-                plan.put_gone.extend(gone.put_gone);
-                plan.audit.extend(gone.audit);
+                plan.add_removal(removal(former, now, How::Replaced));
             }
         }
         let other = self.by_name.get(&join.name).and_then(|id| self.nodes.get(id));
