@@ -22,6 +22,7 @@ mod reload;
 mod stamps;
 mod supervisor;
 mod survey;
+mod uncut;
 mod view;
 mod why;
 
@@ -46,6 +47,7 @@ pub use self::membership::{Join, Joined, joined};
 use self::metrics::Metrics;
 pub use self::privileges::settle;
 use self::stamps::Stamps;
+use self::uncut::UncutSwitch;
 use self::view::{Concern, Shared, lock};
 use crate::admin::server;
 use crate::admin::socket::{AdminSocket, SocketOptions};
@@ -224,6 +226,7 @@ struct Daemon {
     /// Tables that a worker may still hold: the last owner frees them, and that must not be a worker.
     retired: Vec<Arc<Tables>>,
     tun_drops_before: Option<u64>,
+    uncut: UncutSwitch,
     /// The time in handshakes, once this node has a key.
     stamps: Option<Stamps>,
     _lock: Lock,
@@ -280,6 +283,7 @@ impl Daemon {
             ended,
             retired: Vec::new(),
             tun_drops_before: None,
+            uncut: UncutSwitch::new(config.tunnel_gso),
             stamps: None,
             _lock: lock,
             config,
@@ -364,6 +368,7 @@ impl Daemon {
             io: self.config.io,
             workers: self.workers,
             busy_poll: self.config.busy_poll,
+            tunnel_gso: self.uncut.way.clone(),
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
             tables: shared.tables.clone(),
@@ -389,6 +394,7 @@ impl Daemon {
         );
         *lock(&shared.facts) = Some(plane.facts.clone());
         self.plane = Some(plane);
+        self.look_who_cuts().await;
         Ok(())
     }
 
@@ -437,7 +443,14 @@ impl Daemon {
         }
         if self.begun {
             self.ensure().await;
+            self.look_who_cuts().await;
         }
+    }
+
+    /// Whether super-packets leave uncut from now on.
+    async fn look_who_cuts(&mut self) {
+        let clear = self.shared.tables.load().peers().iter().any(|peer| peer.spec.tunnel.is_none());
+        self.uncut.look(&self.host, &self.shared.tun, &self.underlays, clear).await;
     }
 
     async fn workers_ended(&mut self, why: &str) {
@@ -483,6 +496,9 @@ impl Daemon {
             self.shared.tun_drops.fetch_add(drops.checked_sub(before).unwrap_or(drops), Ordering::Relaxed);
         }
         self.retired.retain(|tables| Arc::strong_count(tables) > 1);
+        if self.begun {
+            self.look_who_cuts().await;
+        }
     }
 
     /// Names the peers whose answers only another preshared key explains.

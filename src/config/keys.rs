@@ -93,6 +93,14 @@ pub const KEYS: &[Key] = &[
          closely: shorter round trips for processor time; not with `io: tokio`",
         "100",
     ),
+    key(
+        "tunnel-gso",
+        "auto|off",
+        "TCP super-packets in the clear leave uncut where the underlay's network card cuts what lies in a tunnel \
+         (`ethtool -k`: tx-udp_tnl-segmentation) and Linux is 6.17 or newer; they pass by the firewall's output hook, and never \
+         leave so while this host has IPsec policies",
+        "auto",
+    ),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),

@@ -277,6 +277,14 @@ pub(crate) fn busy_poll(text: &str) -> Read<Duration> {
     }
 }
 
+pub(crate) fn tunnel_gso(text: &str) -> Read<bool> {
+    match text {
+        "auto" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("use `auto` or `off`".into()),
+    }
+}
+
 pub(crate) fn io(text: &str) -> Read<Io> {
     match text {
         "auto" => Ok(Io::Auto),

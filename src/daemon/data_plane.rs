@@ -21,6 +21,7 @@ use crate::io::pairs::{self, Pairs};
 use crate::io::plain::Plain;
 use crate::io::tap::Tap;
 use crate::io::tun::{TunDevice, TunError};
+use crate::io::tunnel_gso::TunnelGso;
 use crate::io::udp::{self, UdpError, UdpOffloads, UdpPort};
 use crate::io::uring;
 use crate::io::worker::{Worker, WorkerError};
@@ -28,6 +29,8 @@ use crate::sys::udp::steer;
 
 /// Sending sockets of each thread and address family: so many outer source ports spread a node pair's flows.
 const SENDERS: u16 = 8;
+
+const NO_SUPER_PACKETS: &str = "`io: tokio` hands over plain packets";
 
 /// Reserved source ports of one address.
 type Sources = Vec<(Socket, u16)>;
@@ -38,6 +41,7 @@ pub(super) struct Parts {
     pub io: Io,
     pub workers: usize,
     pub busy_poll: Duration,
+    pub tunnel_gso: Arc<TunnelGso>,
     pub addresses: Vec<IpAddr>,
     pub port: u16,
     pub tables: Arc<ArcSwap<Tables>>,
@@ -61,6 +65,7 @@ pub(super) struct Facts {
     pub workers: usize,
     pub accepts: Accepts,
     pub offloads: Arc<UdpOffloads>,
+    pub tunnel_gso: Arc<TunnelGso>,
     pub reasons: Vec<(&'static str, String)>,
     pub receivers: Arc<Vec<Socket>>,
     /// The outer source ports that flows are spread over, for each of the node's addresses.
@@ -127,6 +132,7 @@ impl DataPlane {
                 workers: parts.workers,
                 accepts: device.accepts,
                 offloads: offloads.clone(),
+                tunnel_gso: parts.tunnel_gso.clone(),
                 reasons: std::mem::take(&mut device.reasons),
                 receivers: Arc::default(),
                 source_ports: Vec::new(),
@@ -168,6 +174,7 @@ impl DataPlane {
                 started: parts.started,
                 stop: stopped,
                 busy_poll: parts.busy_poll,
+                cut_behind: parts.tunnel_gso.cut_behind.clone(),
             });
         }
         plane.facts.receivers = Arc::new(receivers);
@@ -201,7 +208,7 @@ impl DataPlane {
         opened.recv().unwrap_or(Err(TunError::Busy(parts.tun.clone())))?;
         if reasons.is_empty() {
             for offload in ["tun_tso", "tun_uso"] {
-                reasons.push((offload, "`io: tokio` hands over plain packets".to_owned()));
+                reasons.push((offload, NO_SUPER_PACKETS.to_owned()));
             }
         }
         let facts = Facts {
@@ -209,6 +216,7 @@ impl DataPlane {
             workers: 1,
             accepts: Plain::ACCEPTS,
             offloads,
+            tunnel_gso: Arc::new(TunnelGso::off(NO_SUPER_PACKETS)),
             reasons,
             receivers: Arc::new(receivers),
             source_ports: numbers(parts, &sources),
@@ -265,7 +273,8 @@ fn open_ports(
 ) -> Result<Vec<UdpPort>, UdpError> {
     let open = |((ip, sources), receiver): ((&IpAddr, &Sources), &Socket)| {
         let ports: Vec<u16> = sources.iter().map(|(_, port)| *port).collect();
-        UdpPort::open(SocketAddr::new(*ip, parts.port), receiver, &ports, offloads)
+        let port = UdpPort::open(SocketAddr::new(*ip, parts.port), receiver, &ports, offloads)?;
+        Ok(port.with_tunnel_gso(parts.tunnel_gso.clone()))
     };
     parts.addresses.iter().zip(sources).zip(receivers).map(open).collect()
 }

@@ -346,6 +346,7 @@ impl Mesh for Shared {
                 udp_recv_datagrams: udp.rx_packets,
                 udp_send_calls: sum(|f| f.udp_send_calls.get()),
                 udp_send_datagrams: udp.tx_packets,
+                uncut_sends: sum(|f| f.uncut_sends.get()),
                 tun_writes: sum(|f| f.tun_writes.get()),
                 tun_write_segments: tun.tx_packets,
             },
@@ -475,6 +476,7 @@ fn offloads(facts: &Facts) -> OffloadsView {
         tun_uso: facts.accepts.uso,
         udp_gso: !facts.offloads.no_gso.load(Ordering::Relaxed) && !facts.offloads.gso_failed.load(Ordering::Relaxed),
         udp_gro: !facts.offloads.no_gro.load(Ordering::Relaxed),
+        tunnel_gso: facts.tunnel_gso.state().is_ok(),
     }
 }
 
@@ -492,6 +494,9 @@ fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {
         "a segmented send failed where the same datagrams alone left: the link's driver cannot be trusted with it";
     add(offloads.gso_failed.load(Ordering::Relaxed), "udp_gso", failed);
     add(offloads.no_gro.load(Ordering::Relaxed), "udp_gro", "the kernel does not know UDP_GRO (Linux 5.0 has it)");
+    if let Err(why) = facts.tunnel_gso.state() {
+        reasons.insert("tunnel_gso".to_owned(), why);
+    }
     reasons
 }
 

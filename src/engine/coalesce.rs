@@ -476,10 +476,9 @@ fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {
 /// Whether the transport checksum, and the header checksum of IPv4, are right.
 #[inline]
 fn verify(packet: &Packet, bytes: &[u8], segment: &Segment) -> Checksum {
-    let Some((header, rest)) = bytes.split_at_checked(usize::from(packet.header_len)) else { return Checksum::Wrong };
-    if !packet.is_v6() && !Sum::default().bytes(header).is_valid() {
+    let Some(rest) = bytes.get(usize::from(packet.header_len)..).filter(|_| header_is_right(packet, bytes)) else {
         return Checksum::Wrong;
-    }
+    };
     let pseudo = packet.pseudo_sum(packet.payload_len());
     if pseudo.bytes(rest).is_valid() {
         Checksum::Valid
@@ -488,6 +487,13 @@ fn verify(packet: &Packet, bytes: &[u8], segment: &Segment) -> Checksum {
     } else {
         Checksum::Wrong
     }
+}
+
+/// Whether the checksum of an IPv4 header is right; IPv6 has none.
+#[inline]
+fn header_is_right(packet: &Packet, bytes: &[u8]) -> bool {
+    packet.is_v6()
+        || bytes.get(..usize::from(packet.header_len)).is_some_and(|header| Sum::default().bytes(header).is_valid())
 }
 
 /// Whether the checksum was never computed: the field holds just what a kernel leaves there for hardware that is to
@@ -519,7 +525,9 @@ pub fn unfinished_super(packet: &Packet, bytes: &[u8], mtu: u16) -> Option<usize
     let segment = read_transport(packet, bytes)?;
     // a kernel's segments are mostly payload: less would let one datagram become thousands of headers
     let size = usize::from(mtu).checked_sub(segment.header_len).filter(|size| *size >= segment.header_len)?;
-    is_unfinished(packet, bytes, &segment).then_some(size)
+    // by chance the sum may be right as well: to compute it once more does no harm, to look would take as long
+    let pseudo = packet.pseudo_sum(packet.payload_len());
+    (header_is_right(packet, bytes) && is_pseudo_sum(pseudo, packet, &segment)).then_some(size)
 }
 
 #[cfg(test)]

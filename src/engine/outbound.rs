@@ -4,7 +4,8 @@
 //! 2. **Admit**: does its source belong to this node? A receiver would refuse it otherwise; here the cause can be named.
 //! 3. **Route**: the longest prefix in the table names the peer. For one that is dead the sender is told so.
 //! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed.
-//! 5. **Segment**: a super-packet becomes segments, one behind the other in the batch's slab.
+//! 5. **Segment**: a super-packet becomes segments, one behind the other in the batch's slab, unless somebody behind meshd cuts
+//!    what lies in a tunnel ([`CutBehind`]).
 //! 6. **Seal**: the VXLAN header goes before it; for an encrypted peer WireGuard writes the whole datagram, or the packet
 //!    waits for a session.
 //! 7. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
@@ -13,6 +14,8 @@
 //! header.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -22,11 +25,12 @@ use super::segment::{self, Gso, Offload, Segmenter};
 use super::stats::{Flow, Stats, WorkerStats};
 use super::tables::{ENCAPSULATION, Peer, PeerIndex, Tables};
 use super::tunnel::{self, Outbox, Session};
-use super::tx_batch::{Key, Piece, Run, TxBatch};
+use super::tx_batch::{Key, Piece, Run, TxBatch, Uncut};
 use crate::health::peer::Liveness;
 use crate::wire::checksum::Sum;
 use crate::wire::icmp;
 use crate::wire::ip::{self, Packet};
+use crate::wire::transport::{self, Tcp, flags};
 use crate::wire::vnet_hdr::{self, VnetHdr};
 
 /// Bytes of room that must be free before the offload header of each packet read: the encapsulation reaches that far.
@@ -38,12 +42,33 @@ const ERRORS_PER_WINDOW: u32 = 100;
 /// The shortest MTU that an IPv6 sender takes notice of (RFC 8200 §5).
 const V6_MIN_MTU: usize = 1280;
 
+/// The longest UDP payload by its own length field (RFC 768).
+const MAX_UDP: usize = 65_535 - transport::UDP_LEN;
+
+/// Whether TCP super-packets for clear peers leave uncut, by the address family of the underlay: where the kernel takes
+/// them so and the network card, or nobody on a virtual link, cuts them.
+#[derive(Debug, Default)]
+pub struct CutBehind {
+    /// Over IPv4.
+    pub v4: AtomicBool,
+    /// Over IPv6.
+    pub v6: AtomicBool,
+}
+
+impl CutBehind {
+    #[inline]
+    fn takes(&self, endpoint: SocketAddr) -> bool {
+        if endpoint.is_ipv4() { &self.v4 } else { &self.v6 }.load(Ordering::Relaxed)
+    }
+}
+
 /// The outbound half of one worker's engine.
 #[derive(Debug)]
 pub struct Outbound {
     stats: Stats,
     worker: usize,
     sockets: u16,
+    cut_behind: Arc<CutBehind>,
     batch: TxBatch,
     errors: Vec<Span>,
     error_window: (u64, u32),
@@ -76,12 +101,18 @@ impl Outbound {
             stats,
             worker,
             sockets: sockets.max(1),
+            cut_behind: Arc::default(),
             batch: TxBatch::default(),
             errors: Vec::with_capacity(ERRORS_PER_WINDOW as usize),
             error_window: (0, 0),
             whole: Vec::new(),
             outbox: Outbox::default(),
         }
+    }
+
+    /// The same where super-packets leave uncut while that is so.
+    pub fn with_cut_behind(self, cut_behind: Arc<CutBehind>) -> Self {
+        Outbound { cut_behind, ..self }
     }
 
     /// The number of the socket that sends from the data port: the one behind the pool.
@@ -289,6 +320,11 @@ impl Outbound {
 
         // 5. segment, 6. seal, 7. batch
         let queued = match *offload {
+            Offload::Segment(gso)
+                if route.way.session().is_none() && self.leaves_uncut(route.endpoint, packet, gso) =>
+            {
+                self.uncut(route, parcel, gso, arena)
+            }
             Offload::Segment(gso) => {
                 let bytes = arena.get(*start..start + total).ok_or(Drop::MalformedOffload)?;
                 self.segment(route, parcel, gso, bytes)
@@ -323,6 +359,41 @@ impl Outbound {
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
         self.batch.open(route.key, route.endpoint, packet.tos, len).push(len, inner, &[piece]);
+        Some(())
+    }
+
+    #[inline]
+    fn leaves_uncut(&self, endpoint: SocketAddr, packet: &Packet, gso: Gso) -> bool {
+        let outer = if endpoint.is_ipv4() { ip::V4_MIN_LEN } else { 0 };
+        packet.protocol == ip::protocol::TCP
+            && gso.segments() > 1
+            && usize::from(packet.total_len) + ENCAPSULATION + outer <= MAX_UDP
+            && self.cut_behind.takes(endpoint)
+    }
+
+    /// A super-packet that is cut behind meshd: the encapsulation goes before it, once.
+    #[inline]
+    fn uncut<'t, W: Way<'t>>(
+        &mut self,
+        route: &Route<'t, W>,
+        parcel: &Parcel,
+        gso: Gso,
+        arena: &mut [u8],
+    ) -> Option<()> {
+        let Parcel { packet, start, .. } = parcel;
+        let at = start.checked_sub(ENCAPSULATION)?;
+        let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + usize::from(packet.header_len)..)?).ok()?;
+        let how = Uncut {
+            v6: packet.is_v6(),
+            cwr: tcp.flags & flags::CWR != 0,
+            transport: packet.header_len,
+            header_len: gso.header_len as u16,
+            size: gso.size as u16,
+        };
+        *arena.get_mut(at..*start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
+        let piece = Piece::Payload { at: at as u32, len: (ENCAPSULATION + usize::from(packet.total_len)) as u32 };
+        let bytes = gso.payload_len + gso.segments() * (ENCAPSULATION + gso.header_len);
+        self.batch.add_uncut(route.key, route.endpoint, packet.tos, how, (gso.segments(), bytes), piece);
         Some(())
     }
 

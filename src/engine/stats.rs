@@ -70,6 +70,8 @@ counters! {
         udp_send_calls,
         /// Messages that they carried; a message is one datagram or, with GSO, many.
         udp_send_messages,
+        /// Super-packets that left uncut, to be cut behind meshd.
+        uncut_sends,
         /// Packets from a kernel VXLAN device whose checksum was never computed, handed on to be completed.
         partial_csum_in,
         /// Times that another thread got a queue pair from this one.

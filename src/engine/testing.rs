@@ -15,11 +15,11 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::coalesce::Accepts;
 use super::drop::{Direction, Drop};
 use super::inbound::{Inbound, Received};
-use super::outbound::{HEADROOM, Outbound, Sent};
+use super::outbound::{CutBehind, HEADROOM, Outbound, Sent};
 use super::stats::{PeerStats, Stats};
 use super::tables::{ENCAPSULATION, Local, Peer, PeerSpec, Tables};
 use super::tunnel::{Identity, Outbox, Policy, Tunnel};
-use super::tx_batch::{MAX_BYTES, MAX_SEGMENTS, Piece};
+use super::tx_batch::{MAX_BYTES, MAX_SEGMENTS, Piece, Uncut};
 use crate::health::machine::Timers;
 use crate::health::peer::{Liveness, Settings};
 use crate::key::SecretKey;
@@ -494,6 +494,7 @@ pub struct SentRun {
     pub endpoint: SocketAddr,
     pub tos: u8,
     pub segment_len: u16,
+    pub uncut: Option<Uncut>,
     pub datagrams: Vec<Vec<u8>>,
 }
 
@@ -502,6 +503,12 @@ impl Sending {
         let stats = Stats::new(1);
         let outbound = Outbound::new(stats.clone(), 0, 8);
         Sending { tables, stats, now_ms: 0, outbound, arena: Vec::new(), end: 0 }
+    }
+
+    /// The same where super-packets over IPv4, or IPv6, are cut behind it.
+    pub fn cut_behind(self, v4: bool, v6: bool) -> Self {
+        let outbound = self.outbound.with_cut_behind(Arc::new(CutBehind { v4: v4.into(), v6: v6.into() }));
+        Sending { outbound, ..self }
     }
 
     /// Takes a frame as the device delivers it.
@@ -525,6 +532,14 @@ impl Sending {
             };
             let datagrams: Vec<Vec<u8>> = run.datagrams().map(bytes_of).collect();
             assert_eq!(datagrams.concat(), bytes_of(run.pieces()));
+            let (socket, endpoint) = (run.key.socket, run.endpoint);
+            if run.uncut.is_some() {
+                assert_eq!((datagrams.len(), batch.has_uncut()), (1, true));
+                assert_eq!(run.bytes as usize - ENCAPSULATION * usize::from(run.segments), run.inner_bytes as usize);
+                self.outbound.sent(&self.tables, run, Sent::All);
+                sent.push(SentRun { socket, endpoint, tos: run.tos, segment_len: 0, uncut: run.uncut, datagrams });
+                continue;
+            }
             assert_eq!(datagrams.len(), usize::from(run.segments), "{run:?}");
             assert!(datagrams.len() <= MAX_SEGMENTS);
             let bytes: usize = datagrams.iter().map(Vec::len).sum();
@@ -535,8 +550,8 @@ impl Sending {
             assert!(full.iter().all(|datagram| datagram.len() == usize::from(run.segment_len)));
             assert!(last.len() <= usize::from(run.segment_len));
             self.outbound.sent(&self.tables, run, Sent::All);
-            let (socket, endpoint) = (run.key.socket, run.endpoint);
-            sent.push(SentRun { socket, endpoint, tos: run.tos, segment_len: run.segment_len, datagrams });
+            let segment_len = run.segment_len;
+            sent.push(SentRun { socket, endpoint, tos: run.tos, segment_len, uncut: None, datagrams });
         }
         let errors: Vec<Vec<u8>> = self.outbound.errors().map(<[u8]>::to_vec).collect();
         errors.iter().for_each(|error| self.outbound.error_written(error, true));

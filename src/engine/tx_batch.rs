@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use super::tables::PeerIndex;
+use super::tables::{ENCAPSULATION, PeerIndex};
 
 /// A UDP send with more segments fails with EINVAL before Linux 6.10 (`UDP_MAX_SEGMENTS`).
 pub const MAX_SEGMENTS: usize = 64;
@@ -59,6 +59,21 @@ pub struct Key {
     pub peer: PeerIndex,
 }
 
+/// How a TCP super-packet that leaves uncut is to be cut on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Uncut {
+    /// Whether the inner packet is IPv6.
+    pub v6: bool,
+    /// Whether it carries CWR, which belongs to the first segment.
+    pub cwr: bool,
+    /// Bytes of the inner IP header.
+    pub transport: u16,
+    /// Bytes of all inner headers.
+    pub header_len: u16,
+    /// Payload bytes of each segment but the last.
+    pub size: u16,
+}
+
 /// A run of datagrams.
 #[derive(Debug)]
 pub struct Run {
@@ -76,6 +91,8 @@ pub struct Run {
     pub bytes: u32,
     /// Bytes of the inner packets.
     pub inner_bytes: u32,
+    /// It is one super-packet, and its only piece the datagram that somebody behind meshd will cut.
+    pub uncut: Option<Uncut>,
     closed: bool,
     pieces: Vec<Piece>,
 }
@@ -116,6 +133,7 @@ impl Run {
 pub struct TxBatch {
     runs: Vec<Run>,
     used: usize,
+    has_uncut: bool,
     slab: Vec<u8>,
 }
 
@@ -123,6 +141,12 @@ impl TxBatch {
     /// The runs so far.
     pub fn runs(&self) -> &[Run] {
         self.runs.get(..self.used).unwrap_or_default()
+    }
+
+    /// Whether any run is a super-packet that leaves uncut.
+    #[inline]
+    pub fn has_uncut(&self) -> bool {
+        self.has_uncut
     }
 
     /// The memory that [`Piece::Slab`] points into.
@@ -139,6 +163,7 @@ impl TxBatch {
     /// Forgets everything; memory is kept.
     pub fn clear(&mut self) {
         self.used = 0;
+        self.has_uncut = false;
         self.slab.clear();
     }
 
@@ -167,6 +192,26 @@ impl TxBatch {
         run
     }
 
+    /// A super-packet with its encapsulation in one piece, which stands for so many datagrams of so many bytes in all.
+    pub fn add_uncut(
+        &mut self,
+        key: Key,
+        endpoint: SocketAddr,
+        tos: u8,
+        how: Uncut,
+        stands_for: (usize, usize),
+        piece: Piece,
+    ) {
+        let (segments, bytes) = stands_for;
+        let inner = bytes.saturating_sub(segments * ENCAPSULATION);
+        let index = self.add(key, endpoint, tos, piece.len());
+        self.has_uncut = true;
+        let Some(run) = self.runs.get_mut(index) else { return };
+        run.push(piece.len(), inner, &[piece]);
+        (run.uncut, run.closed) = (Some(how), true);
+        (run.segments, run.bytes) = (segments as u16, bytes as u32);
+    }
+
     fn add(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize) -> usize {
         let index = self.used;
         self.used += 1;
@@ -185,7 +230,18 @@ impl TxBatch {
 impl Run {
     fn new(key: Key, endpoint: SocketAddr, tos: u8, len: usize, pieces: Vec<Piece>) -> Self {
         let segment_len = len as u16; // at most MAX_BYTES
-        Run { key, endpoint, tos, segment_len, segments: 0, bytes: 0, inner_bytes: 0, closed: false, pieces }
+        Run {
+            key,
+            endpoint,
+            tos,
+            segment_len,
+            segments: 0,
+            bytes: 0,
+            inner_bytes: 0,
+            uncut: None,
+            closed: false,
+            pieces,
+        }
     }
 
     /// Adds a datagram of `len` bytes that consists of these pieces and carries an inner packet of `inner` bytes.

@@ -181,7 +181,7 @@ impl Run<'_> {
                 self.netlink.change(Request::SetLink(message), || format!("set the MTU of {tun} to {to}")).await;
             self.note(outcome, || Change::Mtu { from, to });
         }
-        let settings = sysctl::apply(tun);
+        let settings = sysctl::apply(tun, sysctl::OVERLAY);
         self.report.changes.extend(settings.changed.into_iter().map(Change::Setting));
         self.report.warnings.extend(settings.failed);
         if !link.up {

@@ -17,6 +17,7 @@ mod survey;
 mod sysctl;
 mod underlay;
 mod watch;
+mod xfrm;
 
 use std::io;
 
@@ -33,6 +34,7 @@ pub use prefixes::union;
 pub use survey::{Device, Holder, Survey};
 pub use underlay::{NodeIp, Underlay, UnderlayError};
 pub use watch::Watch;
+pub use xfrm::outgoing_policies;
 
 /// The route protocol number that marks a route as meshd's (`ip route show proto 72`).
 pub const ROUTE_PROTOCOL: u8 = 72;
@@ -63,6 +65,20 @@ impl Host {
         let message = LinkUnspec::new_with_index(LOOPBACK).up().build();
         let done = self.netlink.change(Request::SetLink(message), || "switch on the loopback device".to_owned()).await;
         done.map(drop)
+    }
+
+    /// Has a TAP device, into which meshd writes what leaves this host, on and with the settings for that. It gets no
+    /// addresses.
+    pub async fn ensure_outlet(&self, tap: &str) -> Result<(), HostError> {
+        let link = self.netlink.link(tap).await?.ok_or_else(|| HostError::NoDevice { tun: tap.to_owned() })?;
+        let applied = sysctl::apply(tap, sysctl::OUTLET);
+        applied.changed.iter().for_each(|change| tracing::info!("{change}"));
+        applied.failed.iter().for_each(|failure| tracing::warn!("{failure}"));
+        if link.up {
+            return Ok(());
+        }
+        let message = LinkUnspec::new_with_index(link.index).up().build();
+        self.netlink.change(Request::SetLink(message), || format!("switch on {tap}")).await.map(drop)
     }
 
     /// Packets that the kernel dropped before meshd read them from the device, because its queue was full; since the

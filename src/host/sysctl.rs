@@ -1,6 +1,6 @@
-//! The device's settings under `/proc/sys/net`, which follows the thread's network namespace.
+//! Devices' settings under `/proc/sys/net`, which follows the thread's network namespace.
 //!
-//! Owns which settings the device gets and why; does not know whether the device exists.
+//! Owns which settings a device gets and why; does not know whether it exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,16 +40,16 @@ pub(super) struct Applied {
 }
 
 /// Sets what is not yet as it should be.
-pub(super) fn apply(tun: &str) -> Applied {
+pub(super) fn apply(device: &str, settings: &[(&str, &str, &str)]) -> Applied {
     let mut applied = Applied::default();
-    for (family, key, value) in SETTINGS {
-        let file = path(family, tun, key);
+    for (family, key, value) in settings {
+        let file = path(family, device, key);
         // IPv6 may be off, and an old kernel may lack a setting: then there is nothing to set.
         let Ok(now) = fs::read_to_string(&file) else { continue };
         if now.trim() == *value {
             continue;
         }
-        let name = format!("net.{family}.conf.{tun}.{key} = {value}");
+        let name = format!("net.{family}.conf.{device}.{key} = {value}");
         match fs::write(&file, value) {
             Ok(()) => applied.changed.push(name),
             Err(e) => applied.failed.push(format!("cannot set {name}: {e}")),
@@ -62,7 +62,8 @@ fn path(family: &str, tun: &str, key: &str) -> PathBuf {
     ["/proc/sys/net", family, "conf", tun, key].iter().collect()
 }
 
-const SETTINGS: &[(&str, &str, &str)] = &[
+/// Of the overlay's device.
+pub(super) const OVERLAY: &[(&str, &str, &str)] = &[
     // A packet that would leave through the device it came from has no better way that a redirect could name.
     ("ipv4", "send_redirects", "0"),
     // Loose: a node answers pods from its underlay address, whose route does not point to the overlay. The kernel takes
@@ -73,5 +74,14 @@ const SETTINGS: &[(&str, &str, &str)] = &[
     ("ipv6", "accept_redirects", "0"),
     ("ipv6", "accept_ra", "0"),
     // None: a link-local address would bring router solicitations into an overlay that has no links.
+    ("ipv6", "addr_gen_mode", "1"),
+];
+
+/// Of a device into which meshd writes what leaves this host.
+pub(super) const OUTLET: &[(&str, &str, &str)] = &[
+    // The program in its ingress hook asks for routes as a router does, which the device must be allowed to be.
+    ("ipv4", "forwarding", "1"),
+    ("ipv6", "forwarding", "1"),
+    ("ipv6", "accept_ra", "0"),
     ("ipv6", "addr_gen_mode", "1"),
 ];

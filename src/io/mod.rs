@@ -9,6 +9,7 @@ pub mod plain;
 mod spin;
 pub mod tap;
 pub mod tun;
+pub mod tunnel_gso;
 pub mod udp;
 pub mod uring;
 pub mod worker;

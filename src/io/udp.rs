@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::pairs::AT_MOST;
+use super::tunnel_gso::TunnelGso;
 use crate::engine::drop::Drop;
 use crate::engine::outbound::{Outbound, Sent};
 use crate::engine::stats::WorkerStats;
@@ -67,6 +69,9 @@ pub struct UdpPort {
     mean_lens: Vec<usize>,
     v6: bool,
     address: SocketAddr,
+    tunnel_gso: Option<Arc<TunnelGso>>,
+    /// Headers before an uncut super-packet.
+    front: Vec<u8>,
 }
 
 /// What one call received.
@@ -129,7 +134,14 @@ impl UdpPort {
             mean_lens: vec![MEAN_LEN; AT_MOST],
             v6: address.is_ipv6(),
             address,
+            tunnel_gso: None,
+            front: Vec::with_capacity(128),
         })
+    }
+
+    /// The same with a way out for super-packets that leave uncut.
+    pub fn with_tunnel_gso(self, tunnel_gso: Arc<TunnelGso>) -> Self {
+        UdpPort { tunnel_gso: Some(tunnel_gso), ..self }
     }
 
     /// Where it receives.
@@ -187,15 +199,61 @@ impl UdpPort {
         }
     }
 
-    /// All runs of one sending socket, in order.
+    /// All runs of one sending socket, in order: what goes by the socket in one stretch, as long as no uncut super-packet
+    /// comes in between.
     fn send_through(&mut self, number: usize, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
+        let v6 = self.is_v6();
+        if !batch.has_uncut() {
+            return self.send_stretch(number, 0..batch.runs().len(), batch, payload, stats);
+        }
+        let ours = |run: &Run| run.endpoint.is_ipv6() == v6 && usize::from(run.key.socket) == number;
+        let uncut = |from: usize| batch.runs().iter().skip(from).position(|run| ours(run) && run.uncut.is_some());
+        let mut from = 0;
+        while let Some(run) = batch.runs().get(from) {
+            if ours(run) && run.uncut.is_some() {
+                self.send_uncut(from, run, batch, payload, stats);
+                from += 1;
+                continue;
+            }
+            let end = uncut(from).map_or(batch.runs().len(), |next| from + next);
+            self.send_stretch(number, from..end, batch, payload, stats);
+            from = end;
+        }
+    }
+
+    /// One super-packet, as it is.
+    fn send_uncut(&mut self, index: usize, run: &Run, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
+        let ends = (self.source(run.key.socket), run.endpoint);
+        let UdpPort { tunnel_gso, front, outcomes, .. } = self;
+        let (Some(outcome), Some(how), Some(piece)) = (outcomes.get_mut(index), run.uncut, run.pieces().first()) else {
+            return;
+        };
+        let Some(way) = tunnel_gso else { return outcome.1 = Some(Drop::UdpSendFailed) };
+        match way.send(ends, run.tos, how, piece.of(payload, batch.slab()), front) {
+            Ok(()) => stats.flow.uncut_sends.add(1),
+            Err(error) => {
+                let full = matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM));
+                outcome.1 = Some(if full { Drop::UdpBufferFull } else { Drop::UdpSendFailed });
+            }
+        }
+    }
+
+    /// Those of the runs `range` that go by this socket, none of them uncut.
+    fn send_stretch(
+        &mut self,
+        number: usize,
+        range: Range<usize>,
+        batch: &TxBatch,
+        payload: &[u8],
+        stats: &WorkerStats,
+    ) {
         let v6 = self.is_v6();
         let UdpPort { senders, offloads, batch: scratch, single, owners, outcomes, .. } = self;
         let Some(Sender { socket, gso, full, .. }) = senders.get_mut(number) else { return };
         let socket = socket.as_fd();
         let mut sending = scratch.start();
         owners.clear();
-        for (index, run) in (0u32..).zip(batch.runs()) {
+        for (index, run) in (0u32..).zip(batch.runs()).skip(range.start).take(range.len()) {
             if run.endpoint.is_ipv6() != v6 || usize::from(run.key.socket) != number || run.segments == 0 {
                 continue;
             }
@@ -343,12 +401,12 @@ fn open(address: SocketAddr) -> io::Result<Socket> {
     udp::set(socket.as_fd(), Opt::MtuProbe { v6 })?;
     if v6 {
         socket.set_only_v6(true)?;
-        socket.set_unicast_hops_v6(OUTER_TTL)?;
+        socket.set_unicast_hops_v6(OUTER_TTL.into())?;
     } else {
-        socket.set_ttl_v4(OUTER_TTL)?;
+        socket.set_ttl_v4(OUTER_TTL.into())?;
     }
     Ok(socket)
 }
 
 /// Outer TTL and hop limit.
-const OUTER_TTL: u32 = 64;
+pub(super) const OUTER_TTL: u8 = 64;

@@ -35,8 +35,21 @@ pub fn supported() -> io::Result<()> {
 
 /// Works until the other side of the worker's `stop` is closed.
 pub fn run(worker: Worker) -> Result<(), WorkerError> {
-    let Worker { thread, workers, pairs, accepts, mut ports, senders, tables, stats, tap, started, stop, busy_poll } =
-        worker;
+    let Worker {
+        thread,
+        workers,
+        pairs,
+        accepts,
+        mut ports,
+        senders,
+        tables,
+        stats,
+        tap,
+        started,
+        stop,
+        busy_poll,
+        cut_behind,
+    } = worker;
     let Some(pair) = pairs.get(thread) else { return Ok(()) };
     let mut ring = {
         let mut sources = vec![Source::Frames(pair.tun.as_fd(), FRONT), Source::Signal(stop.as_fd())];
@@ -44,7 +57,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
         Ring::new(&sources).map_err(WorkerError::Ring)?
     };
     let mut tables = Cache::new(tables);
-    let mut outbound = Outbound::new(stats.clone(), thread, senders);
+    let mut outbound = Outbound::new(stats.clone(), thread, senders).with_cut_behind(cut_behind);
     let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
     let mut clockwork = Clockwork::new(thread, workers);
     let mut vigil = Vigil::new(thread, workers, workers);

@@ -20,7 +20,7 @@ use super::udp::{Batch, UdpPort};
 use crate::engine::coalesce::Accepts;
 use crate::engine::drop::Drop;
 use crate::engine::inbound::{Inbound, Received};
-use crate::engine::outbound::{HEADROOM, Outbound};
+use crate::engine::outbound::{CutBehind, HEADROOM, Outbound};
 use crate::engine::stats::{Stats, WorkerStats};
 use crate::engine::tables::{ENCAPSULATION, PeerIndex, Tables};
 use crate::engine::tunnel::Outbox;
@@ -76,6 +76,8 @@ pub struct Worker {
     pub stop: UnixStream,
     /// For how long it looks for the next packet before it sleeps.
     pub busy_poll: Duration,
+    /// Whether super-packets leave uncut.
+    pub cut_behind: Arc<CutBehind>,
 }
 
 /// Why a worker ended without being asked to.
@@ -108,6 +110,7 @@ impl Worker {
             started,
             stop,
             busy_poll,
+            cut_behind,
         } = self;
         let for_bulk = pairs.is_for_bulk(thread);
         if !for_bulk {
@@ -115,7 +118,7 @@ impl Worker {
         }
         let mut ready = Ready::new(&pairs, thread, stop.as_fd()).map_err(WorkerError::Poll)?;
         let mut tables = Cache::new(tables);
-        let mut outbound = Outbound::new(stats.clone(), thread, senders);
+        let mut outbound = Outbound::new(stats.clone(), thread, senders).with_cut_behind(cut_behind);
         let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
         let mut clockwork = Clockwork::new(thread, workers);
         let mut vigil = Vigil::new(thread, workers, stats.threads());

@@ -4,7 +4,9 @@
 
 #![allow(unsafe_code)]
 
+pub mod bpf;
 pub mod clock;
+pub mod ethtool;
 pub mod icmp;
 pub mod poll;
 pub mod ring;

@@ -22,10 +22,23 @@ pub fn write(
     out: &mut Vec<u8>,
 ) -> Option<()> {
     let len = payload.len().max(padded);
+    let pseudo = headers(from, to, tos, ttl, len, out)?;
+    let at = out.len() - UDP_LEN;
+    // zeros add nothing
+    let udp = out.get_mut(at..)?;
+    let sum = pseudo.bytes(udp).bytes(payload).finish();
+    // 0 would say that there is none
+    let sum = if sum == [0; 2] { [0xff; 2] } else { sum };
+    udp.iter_mut().skip(UDP_CHECKSUM).zip(sum).for_each(|(to, from)| *to = from);
+    out.extend_from_slice(payload);
+    out.resize(out.len() + len - payload.len(), 0);
+    Some(())
+}
+
+/// Appends the IP and the UDP header of a datagram of `len` bytes, as [`write`] does, to `out`. The UDP checksum is 0; comes
+/// back what it starts with: the pseudo-header's sum.
+pub fn headers(from: SocketAddr, to: SocketAddr, tos: u8, ttl: u8, len: usize, out: &mut Vec<u8>) -> Option<Sum> {
     let udp_len = u16::try_from(UDP_LEN + len).ok()?;
-    let mut udp = [0; UDP_LEN];
-    let parts = [from.port(), to.port(), udp_len, 0].into_iter().flat_map(u16::to_be_bytes);
-    udp.iter_mut().zip(parts).for_each(|(to, from)| *to = from);
     let pseudo = match (from.ip(), to.ip()) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             let mut header = ip::V4 {
@@ -58,13 +71,6 @@ pub fn write(
         }
         _ => return None,
     };
-    // zeros add nothing
-    let sum = pseudo.bytes(&udp).bytes(payload).finish();
-    // 0 would say that there is none
-    let sum = if sum == [0; 2] { [0xff; 2] } else { sum };
-    udp.iter_mut().skip(UDP_CHECKSUM).zip(sum).for_each(|(to, from)| *to = from);
-    out.extend_from_slice(&udp);
-    out.extend_from_slice(payload);
-    out.resize(out.len() + len - payload.len(), 0);
-    Some(())
+    out.extend([from.port(), to.port(), udp_len, 0].into_iter().flat_map(u16::to_be_bytes));
+    Some(pseudo)
 }

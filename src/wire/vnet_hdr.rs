@@ -21,6 +21,12 @@ pub const GSO_TCPV6: u8 = 4;
 pub const GSO_UDP_L4: u8 = 5;
 /// `gso_type`, together with a TCP one: the super-packet carries CWR.
 pub const GSO_ECN: u8 = 0x80;
+/// `gso_type`, together with another: the super-packet lies in a UDP tunnel over IPv4 (Linux ≥6.17).
+pub const GSO_UDP_TUNNEL_IPV4: u8 = 0x20;
+/// `gso_type`, together with another: in a UDP tunnel over IPv6.
+pub const GSO_UDP_TUNNEL_IPV6: u8 = 0x40;
+/// `flags`, with a UDP tunnel: the outer checksum, too, is to be computed; its field holds the pseudo-header's sum.
+pub const UDP_TUNNEL_CSUM: u8 = 8;
 
 /// `struct virtio_net_hdr`. The multi-byte fields are kept as bytes, since the header lies at any address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -81,6 +87,32 @@ impl VnetHdr {
     }
 }
 
+/// `struct virtio_net_hdr_v1_hash_tunnel`, 24 bytes: the header before a super-packet that is in a UDP tunnel already
+/// (virtio 1.4 §5.1.6).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct TunnelVnetHdr {
+    /// The inner packet; places are counted from the first byte of the frame, though.
+    pub inner: VnetHdr,
+    num_buffers: [u8; 2],
+    hash: [u8; 8],
+    outer_transport: [u8; 2],
+    inner_network: [u8; 2],
+}
+
+impl TunnelVnetHdr {
+    /// A header for a frame whose outer UDP header, and whose inner IP header, are at these places.
+    pub fn new(inner: VnetHdr, outer_transport: u16, inner_network: u16) -> Self {
+        TunnelVnetHdr {
+            inner,
+            num_buffers: [0; 2],
+            hash: [0; 8],
+            outer_transport: outer_transport.to_le_bytes(),
+            inner_network: inner_network.to_le_bytes(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,5 +127,7 @@ mod tests {
         assert_eq!(read, header);
         assert_eq!((read.hdr_len(), read.gso_size(), read.csum_start(), read.csum_offset()), (52, 1398, 20, 16));
         assert!(VnetHdr::read_from_prefix(&bytes[..9]).is_err());
+        let tunnel = TunnelVnetHdr::new(header, 34, 64);
+        assert_eq!(tunnel.as_bytes(), [&bytes[..], &[0; 10], b"\x22\x00\x40\x00"].concat());
     }
 }

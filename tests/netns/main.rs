@@ -60,4 +60,5 @@ mod tested;
 mod told;
 mod top;
 mod traffic;
+mod uncut;
 mod why;

@@ -44,6 +44,9 @@ pub struct OffloadsView {
     pub udp_gso: bool,
     /// Many datagrams in one receive.
     pub udp_gro: bool,
+    /// TCP super-packets leave uncut, for the network card to cut; clear peers only.
+    #[serde(default)]
+    pub tunnel_gso: bool,
 }
 
 /// System calls and what they carried, for batch sizes.
@@ -61,6 +64,9 @@ pub struct BatchesView {
     pub udp_send_calls: u64,
     /// Datagrams in them.
     pub udp_send_datagrams: u64,
+    /// Super-packets that left uncut.
+    #[serde(default)]
+    pub uncut_sends: u64,
     /// Writes to the TUN device.
     pub tun_writes: u64,
     /// Segments in them.

@@ -124,7 +124,7 @@ udp to tun      0           0    0         0        0
 ";
     assert!(text.contains(account), "{text}");
     assert!(text.contains("\ntun read       100    1,250    12.5\n"), "{text}");
-    assert!(text.contains("\nudp_gso  off    the send failed with EIO\n"), "{text}");
+    assert!(text.contains("\nudp_gso     off    the send failed with EIO\n"), "{text}");
 }
 
 #[test]

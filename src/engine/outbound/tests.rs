@@ -160,6 +160,73 @@ fn super_packets_fill_up_sends_also_across_their_borders() {
 }
 
 #[test]
+fn a_super_packet_leaves_uncut_where_it_is_cut_behind() {
+    for v6 in [false, true] {
+        let facts = Facts { check: Check::Pseudo, ..tcp(v6, 1, 2, payload(64_000)) }.with_flags(ACK | CWR);
+        let mut node = Sending::new(mesh(1)).cut_behind(true, false);
+        node.push(facts.gso(1378), &facts.bytes());
+        let (runs, _) = node.flush();
+        let [run] = &runs[..] else { panic!("{} runs", runs.len()) };
+        let transport = facts.ip_len() as u16;
+        let how = Uncut { v6, cwr: true, transport, header_len: facts.gso(1378).hdr_len(), size: 1378 };
+        assert_eq!((run.uncut, run.tos), (Some(how), facts.tos));
+        assert_eq!(run.datagrams, [encapsulate(1, 2, &facts.bytes())], "as it came, encapsulated once");
+        let flow = &node.stats.worker(0).unwrap().flow;
+        let (segments, headers) = (47, usize::from(how.header_len));
+        assert_eq!(
+            (flow.tun_rx_packets.get(), flow.udp_tx_packets.get()),
+            (segments, segments),
+            "counts as its segments"
+        );
+        assert_eq!(flow.udp_tx_bytes.get() as usize, 64_000 + segments as usize * (headers + ENCAPSULATION));
+        // and what such a link never cut arrives as one at the other end
+        let mut other = Receiving::new(mesh(2));
+        other.push(&Buffer::one(1, 2, &facts.bytes()));
+        assert_eq!(other.flush().len(), 1);
+        let written = other.stats.worker(0).unwrap().flow.tun_tx_packets.get();
+        assert_eq!(written, 64_000_u64.div_ceil(1450 - headers as u64), "segments of the overlay's MTU");
+    }
+}
+
+#[test]
+fn what_is_not_cut_behind_is_cut_here() {
+    let big = |facts: Facts| Facts { check: Check::Pseudo, ..facts };
+    let too_long = big(tcp(false, 1, 2, payload(65_486 - 52)));
+    let fits = big(tcp(false, 1, 2, payload(65_485 - 52)));
+    let one = big(tcp(false, 1, 2, payload(1000)));
+    let datagrams = big(udp(false, 1, 2, payload(6000)));
+    let uncut = |facts: &Facts, (v4, v6): (bool, bool), mtu: u16| {
+        let mut node = Sending::new(mesh_with_mtu(1, mtu)).cut_behind(v4, v6);
+        node.push(facts.gso(1398), &facts.bytes());
+        let (runs, _) = node.flush();
+        assert_eq!(drops(&node.stats), []);
+        runs.iter().any(|run| run.uncut.is_some())
+    };
+    assert!(uncut(&fits, (true, false), 1450), "the positive control: the longest that a datagram holds");
+    assert!(!uncut(&too_long, (true, true), 1450));
+    assert!(!uncut(&fits, (false, true), 1450), "the underlay is IPv4");
+    assert!(!uncut(&fits, (true, true), 1400), "the path takes less");
+    assert!(!uncut(&one, (true, true), 1450), "nothing to cut");
+    assert!(!uncut(&datagrams, (true, true), 1450), "UDP");
+}
+
+#[test]
+fn an_uncut_super_packet_keeps_its_place_in_its_flow() {
+    let big = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(5000)) };
+    let small = tcp(false, 1, 2, payload(100));
+    let mut node = Sending::new(mesh(1)).cut_behind(true, true);
+    for _ in 0..2 {
+        node.push(VnetHdr::default(), &small.bytes());
+        node.push(big.gso(1398), &big.bytes());
+    }
+    node.push(VnetHdr::default(), &small.bytes());
+    let (runs, _) = node.flush();
+    let shape: Vec<_> = runs.iter().map(|run| run.uncut.is_some()).collect();
+    assert_eq!(shape, [false, true, false, true, false]);
+    assert!(runs.iter().all(|run| run.socket == runs[0].socket));
+}
+
+#[test]
 fn no_send_has_more_than_64_segments_or_65507_bytes() {
     for (size, len, parts) in [(100, 6500, vec![64, 1]), (100, 6400, vec![64]), (8, 1600, vec![64, 64, 64, 8])] {
         let facts = Facts { check: Check::Pseudo, ..udp(false, 1, 2, payload(len)) };

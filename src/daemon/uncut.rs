@@ -1,0 +1,105 @@
+//! Whether TCP super-packets leave uncut: where the network card, or nobody on a virtual link, cuts what lies in a tunnel.
+//!
+//! Owns the decision, which is looked at again whenever the host changes and each second. Everything that speaks against it
+//! has a reason, which `meshctl stats` shows.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::host::{Host, Underlay, outgoing_policies};
+use crate::io::tunnel_gso::TunnelGso;
+use crate::sys::{bpf, ethtool};
+
+/// Features of the device that the underlay is carried over, by the names that `ethtool -k` uses. Over IPv6 the outer checksum
+/// has to be there.
+const OVER_V4: &str = "tx-udp_tnl-segmentation";
+const OVER_V6: &str = "tx-udp_tnl-csum-segmentation";
+
+/// The switch, and what it takes to use it.
+pub(super) struct UncutSwitch {
+    /// The way out.
+    pub way: Arc<TunnelGso>,
+    /// Loaded at the start, since that needs a privilege which is given up then.
+    program: Result<OwnedFd, String>,
+    /// Some came back: until then it is not tried again.
+    off_until: Option<Instant>,
+}
+
+/// For how long super-packets are cut here when some came back.
+const PENANCE: Duration = Duration::from_secs(30);
+
+impl UncutSwitch {
+    /// Off until the first look.
+    pub(super) fn new(wanted: bool) -> Self {
+        let program = match wanted {
+            false => Err("`tunnel-gso: off`".to_owned()),
+            true => bpf::load_redirect().map_err(|error| {
+                format!("the kernel takes no program for it ({error}): Linux 6.17 does, where meshd has CAP_BPF")
+            }),
+        };
+        let why = program.as_ref().err().cloned().unwrap_or_else(|| "not yet looked at".to_owned());
+        UncutSwitch { way: Arc::new(TunnelGso::off(why)), program, off_until: None }
+    }
+
+    /// Looks who cuts, and switches.
+    pub(super) async fn look(&mut self, host: &Host, tun: &str, underlays: &[Underlay], clear_peers: bool) {
+        let before = self.way.state().is_ok();
+        let returned = self.way.returned();
+        if returned > 0 {
+            tracing::warn!(
+                "{returned} super-packets came back: the routing table has no way for them as forwarded packets"
+            );
+            self.off_until = Some(Instant::now() + PENANCE);
+        }
+        match self.decide(host, tun, underlays, clear_peers).await {
+            Ok((v4, v6)) => self.way.switch(v4, v6, String::new()),
+            Err(why) => self.way.switch(false, false, why),
+        }
+        match (before, self.way.state()) {
+            (false, Ok(())) => tracing::info!("TCP super-packets for clear peers leave uncut from now on"),
+            (true, Err(why)) => tracing::info!("TCP super-packets are cut here from now on: {why}"),
+            _ => {}
+        }
+    }
+
+    async fn decide(
+        &mut self,
+        host: &Host,
+        tun: &str,
+        underlays: &[Underlay],
+        clear_peers: bool,
+    ) -> Result<(bool, bool), String> {
+        let program = self.program.as_ref().map_err(Clone::clone)?;
+        if !clear_peers {
+            return Err("there is no peer in the clear".to_owned());
+        }
+        let (mut v4, mut v6, mut others) = (false, false, Vec::new());
+        for Underlay { ip, ifname, .. } in underlays {
+            let wanted = if ip.is_ipv4() { OVER_V4 } else { OVER_V6 };
+            match ethtool::features(ifname, [wanted]) {
+                Ok([true]) if ip.is_ipv4() => v4 = true,
+                Ok([true]) => v6 = true,
+                Ok([false]) => others.push(format!("{ifname} does not cut what lies in a tunnel ({wanted} is off)")),
+                Err(error) => others.push(format!("what {ifname} offloads cannot be read: {error}")),
+            }
+        }
+        if !v4 && !v6 {
+            return Err(others.join("; "));
+        }
+        if self.off_until.is_some_and(|until| Instant::now() < until) {
+            return Err("some came back, for want of a way; tried again within half a minute".to_owned());
+        }
+        match outgoing_policies() {
+            Ok(0) => {}
+            Ok(policies) => {
+                return Err(format!("{policies} IPsec policies have what leaves this host encrypted first"));
+            }
+            Err(error) => return Err(format!("whether there are IPsec policies cannot be read: {error}")),
+        }
+        self.way.open(tun, program).map_err(|error| error.to_string())?;
+        // others may set them back: a change of net.ipv4.ip_forward is one for every device
+        host.ensure_outlet(&TunnelGso::device(tun)).await.map_err(|error| error.to_string())?;
+        Ok((v4, v6))
+    }
+}

@@ -1,0 +1,103 @@
+//! SIOCETHTOOL: which offloads a network device has switched on (linux/ethtool.h).
+
+use std::io;
+use std::mem::size_of;
+use std::net::UdpSocket;
+use std::os::fd::AsRawFd;
+
+use super::check;
+
+const SIOCETHTOOL: libc::Ioctl = 0x8946;
+const GSTRINGS: u32 = 0x1b;
+const GSSET_INFO: u32 = 0x37;
+const GFEATURES: u32 = 0x3a;
+const SS_FEATURES: u32 = 4;
+/// Bytes of a feature's name, filled up with zeros.
+const NAME: usize = 32;
+/// More features than any kernel has.
+const MOST: usize = 1024;
+
+/// `struct ethtool_sset_info` with one count.
+#[repr(C)]
+struct SsetInfo {
+    cmd: u32,
+    reserved: u32,
+    mask: u64,
+    count: u32,
+}
+
+/// `struct ethtool_gstrings`
+#[repr(C)]
+struct Strings {
+    cmd: u32,
+    set: u32,
+    len: u32,
+    names: [[u8; NAME]; MOST],
+}
+
+/// `struct ethtool_get_features_block`
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Block {
+    available: u32,
+    requested: u32,
+    active: u32,
+    never_changed: u32,
+}
+
+/// `struct ethtool_gfeatures`
+#[repr(C)]
+struct Features {
+    cmd: u32,
+    size: u32,
+    blocks: [Block; MOST / 32],
+}
+
+/// Whether each of these features, by the names that `ethtool -k` uses, is on.
+pub fn features<const N: usize>(ifname: &str, wanted: [&str; N]) -> io::Result<[bool; N]> {
+    let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?;
+    let mut info = SsetInfo { cmd: GSSET_INFO, reserved: 0, mask: 1 << SS_FEATURES, count: 0 };
+    ask(&socket, ifname, &mut info)?;
+    let count = (info.count as usize).min(MOST);
+    let mut strings =
+        Box::new(Strings { cmd: GSTRINGS, set: SS_FEATURES, len: count as u32, names: [[0; NAME]; MOST] });
+    ask(&socket, ifname, &mut *strings)?;
+    let blocks = count.div_ceil(32);
+    let mut features = Features { cmd: GFEATURES, size: blocks as u32, blocks: [Block::default(); MOST / 32] };
+    ask(&socket, ifname, &mut features)?;
+    let is_on = |name: &str| {
+        let is_it = |bytes: &[u8; NAME]| bytes.split(|byte| *byte == 0).next() == Some(name.as_bytes());
+        let number = strings.names.iter().take(count).position(is_it)?;
+        features.blocks.get(number / 32).map(|block| block.active & 1 << (number % 32) != 0)
+    };
+    Ok(wanted.map(|name| is_on(name).unwrap_or(false)))
+}
+
+/// Hands `request` to the driver of a device, which answers in the same place.
+fn ask<T>(socket: &UdpSocket, ifname: &str, request: &mut T) -> io::Result<()> {
+    // SAFETY: ifreq is plain data, for which all bits zero is a value.
+    let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
+    if ifname.len() >= ifreq.ifr_name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    for (to, from) in ifreq.ifr_name.iter_mut().zip(ifname.bytes()) {
+        *to = from as libc::c_char;
+    }
+    debug_assert!(size_of::<T>() >= size_of::<SsetInfo>());
+    ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
+    // SAFETY: SIOCETHTOOL reads and writes what ifru_data points to, which lives on for the call. The three requests of this
+    // module have room for as much as they ask for: one count, `len` names of at most MOST, `size` blocks of at most MOST / 32.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut ifreq) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_has_features_and_nothing_has_unknown_ones() {
+        let [scatter_gather, nonsense] = features("lo", ["tx-scatter-gather", "no-such-feature"]).unwrap();
+        assert!(scatter_gather && !nonsense);
+        assert!(features("no-such-dev0", ["tx-scatter-gather"]).is_err());
+    }
+}

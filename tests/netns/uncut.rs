@@ -1,0 +1,168 @@
+//! Super-packets that leave uncut, where the underlay's network card says that it cuts what lies in a tunnel. A virtual link
+//! says so too, and cuts nothing.
+
+use serde_json::Value;
+
+use crate::mesh::{Builder, Family, Mesh, Node, V4, V6, skipped};
+use crate::namespace::until;
+use crate::traffic::tcp;
+
+const MEGABYTES: usize = 4 << 20;
+
+/// Two nodes over a link that takes super-packets in tunnels, if this kernel does.
+fn two_nodes(story: &'static str, outer: Family) -> Option<Mesh> {
+    let mesh = Builder::new(story)?.over(outer).node("a").node("b").start();
+    let why = why_off(mesh.node("a"));
+    if why.contains("Linux 6.17") {
+        skipped(story, &why);
+        return None;
+    }
+    assert_eq!(why, "");
+    Some(mesh)
+}
+
+/// Why super-packets are cut here; empty where they are not.
+fn why_off(node: &Node) -> String {
+    let stats = node.stats();
+    let why = stats["offload_reasons"]["tunnel_gso"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(stats["offloads"]["tunnel_gso"], Value::Bool(why.is_empty()), "{why}");
+    why
+}
+
+fn uncut(node: &Node) -> u64 {
+    node.stats()["batches"]["uncut_sends"].as_u64().unwrap()
+}
+
+/// Carries some megabytes; how many super-packets of the sender left uncut.
+#[track_caller]
+fn carry(from: &Node, to: &Node, family: Family) -> u64 {
+    let before = uncut(from);
+    tcp(&from.ns, &to.ns, to.overlay(family), MEGABYTES);
+    uncut(from) - before
+}
+
+#[test]
+fn super_packets_leave_uncut_over_ipv4() {
+    leave_uncut("super_packets_leave_uncut_over_ipv4", V4);
+}
+
+#[test]
+fn super_packets_leave_uncut_over_ipv6() {
+    leave_uncut("super_packets_leave_uncut_over_ipv6", V6);
+}
+
+/// Whatever the firewall and the settings say of forwarding: these packets are the host's own.
+#[track_caller]
+fn leave_uncut(story: &'static str, outer: Family) {
+    let Some(mesh) = two_nodes(story, outer) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    for node in [a, b] {
+        // sets it for every device, ours among them, which meshd notices
+        node.ns.sh("for f in ipv4/ip_forward ipv6/conf/all/forwarding; do echo 0 >/proc/sys/net/$f; done");
+        until("the device may ask for routes again", || {
+            let settings =
+                node.ns.sh("cat /proc/sys/net/ipv[46]/conf/mesh0-gso/forwarding /proc/sys/net/ipv4/ip_forward");
+            settings.split_whitespace().eq(["1", "1", "0"])
+        });
+        for tables in ["iptables", "ip6tables"] {
+            // where it is there
+            node.ns.succeeds(&format!("{tables} -P FORWARD DROP"));
+        }
+    }
+    for family in [V4, V6] {
+        for (from, to) in [(a, b), (b, a)] {
+            assert!(carry(from, to, family) > 0, "{} to {} by {family:?}", from.overlay(family), to.overlay(family));
+        }
+        assert_eq!(a.drops("bad_inner_packet") + b.drops("bad_inner_packet"), 0);
+    }
+    assert!(b.stats()["partial_csum_in"].as_u64().unwrap() > 0, "nobody has computed their checksums");
+    mesh.balances_with_the_kernel();
+}
+
+#[test]
+fn pods_super_packets_leave_uncut() {
+    let Some(builder) = Builder::new("pods_super_packets_leave_uncut") else { return };
+    let mesh = builder.pods().node("a").node("b").start();
+    let [a, b] = mesh.two(["a", "b"]);
+    if why_off(a).contains("Linux 6.17") {
+        return skipped("pods_super_packets_leave_uncut", "this kernel does not take them");
+    }
+    for family in [V4, V6] {
+        tcp(a.pod(), b.pod(), b.pod_address(family), MEGABYTES);
+    }
+    assert!(uncut(a) > 0);
+    mesh.balances_with_the_kernel();
+}
+
+#[test]
+fn it_follows_what_the_network_card_says() {
+    let Some(mesh) = two_nodes("it_follows_what_the_network_card_says", V4) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    assert!(carry(a, b, V4) > 0);
+    a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation off");
+    until("super-packets are cut here", || why_off(a).contains("ul0 does not cut"));
+    assert_eq!(carry(a, b, V4), 0);
+    a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation on");
+    until("super-packets leave uncut again", || why_off(a).is_empty());
+    assert!(carry(a, b, V4) > 0);
+    mesh.balances_with_the_kernel();
+}
+
+/// What goes by the redirection would pass by IPsec.
+#[test]
+fn nothing_leaves_uncut_where_ipsec_encrypts_what_this_host_sends() {
+    let Some(mesh) = two_nodes("nothing_leaves_uncut_where_ipsec_encrypts", V4) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    let policy = "dir out src 192.0.2.1 dst 192.0.2.2";
+    let template = "tmpl src 192.0.2.1 dst 192.0.2.2 proto esp mode transport";
+    if !a.ns.succeeds(&format!("ip xfrm policy add {policy} {template}")) {
+        return skipped("nothing_leaves_uncut_where_ipsec_encrypts", "this kernel has no IPsec");
+    }
+    until("super-packets are cut here", || why_off(a).contains("1 IPsec policies"));
+    assert_eq!(carry(a, b, V4), 0);
+    a.ns.sh(&format!("ip xfrm policy delete {policy}"));
+    until("super-packets leave uncut again", || why_off(a).is_empty());
+    assert!(carry(a, b, V4) > 0);
+}
+
+/// A rule that only forwarded packets meet: the redirection finds no way, where sockets find one.
+#[test]
+fn what_finds_no_way_comes_back_and_the_rest_is_cut_here() {
+    let Some(mesh) = two_nodes("what_finds_no_way_comes_back", V4) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    assert!(carry(a, b, V4) > 0);
+    a.ns.sh("ip rule add iif mesh0-gso blackhole");
+    carry(a, b, V4);
+    assert!(why_off(a).contains("some came back"), "{}", why_off(a));
+    assert_eq!(carry(a, b, V4), 0);
+    mesh.balances_with_the_kernel();
+}
+
+#[test]
+fn without_its_device_it_does_without() {
+    let Some(mesh) = two_nodes("without_its_device_it_does_without", V4) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    assert!(carry(a, b, V4) > 0);
+    a.ns.sh("ip link del mesh0-gso");
+    assert_eq!(carry(a, b, V4), 0, "the first is lost, and sent again by TCP");
+    assert!(why_off(a).contains("a write to mesh0-gso failed"), "{}", why_off(a));
+    assert!(a.drops("udp_send_failed") > 0);
+    mesh.balances();
+}
+
+#[test]
+fn it_can_be_switched_off_and_is_not_there_without_peers_in_the_clear() {
+    let Some(builder) = Builder::new("it_can_be_switched_off") else { return };
+    let mesh = builder.node("a").set("tunnel-gso", "off").node("b").start();
+    let [a, b] = mesh.two(["a", "b"]);
+    assert_eq!(why_off(a), "`tunnel-gso: off`");
+    assert_eq!(carry(a, b, V4), 0);
+    assert!(!a.ns.succeeds("ip link show mesh0-gso"));
+    drop(mesh);
+    let Some(builder) = Builder::new("it_is_not_there_without_peers_in_the_clear") else { return };
+    let mesh = builder.encrypted().node("a").node("b").start();
+    let a = mesh.node("a");
+    let why = why_off(a);
+    assert!(why.contains("no peer in the clear") || why.contains("Linux 6.17"), "{why}");
+    assert!(!a.ns.succeeds("ip link show mesh0-gso"));
+}
