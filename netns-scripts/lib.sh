@@ -322,6 +322,8 @@ json_num() { # KEY: the first number of that name in the JSON on stdin
 ns_add() { # NAME: a namespace with lo up, forwarding, and no surprises from the host's defaults
     NSS+=("$RUN-$1")
     ip netns add "$RUN-$1" || return 1
+    # Where the host's default is bbr, sockets begin with that, and go on with its pacing when iperf3 has made them cubic (-C is set
+    # behind the connect): a timer for each super-packet. A namespace cannot choose cubic for itself, but reno.
     # shellcheck disable=SC2016
     ip netns exec "$RUN-$1" sh -c 'for kv; do
             f=/proc/sys/net/${kv%%=*}
@@ -329,7 +331,7 @@ ns_add() { # NAME: a namespace with lo up, forwarding, and no surprises from the
         done' sh \
         ipv4/ip_forward=1 ipv4/conf/all/rp_filter=0 ipv4/conf/default/rp_filter=0 \
         ipv4/conf/all/send_redirects=0 ipv4/conf/default/send_redirects=0 \
-        'ipv4/ip_local_port_range=10240 65535' \
+        'ipv4/ip_local_port_range=10240 65535' ipv4/tcp_congestion_control=reno \
         ipv6/conf/all/disable_ipv6=0 ipv6/conf/default/disable_ipv6=0 \
         ipv6/conf/all/accept_dad=0 ipv6/conf/default/accept_dad=0 \
         ipv6/conf/all/accept_ra=0 ipv6/conf/default/accept_ra=0 \

@@ -74,6 +74,9 @@ const POLL: Duration = Duration::from_millis(500);
 /// How often what failed is tried again, and slow counters are read.
 const TICK: Duration = Duration::from_secs(1);
 
+/// How long the kernel may take to end a process that was killed: its devices go first, then what it held.
+const ENDING: Duration = Duration::from_millis(500);
+
 /// Runs the data plane until it is told to stop: with the peers of a nodes-file, or as a member of a cluster. `loader`
 /// reads the configuration again at SIGHUP.
 pub async fn run(config: Config, loader: Loader, join: Option<Join>) -> anyhow::Result<()> {
@@ -190,12 +193,16 @@ struct Lock(#[allow(dead_code)] UnixListener);
 impl Lock {
     fn take(tun: &str) -> anyhow::Result<Self> {
         let address = UnixAddr::from_abstract_name(format!("meshd/{tun}")).context("cannot name the lock")?;
-        match UnixListener::bind_addr(&address) {
-            Ok(listener) => Ok(Lock(listener)),
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                bail!("another meshd is running with the device {tun}: stop it first, or set another `tun`")
+        let patience = std::time::Instant::now() + ENDING;
+        loop {
+            match UnixListener::bind_addr(&address) {
+                Ok(listener) => return Ok(Lock(listener)),
+                Err(error) if error.kind() != std::io::ErrorKind::AddrInUse => {
+                    return Err(error).context(format!("cannot take the lock for the device {tun}"));
+                }
+                Err(_) if std::time::Instant::now() < patience => std::thread::sleep(Duration::from_millis(20)),
+                Err(_) => bail!("another meshd is running with the device {tun}: stop it first, or set another `tun`"),
             }
-            Err(error) => Err(error).context(format!("cannot take the lock for the device {tun}")),
         }
     }
 }

@@ -22,6 +22,9 @@ use socket2::{Domain, Protocol, Socket, Type};
 use self::mirror::Mirror;
 use crate::host::{Desired, Host};
 use crate::io::tun::TunDevice;
+use crate::io::tunnel_gso::TunnelGso;
+use crate::node::DEFAULT_PORT;
+use crate::sys::bpf;
 
 /// This side of the mirror.
 const HERE: [IpAddr; 2] =
@@ -150,6 +153,10 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     let report = runtime.block_on(set_up()).context("the device cannot be set up")?;
     checks.add("host", Outcome::Ok, report);
+    match runtime.block_on(leaves_uncut()) {
+        Ok(said) => checks.add("tunnel_gso", Outcome::Ok, said),
+        Err(error) => checks.add("tunnel_gso", Outcome::Off, format!("{error:#}")),
+    }
     let queue = device.queues.pop().context("the device has no queue")?;
     let mirror = Mirror::start(queue, device.accepts, HERE, BEYOND, MTU)?;
     let offloads = mirror.offloads();
@@ -173,6 +180,18 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
         checks.add("udp_gso", Outcome::Off, "a segmented send failed where the same datagrams alone left");
     }
     mirror.stop()
+}
+
+/// Whether super-packets could leave uncut, where a network card takes them so.
+async fn leaves_uncut() -> anyhow::Result<String> {
+    let program = bpf::load_redirect().context("the kernel takes no program for it")?;
+    let way = TunnelGso::off("");
+    way.open(TUN, &program)?;
+    Host::open()?.ensure_outlet(&TunnelGso::device(TUN)).await?;
+    let nowhere = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), DEFAULT_PORT));
+    let back = way.gives_back(SocketAddr::new(HERE[0], DEFAULT_PORT), nowhere).context("a super-packet is refused")?;
+    anyhow::ensure!(back, "a super-packet without a way does not come back");
+    Ok("super-packets can leave uncut, where the network card cuts what lies in a tunnel (`ethtool -k`)".to_owned())
 }
 
 async fn set_up() -> anyhow::Result<String> {

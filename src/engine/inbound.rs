@@ -296,12 +296,16 @@ impl Inbound {
             Some(size) => {
                 let before = self.units().len();
                 let segments = self.coalescer.add_super(arena, offer, size);
-                if let Some(stats) = self.stats.worker(self.worker) {
-                    stats.flow.partial_csum_in.add(u64::from(segments));
-                    stats.flow.udp_rx_packets.add(u64::from(segments).saturating_sub(1));
-                }
-                let bytes =
+                let bytes: u64 =
                     self.units().get(before..).unwrap_or_default().iter().map(|unit| u64::from(unit.bytes)).sum();
+                if let Some(stats) = self.stats.worker(self.worker) {
+                    let others = u64::from(segments).saturating_sub(1);
+                    stats.flow.partial_csum_in.add(u64::from(segments));
+                    stats.flow.udp_rx_packets.add(others);
+                    // as if it had come in its segments, each with its headers: so its sender counts it
+                    let headers = bytes.saturating_sub(total as u64) + others * ENCAPSULATION as u64;
+                    stats.flow.udp_rx_bytes.add(headers);
+                }
                 return Ok(Some((peer, u64::from(segments).max(1), bytes)));
             }
             None => self.coalescer.add(arena, offer),

@@ -20,6 +20,7 @@ use crate::engine::outbound::CutBehind;
 use crate::engine::tables::ENCAPSULATION;
 use crate::engine::tx_batch::Uncut;
 use crate::sys::{bpf, tun};
+use crate::wire::ip::protocol;
 use crate::wire::transport::{TCP_CHECKSUM, UDP_CHECKSUM, UDP_LEN};
 use crate::wire::vnet_hdr::{self, TunnelVnetHdr, VnetHdr};
 use crate::wire::{ethernet, udp};
@@ -129,6 +130,21 @@ impl TunnelGso {
             returned += usize::from(header.is_some_and(|(header, _)| header.gso_type & tunnel != 0));
         }
         returned
+    }
+
+    /// Whether a super-packet for which there is no route comes back as it should: all that can be tried without somebody to
+    /// send to. `nowhere` is an address without a route.
+    pub fn gives_back(&self, from: SocketAddr, nowhere: SocketAddr) -> io::Result<bool> {
+        let how = Uncut { v6: false, cwr: false, transport: 20, header_len: 40, size: 1000 };
+        let mut datagram = vec![0; ENCAPSULATION + 40 + 3000];
+        let packet = datagram.get_mut(ENCAPSULATION..).unwrap_or_default();
+        // IPv4 with TCP, and where that has its length
+        for (at, byte) in [(0, 0x45), (2, 0x0b), (3, 0xe0), (8, 64), (9, protocol::TCP), (32, 0x50)] {
+            packet.iter_mut().skip(at).take(1).for_each(|to| *to = byte);
+        }
+        self.returned();
+        self.send((from, nowhere), 0, how, &datagram, &mut Vec::new())?;
+        Ok(self.returned() == 1)
     }
 
     /// Sends a super-packet, encapsulated as `datagram`. `front` is scratch.
