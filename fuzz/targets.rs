@@ -19,9 +19,9 @@ use meshd::control::nodes_file;
 use meshd::engine::coalesce::Accepts;
 use meshd::engine::drop::{Direction, Drop};
 use meshd::engine::inbound::{Inbound, Received};
-use meshd::engine::outbound::{HEADROOM, Outbound, Sent};
+use meshd::engine::outbound::{CutBehind, HEADROOM, Outbound, Sent};
 use meshd::engine::stats::{PeerStats, Stats};
-use meshd::engine::tables::{Local, PeerSpec, Tables};
+use meshd::engine::tables::{ENCAPSULATION, Local, PeerSpec, Tables};
 use meshd::engine::testing;
 use meshd::engine::tunnel::Policy;
 use meshd::engine::tx_batch::Piece;
@@ -34,6 +34,7 @@ use meshd::wire::checksum::Sum;
 use meshd::wire::echo::Echo;
 use meshd::wire::icmp;
 use meshd::wire::ip::Packet;
+use meshd::wire::vnet_hdr;
 use model::{Fate, Peer, View};
 use reference::{ACK, Head, TCP, TcpHead, VNET, be16, look};
 
@@ -514,7 +515,9 @@ impl Mesh {
         };
         let stats = Stats::new(1);
         let accepts = Accepts { tso: bits & 4 != 0, uso: bits & 12 == 12 };
-        let (out, inn) = (Outbound::new(stats.clone(), 0, 4), Inbound::new(stats.clone(), 0, accepts));
+        let cut_behind = CutBehind { v4: (bits & 16 != 0).into(), ..CutBehind::default() };
+        let out = Outbound::new(stats.clone(), 0, 4).with_cut_behind(Arc::new(cut_behind));
+        let inn = Inbound::new(stats.clone(), 0, accepts);
         Mesh { view, tables: Tables::new(local, vec![spec]), stats, accepts, out, inn }
     }
 
@@ -560,6 +563,21 @@ impl Mesh {
             let gather = |pieces: &[Piece]| -> Vec<u8> {
                 pieces.iter().map(|piece| piece.of(&arena, out.batch().slab())).collect::<Vec<_>>().concat()
             };
+            if let Some(how) = run.uncut {
+                let datagram = gather(run.pieces());
+                let (header, inner) = datagram.split_at(ENCAPSULATION);
+                let kind = if how.v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 };
+                let ecn = if how.cwr { vnet_hdr::GSO_ECN } else { 0 };
+                let fields = [how.header_len, how.size, how.transport, 16].map(u16::to_ne_bytes).concat();
+                let vnet = [&[vnet_hdr::NEEDS_CSUM, kind | ecn], fields.as_slice()].concat();
+                let packets = reference::unwrap(&[vnet.as_slice(), inner].concat()).expect("a kernel cuts it");
+                assert_eq!(packets.len(), usize::from(run.segments));
+                let cut: Vec<Vec<u8>> = packets.iter().map(|packet| [header, packet].concat()).collect();
+                assert_eq!(run.bytes as usize, cut.concat().len());
+                datagrams.extend(cut);
+                out.sent(&self.tables, run, Sent::All);
+                continue;
+            }
             let of_run: Vec<_> = run.datagrams().map(gather).collect();
             assert_eq!(of_run.len(), usize::from(run.segments));
             assert_eq!(of_run.concat(), gather(run.pieces()));
