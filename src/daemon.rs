@@ -74,7 +74,7 @@ const POLL: Duration = Duration::from_millis(500);
 /// How often what failed is tried again, and slow counters are read.
 const TICK: Duration = Duration::from_secs(1);
 
-/// How long the kernel may take to end a process that was killed: its devices go first, then what it held.
+/// How long a process that was killed may hold the lock behind its sockets, while the kernel takes its devices away.
 const ENDING: Duration = Duration::from_millis(500);
 
 /// Runs the data plane until it is told to stop: with the peers of a nodes-file, or as a member of a cluster. `loader`
@@ -290,7 +290,7 @@ impl Daemon {
             ended,
             retired: Vec::new(),
             tun_drops_before: None,
-            uncut: UncutSwitch::new(config.tunnel_gso),
+            uncut: UncutSwitch::new(&config),
             stamps: None,
             _lock: lock,
             config,
@@ -457,7 +457,8 @@ impl Daemon {
     /// Whether super-packets leave uncut from now on.
     async fn look_who_cuts(&mut self) {
         let clear = self.shared.tables.load().peers().iter().any(|peer| peer.spec.tunnel.is_none());
-        self.uncut.look(&self.host, &self.shared.tun, &self.underlays, clear).await;
+        let super_packets = self.plane.as_ref().is_some_and(|plane| plane.facts.accepts.tso);
+        self.uncut.look(&self.host, &self.shared.tun, &self.underlays, clear, super_packets).await;
     }
 
     async fn workers_ended(&mut self, why: &str) {

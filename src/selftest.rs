@@ -187,10 +187,14 @@ async fn leaves_uncut() -> anyhow::Result<String> {
     let program = bpf::load_redirect().context("the kernel takes no program for it")?;
     let way = TunnelGso::off("");
     way.open(TUN, &program)?;
-    Host::open()?.ensure_outlet(&TunnelGso::device(TUN)).await?;
-    let nowhere = SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), DEFAULT_PORT));
-    let back = way.gives_back(SocketAddr::new(HERE[0], DEFAULT_PORT), nowhere).context("a super-packet is refused")?;
-    anyhow::ensure!(back, "a super-packet without a way does not come back");
+    Host::open()?.ensure_outlet(&TunnelGso::device(TUN)).await.map_err(anyhow::Error::msg)?;
+    let nowhere: [IpAddr; 2] =
+        [Ipv4Addr::new(192, 0, 2, 1).into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into()];
+    for (from, nowhere) in HERE.into_iter().zip(nowhere) {
+        let ends = [from, nowhere].map(|ip| SocketAddr::new(ip, DEFAULT_PORT));
+        let back = way.gives_back(ends[0], ends[1]).context("a super-packet is refused")?;
+        anyhow::ensure!(back, "a super-packet to {nowhere}, for which there is no way, does not come back");
+    }
     Ok("super-packets can leave uncut, where the network card cuts what lies in a tunnel (`ethtool -k`)".to_owned())
 }
 

@@ -30,7 +30,8 @@ use crate::sys::udp::steer;
 /// Sending sockets of each thread and address family: so many outer source ports spread a node pair's flows.
 const SENDERS: u16 = 8;
 
-const NO_SUPER_PACKETS: &str = "`io: tokio` hands over plain packets";
+/// Why there are none with the plain back end.
+pub(super) const NO_SUPER_PACKETS: &str = "`io: tokio` hands over plain packets";
 
 /// Reserved source ports of one address.
 type Sources = Vec<(Socket, u16)>;

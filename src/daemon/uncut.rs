@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::data_plane::NO_SUPER_PACKETS;
+use crate::config::{Config, Io};
 use crate::host::{Host, Underlay, outgoing_policies};
 use crate::io::tunnel_gso::TunnelGso;
 use crate::sys::{bpf, ethtool};
@@ -16,43 +18,62 @@ use crate::sys::{bpf, ethtool};
 const OVER_V4: &str = "tx-udp_tnl-segmentation";
 const OVER_V6: &str = "tx-udp_tnl-csum-segmentation";
 
+/// For how long super-packets are cut here when some came back: at first, and at most. It doubles each time.
+const PENANCE: Duration = Duration::from_secs(30);
+const LONGEST_PENANCE: Duration = Duration::from_secs(3600);
+
 /// The switch, and what it takes to use it.
 pub(super) struct UncutSwitch {
     /// The way out.
     pub way: Arc<TunnelGso>,
-    /// Loaded at the start, since that needs a privilege which is given up then.
+    /// Loaded at the start, since that needs a privilege which is given up then. Else why there is none, or why it is of no
+    /// use: not tried again, since to make a device and take it away would be news for everybody who watches devices.
     program: Result<OwnedFd, String>,
+    penance: Duration,
     /// Some came back: until then it is not tried again.
     off_until: Option<Instant>,
 }
 
-/// For how long super-packets are cut here when some came back.
-const PENANCE: Duration = Duration::from_secs(30);
-
 impl UncutSwitch {
     /// Off until the first look.
-    pub(super) fn new(wanted: bool) -> Self {
-        let program = match wanted {
+    pub(super) fn new(config: &Config) -> Self {
+        let program = match config.tunnel_gso {
+            _ if config.io == Io::Tokio => Err(NO_SUPER_PACKETS.to_owned()),
             false => Err("`tunnel-gso: off`".to_owned()),
             true => bpf::load_redirect().map_err(|error| {
                 format!("the kernel takes no program for it ({error}): Linux 6.17 does, where meshd has CAP_BPF")
             }),
         };
         let why = program.as_ref().err().cloned().unwrap_or_else(|| "not yet looked at".to_owned());
-        UncutSwitch { way: Arc::new(TunnelGso::off(why)), program, off_until: None }
+        UncutSwitch { way: Arc::new(TunnelGso::off(why)), program, penance: PENANCE, off_until: None }
     }
 
     /// Looks who cuts, and switches.
-    pub(super) async fn look(&mut self, host: &Host, tun: &str, underlays: &[Underlay], clear_peers: bool) {
+    pub(super) async fn look(
+        &mut self,
+        host: &Host,
+        tun: &str,
+        underlays: &[Underlay],
+        clear_peers: bool,
+        super_packets: bool,
+    ) {
         let before = self.way.state().is_ok();
         let returned = self.way.returned();
         if returned > 0 {
             tracing::warn!(
-                "{returned} super-packets came back: the routing table has no way for them as forwarded packets"
+                "{returned} super-packets came back: for what is forwarded the routing table has no way to some peer; they are \
+                 cut here for {} s",
+                self.penance.as_secs()
             );
-            self.off_until = Some(Instant::now() + PENANCE);
+            self.off_until = Some(Instant::now() + self.penance);
+            self.penance = LONGEST_PENANCE.min(2 * self.penance);
         }
-        match self.decide(host, tun, underlays, clear_peers).await {
+        let decided = match (clear_peers, super_packets) {
+            (_, false) => Err("the TUN device hands over no super-packets".to_owned()),
+            (false, _) => Err("there is no peer in the clear".to_owned()),
+            _ => self.decide(host, tun, underlays).await,
+        };
+        match decided {
             Ok((v4, v6)) => self.way.switch(v4, v6, String::new()),
             Err(why) => self.way.switch(false, false, why),
         }
@@ -63,17 +84,8 @@ impl UncutSwitch {
         }
     }
 
-    async fn decide(
-        &mut self,
-        host: &Host,
-        tun: &str,
-        underlays: &[Underlay],
-        clear_peers: bool,
-    ) -> Result<(bool, bool), String> {
+    async fn decide(&mut self, host: &Host, tun: &str, underlays: &[Underlay]) -> Result<(bool, bool), String> {
         let program = self.program.as_ref().map_err(Clone::clone)?;
-        if !clear_peers {
-            return Err("there is no peer in the clear".to_owned());
-        }
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
             let wanted = if ip.is_ipv4() { OVER_V4 } else { OVER_V6 };
@@ -88,7 +100,10 @@ impl UncutSwitch {
             return Err(others.join("; "));
         }
         if self.off_until.is_some_and(|until| Instant::now() < until) {
-            return Err("some came back, for want of a way; tried again within half a minute".to_owned());
+            return Err(
+                "some came back, for want of a way: `ip route get PEER iif DEVICE` shows what forwarded packets find"
+                    .to_owned(),
+            );
         }
         match outgoing_policies() {
             Ok(0) => {}
@@ -97,9 +112,13 @@ impl UncutSwitch {
             }
             Err(error) => return Err(format!("whether there are IPsec policies cannot be read: {error}")),
         }
-        self.way.open(tun, program).map_err(|error| error.to_string())?;
+        if let Err(error) = self.way.open(tun, program) {
+            let why = error.to_string();
+            self.program = Err(why.clone());
+            return Err(why);
+        }
         // others may set them back: a change of net.ipv4.ip_forward is one for every device
-        host.ensure_outlet(&TunnelGso::device(tun)).await.map_err(|error| error.to_string())?;
+        host.ensure_outlet(&TunnelGso::device(tun)).await?;
         Ok((v4, v6))
     }
 }

@@ -56,6 +56,12 @@ pub struct CutBehind {
 }
 
 impl CutBehind {
+    /// Switches both.
+    pub fn set(&self, v4: bool, v6: bool) {
+        self.v4.store(v4, Ordering::Relaxed);
+        self.v6.store(v6, Ordering::Relaxed);
+    }
+
     #[inline]
     fn takes(&self, endpoint: SocketAddr) -> bool {
         if endpoint.is_ipv4() { &self.v4 } else { &self.v6 }.load(Ordering::Relaxed)

@@ -85,9 +85,9 @@ pub struct Run {
     pub tos: u8,
     /// Bytes of each datagram but the last.
     pub segment_len: u16,
-    /// How many datagrams.
+    /// How many datagrams; of an uncut super-packet as many as it becomes.
     pub segments: u16,
-    /// Bytes of all.
+    /// Bytes of all those.
     pub bytes: u32,
     /// Bytes of the inner packets.
     pub inner_bytes: u32,
@@ -103,7 +103,7 @@ impl Run {
         &self.pieces
     }
 
-    /// The pieces of each datagram.
+    /// The pieces of each datagram; an uncut super-packet is one.
     pub fn datagrams(&self) -> impl Iterator<Item = &[Piece]> {
         let mut rest = self.pieces.as_slice();
         std::iter::from_fn(move || {

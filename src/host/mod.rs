@@ -68,17 +68,21 @@ impl Host {
     }
 
     /// Has a TAP device, into which meshd writes what leaves this host, on and with the settings for that. It gets no
-    /// addresses.
-    pub async fn ensure_outlet(&self, tap: &str) -> Result<(), HostError> {
-        let link = self.netlink.link(tap).await?.ok_or_else(|| HostError::NoDevice { tun: tap.to_owned() })?;
+    /// addresses. Without a setting it is of no use.
+    pub async fn ensure_outlet(&self, tap: &str) -> Result<(), String> {
+        let link = self.netlink.link(tap).await.map_err(|error| error.to_string())?;
+        let link = link.ok_or_else(|| HostError::NoDevice { tun: tap.to_owned() }.to_string())?;
         let applied = sysctl::apply(tap, sysctl::OUTLET);
         applied.changed.iter().for_each(|change| tracing::info!("{change}"));
-        applied.failed.iter().for_each(|failure| tracing::warn!("{failure}"));
+        if let Some(failure) = applied.failed.into_iter().next() {
+            return Err(failure);
+        }
         if link.up {
             return Ok(());
         }
         let message = LinkUnspec::new_with_index(link.index).up().build();
-        self.netlink.change(Request::SetLink(message), || format!("switch on {tap}")).await.map(drop)
+        let done = self.netlink.change(Request::SetLink(message), || format!("switch on {tap}")).await;
+        done.map(drop).map_err(|error| error.to_string())
     }
 
     /// Packets that the kernel dropped before meshd read them from the device, because its queue was full; since the

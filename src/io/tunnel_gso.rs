@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use nix::net::if_::if_nametoindex;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::udp::OUTER_TTL;
+use super::udp::{OUTER_TTL, SEND_BUFFER};
 use crate::engine::outbound::CutBehind;
 use crate::engine::tables::ENCAPSULATION;
 use crate::engine::tx_batch::Uncut;
@@ -99,10 +99,12 @@ impl TunnelGso {
 
     /// Switches it on and off by address family. Once a write has failed it stays off.
     pub fn switch(&self, v4: bool, v6: bool, why_off: impl Into<String>) {
+        self.cut_behind.set(v4, v6);
+        // behind that, since a worker may find it failed at any time
         let failed = self.outlet.get().and_then(|outlet| outlet.failed.get());
-        let works = failed.is_none();
-        self.cut_behind.v4.store(v4 && works, Ordering::Relaxed);
-        self.cut_behind.v6.store(v6 && works, Ordering::Relaxed);
+        if failed.is_some() {
+            self.cut_behind.set(false, false);
+        }
         let why_off = failed.cloned().unwrap_or_else(|| why_off.into());
         *self.why_off.lock().unwrap_or_else(PoisonError::into_inner) = why_off;
     }
@@ -161,11 +163,15 @@ impl TunnelGso {
         frame_front(ends, tos, how, datagram.len(), front).ok_or(io::ErrorKind::InvalidInput)?;
         let written = (&outlet.tap).write_vectored(&[IoSlice::new(front), IoSlice::new(datagram)]);
         let Err(error) = written else { return Ok(()) };
-        if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR)) {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR) => {}
+            // somebody switched the device off: until it is on again
+            Some(libc::EIO) => self.cut_behind.set(false, false),
             // for good: what comes next is cut here
-            outlet.failed.get_or_init(|| format!("a write to {} failed: {error}", outlet.name));
-            self.cut_behind.v4.store(false, Ordering::Relaxed);
-            self.cut_behind.v6.store(false, Ordering::Relaxed);
+            _ => {
+                outlet.failed.get_or_init(|| format!("a write to {} failed: {error}", outlet.name));
+                self.cut_behind.set(false, false);
+            }
         }
         Err(error)
     }
@@ -174,8 +180,12 @@ impl TunnelGso {
 impl Outlet {
     fn open(name: String, program: &OwnedFd) -> Result<Self, TunnelGsoError> {
         let tap = tun::open_tap(&name).map_err(|source| TunnelGsoError::Device { name: name.clone(), source })?;
-        let all = tun::F_CSUM | tun::F_TSO4 | tun::F_TSO6 | tun::F_TSO_ECN | tun::F_UDP_TUNNEL_GSO;
-        tun::set_offload(&tap, all).map_err(TunnelGsoError::Refused)?;
+        // of what comes back, too, so that it does so uncut
+        let tcp = tun::F_CSUM | tun::F_TSO4 | tun::F_TSO6 | tun::F_TSO_ECN;
+        let tunnel = tun::F_UDP_TUNNEL_GSO | tun::F_UDP_TUNNEL_GSO_CSUM;
+        tun::set_offload(&tap, tcp | tunnel).map_err(TunnelGsoError::Refused)?;
+        tun::set_send_buffer(&tap, SEND_BUFFER as i32)
+            .map_err(|source| TunnelGsoError::Device { name: name.clone(), source })?;
         let fail = |source| TunnelGsoError::Program { name: name.clone(), source };
         let ifindex = if_nametoindex(name.as_str()).map_err(|error| fail(error.into()))?;
         let link = bpf::attach_ingress(program, ifindex).map_err(fail)?;

@@ -22,7 +22,7 @@ use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
 
 /// Room for received datagrams of each socket: at 20 Gbit/s three milliseconds.
 const RECEIVE_BUFFER: u32 = 8 << 20;
-const SEND_BUFFER: u32 = 8 << 20;
+pub(super) const SEND_BUFFER: u32 = 8 << 20;
 /// How long a worker waits for room in a full send buffer before it drops, in milliseconds.
 const SEND_PATIENCE_MS: u16 = 1;
 /// Receive buffers: as many as single datagrams make a good super-packet.
@@ -401,6 +401,8 @@ fn open(address: SocketAddr) -> io::Result<Socket> {
     udp::set(socket.as_fd(), Opt::MtuProbe { v6 })?;
     if v6 {
         socket.set_only_v6(true)?;
+        // what leaves by another way (`tunnel_gso`) has none either, and a flow must not take two
+        udp::set(socket.as_fd(), Opt::NoFlowLabel).ok();
         socket.set_unicast_hops_v6(OUTER_TTL.into())?;
     } else {
         socket.set_ttl_v4(OUTER_TTL.into())?;

@@ -27,6 +27,7 @@ const REDIRECT_NEIGH: i32 = 152;
 const SKIP_NEIGH: i32 = 4;
 
 // struct __sk_buff
+const SKB_QUEUE_MAPPING: i16 = 12;
 const SKB_PROTOCOL: i16 = 16;
 const SKB_IFINDEX: i16 = 40;
 
@@ -38,7 +39,13 @@ const FIB_PORTS: i16 = FIB + 2;
 const FIB_IFINDEX: i16 = FIB + 8;
 const FIB_SOURCE: i16 = FIB + 16;
 const FIB_DESTINATION: i16 = FIB + 32;
+const FIB_TOS: i16 = FIB + 12;
 const FIB_LEN: i32 = 64;
+
+// struct bpf_redir_neigh, below that
+const NEXT: i16 = FIB - 24;
+const NEXT_ADDRESS: i16 = NEXT + 4;
+const NEXT_LEN: i32 = 20;
 
 /// Ethernet header before the outer IP header.
 const IP_AT: i32 = 14;
@@ -73,9 +80,13 @@ const fn add(destination: u8, value: i32) -> Instruction {
 const fn load(destination: u8, source: u8, offset: i16) -> Instruction {
     op(0x61, destination, source, offset, 0)
 }
-/// `*(u32 *)(stack + offset) = source`
-const fn store(offset: i16, source: u8) -> Instruction {
-    op(0x63, STACK, source, offset, 0)
+/// `destination = *(u8 *)(source + offset)`
+const fn load_byte(destination: u8, source: u8, offset: i16) -> Instruction {
+    op(0x71, destination, source, offset, 0)
+}
+/// `*(u32 *)(destination + offset) = source`
+const fn store(destination: u8, offset: i16, source: u8) -> Instruction {
+    op(0x63, destination, source, offset, 0)
 }
 /// `*(u64 *)(stack + offset) = 0`
 const fn zero(offset: i16) -> Instruction {
@@ -119,20 +130,30 @@ fn program() -> Vec<Instruction> {
         ]
         .concat()
     };
-    let v4 = read_outer(libc::AF_INET, 12, 4, 20);
+    let mut v4 = read_outer(libc::AF_INET, 12, 4, 20);
+    v4.extend(read(IP_AT + 1, FIB_TOS, 1));
     let v6 = read_outer(libc::AF_INET6, 8, 16, 40);
+    // the look-up leaves the next hop where the destination was
+    let next = [load_byte(7, STACK, FIB_FAMILY), store(STACK, NEXT, 7)];
+    let address =
+        (0..4).flat_map(|word| [load(7, STACK, FIB_DESTINATION + 4 * word), store(STACK, NEXT_ADDRESS + 4 * word, 7)]);
+    let neighbour = [copy(2, STACK), add(2, NEXT as i32), set(3, NEXT_LEN), set(4, 0), call(REDIRECT_NEIGH), EXIT];
+    let on: Vec<Instruction> =
+        next.into_iter().chain(address).chain([load(1, STACK, FIB_IFINDEX)]).chain(neighbour).collect();
     let zeroed: Vec<Instruction> = (0..8).map(|word| zero(FIB + 8 * word)).collect();
     [
         &[copy(SKB, 1)],
         zeroed.as_slice(),
-        &[load(7, SKB, SKB_IFINDEX), store(FIB_IFINDEX, 7)],
+        &[load(7, SKB, SKB_IFINDEX), store(STACK, FIB_IFINDEX, 7)],
+        // no queue is recorded: else all would leave by the device's first, where a socket's go by their ports
+        &[set(7, 0), store(SKB, SKB_QUEUE_MAPPING, 7)],
         &[load(7, SKB, SKB_PROTOCOL), skip_unless(7, i32::from((libc::ETH_P_IP as u16).to_be()), v4.len() as i16 + 1)],
         &v4,
         &[skip(v6.len() as i16)],
         &v6,
         &[copy(1, SKB), copy(2, STACK), add(2, FIB as i32), set(3, FIB_LEN), set(4, SKIP_NEIGH), call(FIB_LOOKUP)],
-        &[skip_unless(0, 0, 6)],
-        &[load(1, STACK, FIB_IFINDEX), set(2, 0), set(3, 0), set(4, 0), call(REDIRECT_NEIGH), EXIT],
+        &[skip_unless(0, 0, on.len() as i16)],
+        &on,
         &[load(1, SKB, SKB_IFINDEX), set(2, 0), call(REDIRECT), EXIT],
     ]
     .concat()

@@ -2,8 +2,9 @@
 
 use std::io;
 use std::mem::size_of;
-use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
+
+use socket2::{Domain, Socket, Type};
 
 use super::check;
 
@@ -55,10 +56,15 @@ struct Features {
 
 /// Whether each of these features, by the names that `ethtool -k` uses, is on.
 pub fn features<const N: usize>(ifname: &str, wanted: [&str; N]) -> io::Result<[bool; N]> {
-    let socket = UdpSocket::bind(("127.0.0.1", 0)).or_else(|_| UdpSocket::bind(("::1", 0)))?;
+    let socket =
+        Socket::new(Domain::IPV4, Type::DGRAM, None).or_else(|_| Socket::new(Domain::IPV6, Type::DGRAM, None))?;
     let mut info = SsetInfo { cmd: GSSET_INFO, reserved: 0, mask: 1 << SS_FEATURES, count: 0 };
     ask(&socket, ifname, &mut info)?;
-    let count = (info.count as usize).min(MOST);
+    let count = info.count as usize;
+    if count > MOST {
+        // the driver would write all of them, however many it was told that there is room for
+        return Err(io::Error::other(format!("{count} features are more than the {MOST} that were to be expected")));
+    }
     let mut strings =
         Box::new(Strings { cmd: GSTRINGS, set: SS_FEATURES, len: count as u32, names: [[0; NAME]; MOST] });
     ask(&socket, ifname, &mut *strings)?;
@@ -74,7 +80,7 @@ pub fn features<const N: usize>(ifname: &str, wanted: [&str; N]) -> io::Result<[
 }
 
 /// Hands `request` to the driver of a device, which answers in the same place.
-fn ask<T>(socket: &UdpSocket, ifname: &str, request: &mut T) -> io::Result<()> {
+fn ask<T>(socket: &Socket, ifname: &str, request: &mut T) -> io::Result<()> {
     // SAFETY: ifreq is plain data, for which all bits zero is a value.
     let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
     if ifname.len() >= ifreq.ifr_name.len() {
@@ -86,7 +92,8 @@ fn ask<T>(socket: &UdpSocket, ifname: &str, request: &mut T) -> io::Result<()> {
     debug_assert!(size_of::<T>() >= size_of::<SsetInfo>());
     ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
     // SAFETY: SIOCETHTOOL reads and writes what ifru_data points to, which lives on for the call. The three requests of this
-    // module have room for as much as they ask for: one count, `len` names of at most MOST, `size` blocks of at most MOST / 32.
+    // module have room for as much as is written: one count, that many names (which is at most MOST, or they are not asked
+    // for; features are the same for all of a kernel's life), and `size` blocks, at most MOST / 32.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &raw mut ifreq) }).map(drop)
 }
 

@@ -10,6 +10,7 @@ use super::check;
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 const TUNSETPERSIST: libc::Ioctl = 0x4004_54cb;
 const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+const TUNSETSNDBUF: libc::Ioctl = 0x4004_54d4;
 const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 
 /// The device hands over packets whose checksum is still to be computed.
@@ -24,8 +25,10 @@ pub const F_TSO_ECN: u32 = 0x08;
 pub const F_USO4: u32 = 0x20;
 /// UDP super-packets over IPv6.
 pub const F_USO6: u32 = 0x40;
-/// Super-packets in UDP tunnels (Linux 6.17); never without [`F_CSUM`], TCP and UDP ones.
+/// Super-packets in UDP tunnels (Linux 6.17).
 pub const F_UDP_TUNNEL_GSO: u32 = 0x80;
+/// The same with an outer checksum; never without [`F_UDP_TUNNEL_GSO`].
+pub const F_UDP_TUNNEL_GSO_CSUM: u32 = 0x100;
 
 /// Opens one queue of the TUN device `name`, which is made if it does not exist: layer 3, with an offload header before
 /// each packet, several queues, not blocking.
@@ -33,10 +36,16 @@ pub fn open_queue(name: &str) -> io::Result<File> {
     open(name, libc::IFF_TUN | libc::IFF_MULTI_QUEUE, 10)
 }
 
-/// Makes the TAP device `name`: layer 2, with an offload header before each frame that can describe a packet in a UDP
-/// tunnel (24 bytes; EINVAL before Linux 6.17 says at the first write that takes it). It goes when it is closed.
+/// Makes the TAP device `name`: layer 2, with an offload header before each frame that has room for what lies in a UDP tunnel
+/// (24 bytes). It goes when it is closed.
 pub fn open_tap(name: &str) -> io::Result<File> {
     open(name, libc::IFF_TAP, 24)
+}
+
+/// How many bytes may be under way that were written to this device and have not left the host.
+pub fn set_send_buffer(queue: &impl AsRawFd, bytes: i32) -> io::Result<()> {
+    // SAFETY: TUNSETSNDBUF reads one int, which lives on this stack for the call.
+    check(unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETSNDBUF, &raw const bytes) }).map(drop)
 }
 
 fn open(name: &str, kind: libc::c_int, header_size: libc::c_int) -> io::Result<File> {

@@ -31,11 +31,16 @@ pub enum Opt {
         /// IPv6.
         v6: bool,
     },
+    /// No IPv6 flow label: the source port says what belongs together.
+    NoFlowLabel,
     /// Room for received datagrams in bytes, beyond the system's limit.
     ReceiveBuffer(u32),
     /// Room for datagrams to send in bytes, beyond the system's limit.
     SendBuffer(u32),
 }
+
+/// linux/in6.h
+const IPV6_AUTOFLOWLABEL: libc::c_int = 70;
 
 /// Sets an option.
 pub fn set(socket: BorrowedFd<'_>, option: Opt) -> io::Result<()> {
@@ -45,6 +50,7 @@ pub fn set(socket: BorrowedFd<'_>, option: Opt) -> io::Result<()> {
         Opt::MtuProbe { v6: true } => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
         Opt::ReceiveTos { v6: false } => (libc::IPPROTO_IP, libc::IP_RECVTOS, 1),
         Opt::ReceiveTos { v6: true } => (libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1),
+        Opt::NoFlowLabel => (libc::IPPROTO_IPV6, IPV6_AUTOFLOWLABEL, 0),
         Opt::ReceiveBuffer(bytes) => (libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, bytes as libc::c_int),
         Opt::SendBuffer(bytes) => (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, bytes as libc::c_int),
     };

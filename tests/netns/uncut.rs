@@ -128,13 +128,49 @@ fn nothing_leaves_uncut_where_ipsec_encrypts_what_this_host_sends() {
 /// A rule that only forwarded packets meet: the redirection finds no way, where sockets find one.
 #[test]
 fn what_finds_no_way_comes_back_and_the_rest_is_cut_here() {
-    let Some(mesh) = two_nodes("what_finds_no_way_comes_back", V4) else { return };
+    comes_back("what_finds_no_way_comes_back", V4, "ip rule");
+}
+
+#[test]
+fn what_finds_no_way_comes_back_over_ipv6() {
+    comes_back("what_finds_no_way_comes_back_over_ipv6", V6, "ip -6 rule");
+}
+
+#[track_caller]
+fn comes_back(story: &'static str, outer: Family, rule: &str) {
+    let Some(mesh) = two_nodes(story, outer) else { return };
     let [a, b] = mesh.two(["a", "b"]);
     assert!(carry(a, b, V4) > 0);
-    a.ns.sh("ip rule add iif mesh0-gso blackhole");
+    a.ns.sh(&format!("{rule} add iif mesh0-gso blackhole"));
     carry(a, b, V4);
     assert!(why_off(a).contains("some came back"), "{}", why_off(a));
     assert_eq!(carry(a, b, V4), 0);
+    mesh.balances_with_the_kernel();
+}
+
+#[test]
+fn somebody_switches_its_device_off() {
+    let Some(mesh) = two_nodes("somebody_switches_its_device_off", V4) else { return };
+    let [a, b] = mesh.two(["a", "b"]);
+    a.ns.sh("ip link set mesh0-gso down");
+    carry(a, b, V4);
+    until("it is on again", || why_off(a).is_empty());
+    assert!(carry(a, b, V4) > 0);
+    mesh.balances();
+}
+
+/// Who cannot have the device is not for ever trying: each try would be news of a device.
+#[test]
+fn a_device_of_that_name_is_left_alone() {
+    let Some(builder) = Builder::new("a_device_of_that_name_is_left_alone") else { return };
+    let mesh = builder.node("a").node("b").build();
+    let [a, b] = mesh.two(["a", "b"]);
+    a.ns.sh("ip link add mesh0-gso type veth peer name other");
+    a.restart();
+    b.restart();
+    assert_eq!(carry(a, b, V4), 0);
+    assert!(why_off(a).contains("mesh0-gso"), "{}", why_off(a));
+    assert_eq!(a.log().matches("mesh0-gso").count(), 0, "{}", a.log());
     mesh.balances_with_the_kernel();
 }
 
@@ -158,6 +194,18 @@ fn it_can_be_switched_off_and_is_not_there_without_peers_in_the_clear() {
     assert_eq!(why_off(a), "`tunnel-gso: off`");
     assert_eq!(carry(a, b, V4), 0);
     assert!(!a.ns.succeeds("ip link show mesh0-gso"));
+    a.set("tunnel-gso", Some("auto"));
+    a.set("io", Some("tokio"));
+    assert_eq!(a.stop(), 0);
+    a.restart();
+    assert!(why_off(a).contains("hands over plain packets"), "{}", why_off(a));
+    assert!(!a.ns.succeeds("ip link show mesh0-gso"));
+    if why_off(b).is_empty() {
+        a.set("io", Some("uring"));
+        assert_eq!(a.stop(), 0);
+        a.restart();
+        assert!(carry(a, b, V4) > 0);
+    }
     drop(mesh);
     let Some(builder) = Builder::new("it_is_not_there_without_peers_in_the_clear") else { return };
     let mesh = builder.encrypted().node("a").node("b").start();
