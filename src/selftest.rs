@@ -24,7 +24,6 @@ use crate::host::{Desired, Host};
 use crate::io::tun::TunDevice;
 use crate::io::tunnel_gso::TunnelGso;
 use crate::node::DEFAULT_PORT;
-use crate::sys::bpf;
 
 /// This side of the mirror.
 const HERE: [IpAddr; 2] =
@@ -184,7 +183,7 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
 
 /// Whether super-packets could leave uncut, where a network card takes them so.
 async fn leaves_uncut() -> anyhow::Result<String> {
-    let program = bpf::load_redirect().context("the kernel takes no program for it")?;
+    let program = TunnelGso::load().context("the kernel takes no program for it")?;
     let way = TunnelGso::off("");
     way.open(TUN, &program)?;
     Host::open()?.ensure_outlet(&TunnelGso::device(TUN)).await.map_err(anyhow::Error::msg)?;

@@ -11,7 +11,7 @@ use super::data_plane::NO_SUPER_PACKETS;
 use crate::config::{Config, Io};
 use crate::host::{Host, Underlay, outgoing_policies};
 use crate::io::tunnel_gso::TunnelGso;
-use crate::sys::{bpf, ethtool};
+use crate::sys::ethtool;
 
 /// Features of the device that the underlay is carried over, by the names that `ethtool -k` uses. Over IPv6 the outer checksum
 /// has to be there.
@@ -40,7 +40,7 @@ impl UncutSwitch {
         let program = match config.tunnel_gso {
             _ if config.io == Io::Tokio => Err(NO_SUPER_PACKETS.to_owned()),
             false => Err("`tunnel-gso: off`".to_owned()),
-            true => bpf::load_redirect().map_err(|error| {
+            true => TunnelGso::load().map_err(|error| {
                 format!("the kernel takes no program for it ({error}): Linux 6.17 does, where meshd has CAP_BPF")
             }),
         };

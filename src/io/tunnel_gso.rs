@@ -2,8 +2,8 @@
 //! header that says what lies in the tunnel (Linux ≥6.17), and a program in its ingress hook ([`crate::sys::bpf`]) hands them
 //! to the neighbour. The network card cuts them, or on a virtual link nobody at all.
 //!
-//! UDP sockets cannot do that: what they have cut carries the same bytes again and again only where all of them are payload,
-//! and here each segment has inner headers of its own.
+//! A UDP socket cannot do that: what the kernel cuts for it are pieces of equal length, and each has to bring its own inner
+//! headers.
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
@@ -80,6 +80,11 @@ impl TunnelGso {
     /// Nothing leaves uncut yet, for this reason.
     pub fn off(why: impl Into<String>) -> Self {
         TunnelGso { cut_behind: Arc::default(), outlet: OnceLock::new(), why_off: Mutex::new(why.into()) }
+    }
+
+    /// Loads the program, for which CAP_BPF is needed; for all else CAP_NET_ADMIN is enough.
+    pub fn load() -> io::Result<OwnedFd> {
+        bpf::load_redirect()
     }
 
     /// The device's name, where meshd's own is `tun`.
