@@ -277,20 +277,15 @@ fn batches(stats: &StatsView, look: Look) -> String {
 fn offloads(stats: &StatsView, look: Look) -> String {
     let mut grid = Grid::new(&["OFFLOAD", "STATE", "WHY"]);
     let o = stats.offloads;
-    let all = [
-        ("tun_tso", o.tun_tso),
-        ("tun_uso", o.tun_uso),
-        ("udp_gso", o.udp_gso),
-        ("udp_gro", o.udp_gro),
-        ("tunnel_gso", o.tunnel_gso),
-    ];
-    for (name, on) in all {
+    for (name, on) in [("tun_tso", o.tun_tso), ("tun_uso", o.tun_uso), ("udp_gso", o.udp_gso), ("udp_gro", o.udp_gro)] {
         let why = stats.offload_reasons.get(name).cloned().unwrap_or_default();
-        // most network cards of machines cannot cut what lies in a tunnel: nothing to be warned of
-        let normal = on || name == "tunnel_gso";
-        let (state, paint) = (if on { "on" } else { "off" }, if normal { Paint::Plain } else { Paint::Warn });
+        let (state, paint) = if on { ("on", Paint::Plain) } else { ("off", Paint::Warn) };
         grid.row(paint, vec![name.to_owned(), state.to_owned(), why]);
     }
+    // most network cards cannot do that: nothing to be warned of
+    let uncut = &stats.tunnel_gso;
+    let state = if uncut.on { "on" } else { "off" };
+    grid.row(Paint::Plain, vec!["tunnel_gso".to_owned(), state.to_owned(), uncut.why.clone()]);
     grid.draw(look)
 }
 

@@ -17,8 +17,8 @@ use super::member::Member;
 use super::privileges;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
-    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, WayView, capture,
-    why,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, TunnelGsoView,
+    WayView, capture, why,
 };
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
@@ -332,6 +332,7 @@ impl Mesh for Shared {
             workers: facts.as_ref().map_or(0, |facts| facts.workers as u32),
             offloads: facts.as_ref().map(offloads).unwrap_or_default(),
             offload_reasons: facts.as_ref().map(offload_reasons).unwrap_or_default(),
+            tunnel_gso: facts.as_ref().map(|facts| tunnel_gso(facts, sum(|f| f.uncut_sends.get()))).unwrap_or_default(),
             tun,
             udp,
             drops,
@@ -346,7 +347,6 @@ impl Mesh for Shared {
                 udp_recv_datagrams: udp.rx_packets,
                 udp_send_calls: sum(|f| f.udp_send_calls.get()),
                 udp_send_datagrams: udp.tx_packets,
-                uncut_sends: sum(|f| f.uncut_sends.get()),
                 tun_writes: sum(|f| f.tun_writes.get()),
                 tun_write_segments: tun.tx_packets,
             },
@@ -476,8 +476,12 @@ fn offloads(facts: &Facts) -> OffloadsView {
         tun_uso: facts.accepts.uso,
         udp_gso: !facts.offloads.no_gso.load(Ordering::Relaxed) && !facts.offloads.gso_failed.load(Ordering::Relaxed),
         udp_gro: !facts.offloads.no_gro.load(Ordering::Relaxed),
-        tunnel_gso: facts.tunnel_gso.state().is_ok(),
     }
+}
+
+fn tunnel_gso(facts: &Facts, super_packets: u64) -> TunnelGsoView {
+    let state = facts.tunnel_gso.state();
+    TunnelGsoView { on: state.is_ok(), why: state.err().unwrap_or_default(), super_packets }
 }
 
 fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {
@@ -494,9 +498,6 @@ fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {
         "a segmented send failed where the same datagrams alone left: the link's driver cannot be trusted with it";
     add(offloads.gso_failed.load(Ordering::Relaxed), "udp_gso", failed);
     add(offloads.no_gro.load(Ordering::Relaxed), "udp_gro", "the kernel does not know UDP_GRO (Linux 5.0 has it)");
-    if let Err(why) = facts.tunnel_gso.state() {
-        reasons.insert("tunnel_gso".to_owned(), why);
-    }
     reasons
 }
 

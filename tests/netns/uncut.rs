@@ -24,13 +24,13 @@ fn two_nodes(story: &'static str, outer: Family) -> Option<Mesh> {
 /// Why super-packets are cut here; empty where they are not.
 fn why_off(node: &Node) -> String {
     let stats = node.stats();
-    let why = stats["offload_reasons"]["tunnel_gso"].as_str().unwrap_or_default().to_owned();
-    assert_eq!(stats["offloads"]["tunnel_gso"], Value::Bool(why.is_empty()), "{why}");
+    let why = stats["tunnel_gso"]["why"].as_str().unwrap().to_owned();
+    assert_eq!(stats["tunnel_gso"]["on"], Value::Bool(why.is_empty()), "{why}");
     why
 }
 
 fn uncut(node: &Node) -> u64 {
-    node.stats()["batches"]["uncut_sends"].as_u64().unwrap()
+    node.stats()["tunnel_gso"]["super_packets"].as_u64().unwrap()
 }
 
 /// Carries some megabytes; how many super-packets of the sender left uncut.

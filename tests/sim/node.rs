@@ -336,6 +336,12 @@ impl Node {
                 match fate {
                     Ok((_, packets)) => {
                         delta.add("udp_rx_packets", packets.len() as u64);
+                        if packets.len() > 1 {
+                            // counts as its segments, each with its headers
+                            let whole = look(&datagram[22..]).map_or(0, |seen| seen.total);
+                            let cut: usize = packets.iter().map(Vec::len).sum();
+                            delta.add("udp_rx_bytes", (cut - whole + 22 * (packets.len() - 1)) as u64);
+                        }
                         delta.add("peer_rx_packets", packets.len() as u64);
                         delta.add("peer_rx_bytes", packets.iter().map(|p| p.len() as u64).sum());
                         packets.into_iter().for_each(|p| expected.push(&p.clone(), (p, 0)));

@@ -44,9 +44,17 @@ pub struct OffloadsView {
     pub udp_gso: bool,
     /// Many datagrams in one receive.
     pub udp_gro: bool,
-    /// TCP super-packets leave uncut, for the network card to cut; clear peers only.
-    #[serde(default)]
-    pub tunnel_gso: bool,
+}
+
+/// Whether TCP super-packets for clear peers leave uncut, for the network card to cut.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct TunnelGsoView {
+    /// They do.
+    pub on: bool,
+    /// Why they do not; most network cards cannot cut what lies in a tunnel.
+    pub why: String,
+    /// How many did.
+    pub super_packets: u64,
 }
 
 /// System calls and what they carried, for batch sizes.
@@ -64,9 +72,6 @@ pub struct BatchesView {
     pub udp_send_calls: u64,
     /// Datagrams in them.
     pub udp_send_datagrams: u64,
-    /// Super-packets that left uncut.
-    #[serde(default)]
-    pub uncut_sends: u64,
     /// Writes to the TUN device.
     pub tun_writes: u64,
     /// Segments in them.
@@ -90,6 +95,9 @@ pub struct StatsView {
     pub offloads: OffloadsView,
     /// Offload → why it is off, or why it was switched off.
     pub offload_reasons: BTreeMap<String, String>,
+    /// Whether super-packets leave uncut.
+    #[serde(default)]
+    pub tunnel_gso: TunnelGsoView,
     /// The TUN side.
     pub tun: TrafficView,
     /// The UDP side.
