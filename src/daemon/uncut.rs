@@ -89,10 +89,10 @@ impl UncutSwitch {
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
             let wanted = if ip.is_ipv4() { OVER_V4 } else { OVER_V6 };
-            match ethtool::features(ifname, [wanted]) {
-                Ok([true]) if ip.is_ipv4() => v4 = true,
-                Ok([true]) => v6 = true,
-                Ok([false]) => others.push(format!("{ifname} does not cut what lies in a tunnel ({wanted} is off)")),
+            match ethtool::is_on(ifname, wanted) {
+                Ok(true) if ip.is_ipv4() => v4 = true,
+                Ok(true) => v6 = true,
+                Ok(false) => others.push(format!("{ifname} does not cut what lies in a tunnel ({wanted} is off)")),
                 Err(error) => others.push(format!("what {ifname} offloads cannot be read: {error}")),
             }
         }

@@ -73,7 +73,7 @@ struct Outlet {
     tap: File,
     name: String,
     failed: OnceLock<String>,
-    _link: File,
+    _link: OwnedFd,
 }
 
 impl TunnelGso {

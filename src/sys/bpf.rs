@@ -4,7 +4,6 @@
 //! It stands in the ingress hook of a device that meshd alone writes to (tcx, linux/bpf.h), so that neither forwarding
 //! nor its firewall rules have a part in it: the packets are this host's, not somebody else's.
 
-use std::fs::File;
 use std::io;
 use std::mem::{size_of, size_of_val, zeroed};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -212,7 +211,7 @@ pub fn load_redirect() -> io::Result<OwnedFd> {
 }
 
 /// Puts a program into the ingress hook of a device (Linux 6.6). It stays there until what comes back is closed.
-pub fn attach_ingress(program: &OwnedFd, ifindex: u32) -> io::Result<File> {
+pub fn attach_ingress(program: &OwnedFd, ifindex: u32) -> io::Result<OwnedFd> {
     let link = Link {
         program: program.as_raw_fd() as u32,
         ifindex,
@@ -227,7 +226,7 @@ pub fn attach_ingress(program: &OwnedFd, ifindex: u32) -> io::Result<File> {
         unsafe { libc::syscall(libc::SYS_bpf, LINK_CREATE, &raw const link, size_of_val(&link)) } as libc::c_int
     )?;
     // SAFETY: a new descriptor that nobody else has.
-    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 #[cfg(test)]

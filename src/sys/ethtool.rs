@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 
 use socket2::{Domain, Socket, Type};
 
-use super::check;
+use super::{check, ifreq};
 
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
 const GSTRINGS: u32 = 0x1b;
@@ -54,8 +54,8 @@ struct Features {
     blocks: [Block; MOST / 32],
 }
 
-/// Whether each of these features, by the names that `ethtool -k` uses, is on.
-pub fn features<const N: usize>(ifname: &str, wanted: [&str; N]) -> io::Result<[bool; N]> {
+/// Whether a feature, by the name that `ethtool -k` uses, is on; one that the kernel does not know is not.
+pub fn is_on(ifname: &str, feature: &str) -> io::Result<bool> {
     let socket =
         Socket::new(Domain::IPV4, Type::DGRAM, None).or_else(|_| Socket::new(Domain::IPV6, Type::DGRAM, None))?;
     let mut info = SsetInfo { cmd: GSSET_INFO, reserved: 0, mask: 1 << SS_FEATURES, count: 0 };
@@ -71,24 +71,14 @@ pub fn features<const N: usize>(ifname: &str, wanted: [&str; N]) -> io::Result<[
     let blocks = count.div_ceil(32);
     let mut features = Features { cmd: GFEATURES, size: blocks as u32, blocks: [Block::default(); MOST / 32] };
     ask(&socket, ifname, &mut features)?;
-    let is_on = |name: &str| {
-        let is_it = |bytes: &[u8; NAME]| bytes.split(|byte| *byte == 0).next() == Some(name.as_bytes());
-        let number = strings.names.iter().take(count).position(is_it)?;
-        features.blocks.get(number / 32).map(|block| block.active & 1 << (number % 32) != 0)
-    };
-    Ok(wanted.map(|name| is_on(name).unwrap_or(false)))
+    let is_it = |bytes: &[u8; NAME]| bytes.split(|byte| *byte == 0).next() == Some(feature.as_bytes());
+    let Some(number) = strings.names.iter().take(count).position(is_it) else { return Ok(false) };
+    Ok(features.blocks.get(number / 32).is_some_and(|block| block.active & 1 << (number % 32) != 0))
 }
 
 /// Hands `request` to the driver of a device, which answers in the same place.
 fn ask<T>(socket: &Socket, ifname: &str, request: &mut T) -> io::Result<()> {
-    // SAFETY: ifreq is plain data, for which all bits zero is a value.
-    let mut ifreq: libc::ifreq = unsafe { std::mem::zeroed() };
-    if ifname.len() >= ifreq.ifr_name.len() {
-        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
-    }
-    for (to, from) in ifreq.ifr_name.iter_mut().zip(ifname.bytes()) {
-        *to = from as libc::c_char;
-    }
+    let mut ifreq = ifreq(ifname)?;
     debug_assert!(size_of::<T>() >= size_of::<SsetInfo>());
     ifreq.ifr_ifru.ifru_data = std::ptr::from_mut(request).cast();
     // SAFETY: SIOCETHTOOL reads and writes what ifru_data points to, which lives on for the call. The three requests of this
@@ -103,8 +93,8 @@ mod tests {
 
     #[test]
     fn loopback_has_features_and_nothing_has_unknown_ones() {
-        let [scatter_gather, nonsense] = features("lo", ["tx-scatter-gather", "no-such-feature"]).unwrap();
-        assert!(scatter_gather && !nonsense);
-        assert!(features("no-such-dev0", ["tx-scatter-gather"]).is_err());
+        assert!(is_on("lo", "tx-scatter-gather").unwrap());
+        assert!(!is_on("lo", "no-such-feature").unwrap());
+        assert!(is_on("no-such-dev0", "tx-scatter-gather").is_err());
     }
 }
