@@ -79,6 +79,8 @@ pub struct Settings {
     pub busy_poll: Duration,
     /// `tunnel-gso`
     pub tunnel_gso: bool,
+    /// `big-tcp`
+    pub big_tcp: bool,
     /// `data-dir`
     pub data_dir: PathBuf,
     /// `socket`
@@ -180,7 +182,8 @@ impl Config {
             workers: layers.one("workers", values::workers)?.unwrap_or(Workers::Auto),
             io: layers.one("io", values::io)?.unwrap_or(Io::Auto),
             busy_poll: layers.one("busy-poll", values::busy_poll)?.unwrap_or(BUSY_POLL),
-            tunnel_gso: layers.one("tunnel-gso", values::tunnel_gso)?.unwrap_or(true),
+            tunnel_gso: layers.one("tunnel-gso", values::auto)?.unwrap_or(true),
+            big_tcp: layers.one("big-tcp", values::auto)?.unwrap_or(true),
             data_dir: layers.one("data-dir", values::path)?.unwrap_or_else(|| "/var/lib/meshd".into()),
             socket: layers.one("socket", values::socket)?.unwrap_or_else(|| "/run/meshd/meshd.sock".into()),
             socket_mode: layers.one("socket-mode", values::socket_mode)?.unwrap_or(0o660),
@@ -266,6 +269,7 @@ impl Config {
             "io" => a.io != b.io,
             "busy-poll" => a.busy_poll != b.busy_poll,
             "tunnel-gso" => a.tunnel_gso != b.tunnel_gso,
+            "big-tcp" => a.big_tcp != b.big_tcp,
             "data-dir" => a.data_dir != b.data_dir,
             "socket" => a.socket != b.socket,
             "socket-mode" => a.socket_mode != b.socket_mode,

@@ -370,12 +370,18 @@ impl Daemon {
     /// Opens device and sockets, sets up the host, and lets the workers begin.
     async fn start_plane(&mut self) -> anyhow::Result<()> {
         let shared = &self.shared;
+        let big_tcp = match self.config.big_tcp {
+            false => Err("`big-tcp: off`".to_owned()),
+            true if self.host.knows_big_tcp().await? => Ok(()),
+            true => Err("the kernel does not know it (Linux 6.3 does)".to_owned()),
+        };
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
             workers: self.workers,
             busy_poll: self.config.busy_poll,
             tunnel_gso: self.uncut.way.clone(),
+            big_tcp,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
             tables: shared.tables.clone(),

@@ -156,6 +156,8 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
         Ok(said) => checks.add("tunnel_gso", Outcome::Ok, said),
         Err(error) => checks.add("tunnel_gso", Outcome::Off, format!("{error:#}")),
     }
+    let knows_big_tcp = runtime.block_on(async { Host::open()?.knows_big_tcp().await })?;
+    device.accepts.big_tcp = device.accepts.tso && knows_big_tcp;
     let queue = device.queues.pop().context("the device has no queue")?;
     let mirror = Mirror::start(queue, device.accepts, HERE, BEYOND, MTU)?;
     let offloads = mirror.offloads();
@@ -170,6 +172,11 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
     }
     for (name, at) in [("tcp_ipv4", 0), ("tcp_ipv6", 1)] {
         checks.tried(name, counted(&mirror, || stream(HERE[at], BEYOND[at])));
+    }
+    match mirror.big_writes() {
+        _ if !knows_big_tcp => checks.add("big_tcp", Outcome::Off, "the kernel does not know it (Linux 6.3 does)"),
+        0 => checks.add("big_tcp", Outcome::Off, "no super-packet was longer than 64 KiB"),
+        many => checks.add("big_tcp", Outcome::Ok, format!("{many} of those super-packets were longer than 64 KiB")),
     }
     for (name, at) in [("udp_ipv4", 0), ("udp_ipv6", 1)] {
         checks.tried(name, counted(&mirror, || datagrams(HERE[at], BEYOND[at])));

@@ -412,11 +412,12 @@ fn scripts_get_the_documented_fields() {
     assert_eq!(peers[0]["subnets"][0], "10.42.2.0/24");
 
     let stats = json(&served.ctl(&["stats", "--json"]));
-    let expected = "version node uptime_ms io workers offloads offload_reasons tunnel_gso tun udp drops originated consumed \
+    let expected = "version node uptime_ms io workers offloads offload_reasons tunnel_gso big_tcp tun udp drops originated consumed \
         outbound inbound batches partial_csum_in pairs_moved";
     assert_eq!(keys(&stats), words(expected));
     assert_eq!(keys(&stats["offloads"]), words("tun_tso tun_uso udp_gso udp_gro"));
     assert_eq!(keys(&stats["tunnel_gso"]), words("on why super_packets"));
+    assert_eq!(keys(&stats["big_tcp"]), words("on why super_packets"));
     assert_eq!(stats["offloads"]["tun_tso"], false);
     for side in ["tun", "udp"] {
         assert_eq!(keys(&stats[side]), words("rx_packets rx_bytes tx_packets tx_bytes"));

@@ -282,10 +282,11 @@ fn offloads(stats: &StatsView, look: Look) -> String {
         let (state, paint) = if on { ("on", Paint::Plain) } else { ("off", Paint::Warn) };
         grid.row(paint, vec![name.to_owned(), state.to_owned(), why]);
     }
-    // most network cards cannot do that: nothing to be warned of
-    let uncut = &stats.tunnel_gso;
-    let state = if uncut.on { "on" } else { "off" };
-    grid.row(Paint::Plain, vec!["tunnel_gso".to_owned(), state.to_owned(), uncut.why.clone()]);
+    // most network cards, or older kernels, cannot do that: nothing to be warned of
+    for (name, used) in [("tunnel_gso", &stats.tunnel_gso), ("big_tcp", &stats.big_tcp)] {
+        let state = if used.on { "on" } else { "off" };
+        grid.row(Paint::Plain, vec![name.to_owned(), state.to_owned(), used.why.clone()]);
+    }
     grid.draw(look)
 }
 

@@ -101,6 +101,13 @@ pub const KEYS: &[Key] = &[
          leave so while this host has IPsec policies",
         "auto",
     ),
+    key(
+        "big-tcp",
+        "auto|off",
+        "TCP over IPv4 for this node itself is handed to its kernel in super-packets of up to 256 KiB, where that is Linux 6.3 or \
+         newer; older programs that capture packets may not understand those; not with `io: tokio`",
+        "auto",
+    ),
     key("data-dir", "DIR", "Where state is kept", "/var/lib/meshd"),
     key("socket", "PATH", "Admin socket that meshctl talks to", "/run/meshd/meshd.sock"),
     key("socket-mode", "OCTAL", "Permissions of the admin socket", "0660"),

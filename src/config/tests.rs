@@ -75,7 +75,7 @@ fn bfd_is_a_mapping_in_the_file_and_pairs_elsewhere() {
 fn every_key_can_be_set() {
     let config = parse(
         "node-name: a\nnode-ip: [10.9.0.1, fd00::1]\nadvertise-address: 192.0.2.7\ntun: m1\naddress: 10.42.0.9\n\
-         port: 4789\nvni: 7\nmtu: 1400\nencryption: none\nworkers: 3\nio: tokio\nbusy-poll: 50\ntunnel-gso: off\ndata-dir: /d\nsocket: /s\n\
+         port: 4789\nvni: 7\nmtu: 1400\nencryption: none\nworkers: 3\nio: tokio\nbusy-poll: 50\ntunnel-gso: off\nbig-tcp: off\ndata-dir: /d\nsocket: /s\n\
          socket-mode: 0600\nsocket-group: adm\nnodes-file: /n.yaml\nlog: debug,meshd::io=warn\nlog-format: json\n",
     )
     .unwrap();
@@ -90,7 +90,7 @@ fn every_key_can_be_set() {
     assert_eq!(config.mtu, Mtu::Fixed(NonZeroU16::new(1400).unwrap()));
     assert_eq!(config.workers, Workers::Fixed(3.try_into().unwrap()));
     assert_eq!((config.io, config.busy_poll), (Io::Tokio, Duration::from_micros(50)));
-    assert!(!config.tunnel_gso);
+    assert!(!config.tunnel_gso && !config.big_tcp);
     assert!(
         config.notices().iter().any(|notice| notice.contains("`busy-poll` does nothing")),
         "{:?}",
@@ -195,6 +195,7 @@ fn bad_values_are_refused_and_good_ones_beside_them_are_not() {
         ("io", &["auto", "mmsg", "uring", "tokio"], &["iouring", "epoll"]),
         ("busy-poll", &["off", "1", "10000"], &["0", "10001", "50us", "-1", "on"]),
         ("tunnel-gso", &["auto", "off"], &["on", "0"]),
+        ("big-tcp", &["auto", "off"], &["on", "262144"]),
         ("data-dir", &["/x", "x"], &["''", "[/x]"]),
         (
             "socket",
@@ -277,6 +278,7 @@ fn no_key_is_forgotten_when_comparing() {
         "2",
         "uring",
         "50",
+        "off",
         "off",
         "/d",
         "/s",

@@ -277,7 +277,8 @@ pub(crate) fn busy_poll(text: &str) -> Read<Duration> {
     }
 }
 
-pub(crate) fn tunnel_gso(text: &str) -> Read<bool> {
+/// Whether something is used wherever it can be.
+pub(crate) fn auto(text: &str) -> Read<bool> {
     match text {
         "auto" => Ok(true),
         "off" => Ok(false),

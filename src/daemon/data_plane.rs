@@ -43,6 +43,8 @@ pub(super) struct Parts {
     pub workers: usize,
     pub busy_poll: Duration,
     pub tunnel_gso: Arc<TunnelGso>,
+    /// Else why there is none.
+    pub big_tcp: Result<(), String>,
     pub addresses: Vec<IpAddr>,
     pub port: u16,
     pub tables: Arc<ArcSwap<Tables>>,
@@ -67,6 +69,7 @@ pub(super) struct Facts {
     pub accepts: Accepts,
     pub offloads: Arc<UdpOffloads>,
     pub tunnel_gso: Arc<TunnelGso>,
+    pub big_tcp: Result<(), String>,
     pub reasons: Vec<(&'static str, String)>,
     pub receivers: Arc<Vec<Socket>>,
     /// The outer source ports that flows are spread over, for each of the node's addresses.
@@ -127,6 +130,11 @@ impl DataPlane {
         uring: bool,
         offloads: Arc<UdpOffloads>,
     ) -> Result<(Self, Vec<Worker>), StartError> {
+        let big_tcp = match &parts.big_tcp {
+            Ok(()) if !device.accepts.tso => Err("the TUN device takes no super-packets".to_owned()),
+            decided => decided.clone(),
+        };
+        device.accepts.big_tcp = big_tcp.is_ok();
         let mut plane = DataPlane {
             facts: Facts {
                 io: if uring { "uring" } else { "mmsg" },
@@ -134,6 +142,7 @@ impl DataPlane {
                 accepts: device.accepts,
                 offloads: offloads.clone(),
                 tunnel_gso: parts.tunnel_gso.clone(),
+                big_tcp,
                 reasons: std::mem::take(&mut device.reasons),
                 receivers: Arc::default(),
                 source_ports: Vec::new(),
@@ -218,6 +227,7 @@ impl DataPlane {
             accepts: Plain::ACCEPTS,
             offloads,
             tunnel_gso: Arc::new(TunnelGso::off(NO_SUPER_PACKETS)),
+            big_tcp: Err(NO_SUPER_PACKETS.to_owned()),
             reasons,
             receivers: Arc::new(receivers),
             source_ports: numbers(parts, &sources),

@@ -17,7 +17,7 @@ use super::member::Member;
 use super::privileges;
 use crate::admin::protocol::{
     BatchesView, Encryption, ForeignView, JourneyView, KeysView, NodeRole, NodeState, NodeView, OffloadsView, PathView,
-    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SurveyView, TrafficView, TunnelGsoView,
+    PeerState, PeerView, Role, Search, SessionView, StatsView, StatusView, SuperPacketsView, SurveyView, TrafficView,
     WayView, capture, why,
 };
 use crate::admin::server::Mesh;
@@ -332,7 +332,8 @@ impl Mesh for Shared {
             workers: facts.as_ref().map_or(0, |facts| facts.workers as u32),
             offloads: facts.as_ref().map(offloads).unwrap_or_default(),
             offload_reasons: facts.as_ref().map(offload_reasons).unwrap_or_default(),
-            tunnel_gso: facts.as_ref().map(|facts| tunnel_gso(facts, sum(|f| f.uncut_sends.get()))).unwrap_or_default(),
+            tunnel_gso: used(facts.as_ref().map(|facts| facts.tunnel_gso.state()), sum(|f| f.uncut_sends.get())),
+            big_tcp: used(facts.as_ref().map(|facts| facts.big_tcp.clone()), sum(|f| f.big_writes.get())),
             tun,
             udp,
             drops,
@@ -479,9 +480,9 @@ fn offloads(facts: &Facts) -> OffloadsView {
     }
 }
 
-fn tunnel_gso(facts: &Facts, super_packets: u64) -> TunnelGsoView {
-    let state = facts.tunnel_gso.state();
-    TunnelGsoView { on: state.is_ok(), why: state.err().unwrap_or_default(), super_packets }
+fn used(state: Option<Result<(), String>>, super_packets: u64) -> SuperPacketsView {
+    let on = state.as_ref().is_some_and(Result::is_ok);
+    SuperPacketsView { on, why: state.and_then(Result::err).unwrap_or_default(), super_packets }
 }
 
 fn offload_reasons(facts: &Facts) -> BTreeMap<String, String> {

@@ -5,6 +5,9 @@
 //! headers are changed where they lie, further payloads are named by their places.
 //!
 //! A packet never overtakes another of its flow: it joins the last unit of its flow or starts a new one behind it.
+//!
+//! What goes to this node itself nobody has to cut again. Over IPv4 its super-packets may be longer than 64 KiB (BIG TCP),
+//! and a PSH does not end them: it asks to be delivered, which the end of a batch does for all of it.
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -17,10 +20,15 @@ use crate::wire::ip::{self, Packet, protocol};
 use crate::wire::transport::{self, Tcp, Udp, flags};
 use crate::wire::vnet_hdr::{self, VnetHdr};
 
-/// Payloads that one unit joins at most. The kernel takes 64 datagrams of UDP (`UDP_GRO_CNT_MAX`) and any number of TCP
-/// segments that fit 64 KiB.
-const MAX_TCP_SEGMENTS: u16 = 128;
-const MAX_UDP_SEGMENTS: u16 = 64;
+/// Pieces that a unit lies in at most: as many segments of 1,398 bytes as fit [`LONGEST_HERE`], and a few.
+pub const MAX_PIECES: usize = 192;
+/// The kernel takes so many datagrams of UDP in one (`UDP_GRO_CNT_MAX`), and any number of TCP segments.
+const MAX_UDP_SEGMENTS: usize = 64;
+/// Bytes that a super-packet has at most, headers included: what the IP headers' lengths can say.
+const LONGEST: usize = u16::MAX as usize;
+/// The same where it is BIG TCP for this node itself. The kernel would take twice that; programs that capture expect no more
+/// than 262,144 (`MAXIMUM_SNAPLEN` of libpcap).
+const LONGEST_HERE: usize = (1 << 18) - 1;
 /// Slots of the flow table; a collision costs a join, not an order.
 const FLOW_SLOTS: usize = 512;
 
@@ -31,6 +39,9 @@ pub struct Accepts {
     pub tso: bool,
     /// UDP super-packets.
     pub uso: bool,
+    /// TCP super-packets over IPv4 of more than 64 KiB, whose length field says 0 (Linux 6.3), where they go no further than
+    /// to this node's own sockets.
+    pub big_tcp: bool,
 }
 
 /// What one write to the TUN device carries: a packet, or segments that were joined.
@@ -59,6 +70,11 @@ impl Unit {
     /// The bytes in order, offload header first.
     pub fn pieces(&self) -> &[Piece] {
         &self.pieces
+    }
+
+    /// Whether it is longer than the length field of its IP header can say.
+    pub fn is_big(&self) -> bool {
+        self.first.is_some_and(|first| first.header_len + self.payload > LONGEST)
     }
 }
 
@@ -112,6 +128,8 @@ pub struct Offer<'a> {
     pub packet: &'a Packet,
     /// Its bytes were authenticated, so that its checksum need not be looked at before it is joined.
     pub authentic: bool,
+    /// It goes to this node itself, and the device takes BIG TCP.
+    pub here: bool,
 }
 
 /// The transport facts that decide about joining.
@@ -119,6 +137,8 @@ pub struct Offer<'a> {
 struct Segment {
     header_len: usize,
     payload: usize,
+    /// Payload bytes of each segment but the last, where it is a super-packet; else all of it.
+    size: usize,
     sequence: u32,
     flags: u8,
     checksum: [u8; 2],
@@ -128,8 +148,25 @@ struct Segment {
 
 impl Segment {
     /// Nothing may follow it in a super-packet.
-    fn ends(&self) -> bool {
-        self.flags & (flags::PSH | flags::FIN) != 0
+    fn ends(&self, here: bool) -> bool {
+        let ending = if here { flags::FIN } else { flags::PSH | flags::FIN };
+        self.flags & ending != 0
+    }
+
+    /// How many packets it stands for.
+    fn count(&self) -> usize {
+        self.payload.div_ceil(self.size.max(1)).max(1)
+    }
+
+    /// The same, and their bytes.
+    fn stands_for(&self) -> (u16, u64) {
+        let count = self.count();
+        (u16::try_from(count).unwrap_or(u16::MAX), (self.payload + count * self.header_len) as u64)
+    }
+
+    /// Whether it was never cut, so that its checksum was not computed either.
+    fn is_super(&self) -> bool {
+        self.payload > self.size
     }
 }
 
@@ -166,23 +203,32 @@ impl Coalescer {
         if packet.fragment {
             // the flow of a fragment cannot be told: whatever comes later must not join what came before
             self.forget_flows();
-            return self.start(offer, bytes, None);
+            self.start(offer, bytes, None, Checksum::Unknown);
+            return false;
         }
-        let Some(segment) = read_transport(packet, bytes) else { return self.start(offer, bytes, None) };
-        if !self.accepts.tso {
-            return self.start(offer, bytes, Some(segment));
-        }
-        let hash = classify::flow_hash(packet, classify::ports(packet, bytes));
-        let slot = self.flows.get(hash as usize % FLOW_SLOTS).copied().unwrap_or_default();
-        if slot.generation == self.generation && slot.hash == hash {
-            let unit = self.units.get_mut(slot.unit as usize);
-            let joined = unit.and_then(|unit| unit.join(arena, offer, bytes, &segment));
-            if let Some(checksum) = joined {
+        let Some(segment) = read_transport(packet, bytes) else {
+            self.start(offer, bytes, None, Checksum::Unknown);
+            return false;
+        };
+        if self.accepts.tso {
+            let hash = classify::flow_hash(packet, classify::ports(packet, bytes));
+            if let Some(checksum) = self.last_of(hash).and_then(|unit| unit.join(arena, offer, bytes, &segment)) {
                 return checksum == Checksum::Unfinished;
             }
+            self.next_is_last_of(hash);
         }
-        self.next_is_last_of(hash);
-        self.start(offer, bytes, Some(segment))
+        let unfinished = is_unfinished(packet, bytes, &segment);
+        let checksum = if unfinished { Checksum::Unfinished } else { Checksum::Unknown };
+        self.start(offer, bytes, Some(segment), checksum);
+        unfinished
+    }
+
+    /// The last unit of the flow with this hash.
+    #[inline]
+    fn last_of(&mut self, hash: u32) -> Option<&mut Unit> {
+        let slot = self.flows.get(hash as usize % FLOW_SLOTS)?;
+        let known = slot.generation == self.generation && slot.hash == hash;
+        self.units.get_mut(slot.unit as usize).filter(|_| known)
     }
 
     /// The next unit to be started is the last of the flow with this hash.
@@ -195,28 +241,33 @@ impl Coalescer {
     }
 
     /// Takes a super-packet with an unfinished checksum, to be cut into segments of `size` payload bytes. Returns how
-    /// many packets it stands for.
-    pub fn add_super(&mut self, arena: &[u8], offer: Offer<'_>, size: usize) -> u16 {
+    /// many packets it stands for, and their bytes.
+    pub fn add_super(&mut self, arena: &[u8], offer: Offer<'_>, size: usize) -> (u16, u64) {
         let Offer { at, packet, .. } = offer;
         let bytes = arena.get(at..at + usize::from(packet.total_len)).unwrap_or_default();
-        let segment = read_transport(packet, bytes).map(|segment| Segment { may_lead: false, ..segment });
-        self.next_is_last_of(classify::flow_hash(packet, classify::ports(packet, bytes)));
-        let takes = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
+        let size = size.max(1);
+        let tcp = packet.protocol == protocol::TCP;
+        let read = read_transport(packet, bytes);
+        let segment = read.map(|segment| Segment { size, may_lead: segment.may_lead && tcp, ..segment });
+        let hash = classify::flow_hash(packet, classify::ports(packet, bytes));
+        let takes = self.accepts.tso && (tcp || self.accepts.uso);
         if let (Some(segment), false) = (&segment, takes) {
-            return self.cut(offer, bytes, segment, size.max(1)).unwrap_or(0);
+            self.next_is_last_of(hash);
+            return self.cut(offer, bytes, segment).unwrap_or_default();
         }
-        self.start(offer, bytes, segment);
-        let (Some(unit), Some(segment)) = (self.units.get_mut(self.used - 1), segment) else { return 1 };
-        let segments = segment.payload.div_ceil(size.max(1)).max(1);
-        unit.segments = u16::try_from(segments).unwrap_or(u16::MAX);
-        unit.bytes = (segment.payload + segments * segment.header_len) as u32;
-        unit.first = Some(Segment { payload: size, ..segment });
-        unit.checksum = Checksum::Unfinished;
-        unit.segments
+        let joins = segment.as_ref().filter(|_| tcp);
+        let joined = joins.and_then(|segment| self.last_of(hash)?.join(arena, offer, bytes, segment));
+        if joined.is_none() {
+            self.next_is_last_of(hash);
+            let checksum = if segment.is_some() { Checksum::Unfinished } else { Checksum::Unknown };
+            self.start(offer, bytes, segment, checksum);
+        }
+        segment.map_or((1, bytes.len() as u64), |segment| segment.stands_for())
     }
 
     /// Cuts a super-packet here, for a TUN device that takes none.
-    fn cut(&mut self, offer: Offer<'_>, bytes: &[u8], segment: &Segment, size: usize) -> Option<u16> {
+    fn cut(&mut self, offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<(u16, u64)> {
+        let size = segment.size;
         let gso = Gso { header_len: segment.header_len, size, payload_len: segment.payload };
         let segmenter = Segmenter::new(offer.packet, gso, bytes)?;
         for index in 0..gso.segments() {
@@ -225,13 +276,13 @@ impl Coalescer {
             self.slab.extend_from_slice(VnetHdr::default().as_bytes());
             segmenter.write(index, bytes.get(from..from + len)?, &mut self.slab)?;
             let whole = Piece::Slab { at: at as u32, len: (self.slab.len() - at) as u32 };
-            self.start(offer, bytes, None);
+            self.start(offer, bytes, None, Checksum::Unknown);
             let unit = self.units.get_mut(self.used - 1)?;
             unit.bytes = (gso.header_len + len) as u32;
             unit.pieces.clear();
             unit.pieces.push(whole);
         }
-        u16::try_from(gso.segments()).ok()
+        Some(segment.stands_for())
     }
 
     /// Writes the offload headers, and the changed headers of joined packets. Call once, after the last `add`.
@@ -253,26 +304,28 @@ impl Coalescer {
         }
     }
 
-    fn start(&mut self, offer: Offer<'_>, bytes: &[u8], segment: Option<Segment>) -> bool {
-        let Offer { peer, at, packet, authentic } = offer;
-        let unfinished = segment.is_some_and(|segment| is_unfinished(packet, bytes, &segment));
+    fn start(&mut self, offer: Offer<'_>, bytes: &[u8], segment: Option<Segment>, checksum: Checksum) {
+        let Offer { peer, at, packet, authentic, here } = offer;
         let mut pieces = self.units.get_mut(self.used).map(|unit| std::mem::take(&mut unit.pieces)).unwrap_or_default();
         pieces.clear();
         let (at, len) = (at.saturating_sub(vnet_hdr::HEADER_LEN), vnet_hdr::HEADER_LEN + bytes.len());
         pieces.push(Piece::Payload { at: at as u32, len: len as u32 });
         let takes_more = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
-        let leads = takes_more && segment.is_some_and(|s| s.may_lead && !s.ends());
+        let leads =
+            takes_more && segment.is_some_and(|s| s.may_lead && s.payload.is_multiple_of(s.size) && !s.ends(here));
+        let segments = segment.map_or(1, |s| s.count());
+        let headers = segment.map_or(0, |s| s.header_len * (segments - 1));
         let unit = Unit {
             peer,
-            segments: 1,
-            bytes: u32::from(packet.total_len),
+            segments: u16::try_from(segments).unwrap_or(u16::MAX),
+            bytes: u32::from(packet.total_len) + headers as u32,
             pieces,
             packet: *packet,
             first: segment,
             payload: segment.map_or(0, |s| s.payload),
             flags: segment.map_or(0, |s| s.flags),
-            id: Id { last: ip_id(packet, bytes), fixed: false },
-            checksum: if unfinished { Checksum::Unfinished } else { Checksum::Unknown },
+            id: Id { last: ip_id(packet, bytes).wrapping_add(segments as u16 - 1), fixed: false },
+            checksum,
             authentic,
             closed: !leads,
         };
@@ -281,7 +334,6 @@ impl Coalescer {
             None => self.units.push(unit),
         }
         self.used += 1;
-        unfinished
     }
 }
 
@@ -294,20 +346,21 @@ impl Unit {
         }
     }
 
-    /// Joins a packet if the two are consecutive segments of one flow; what is known of its checksum then.
+    /// Joins a packet, or a super-packet, if the two are consecutive segments of one flow; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<Checksum> {
-        let Offer { peer, at, packet, authentic } = offer;
+        let Offer { peer, at, packet, authentic, here } = offer;
         let first = self.first.filter(|_| !self.closed)?;
         let head = arena.get(self.head()?)?.get(vnet_hdr::HEADER_LEN..)?;
         let udp = packet.protocol == protocol::UDP;
+        let longest = if here && !udp && !packet.is_v6() { LONGEST_HERE } else { LONGEST };
         let fits = self.peer == peer
             && self.authentic == authentic
             && segment.header_len == first.header_len
             && segment.payload > 0
-            && segment.payload <= first.payload
-            && first.header_len + self.payload + segment.payload <= usize::from(u16::MAX)
-            && self.segments < if udp { MAX_UDP_SEGMENTS } else { MAX_TCP_SEGMENTS };
+            && (segment.size == first.size || segment.size < first.size && !segment.is_super())
+            && first.header_len + self.payload + segment.payload <= longest
+            && self.pieces.len() < if udp { MAX_UDP_SEGMENTS } else { MAX_PIECES };
         let alike = fits
             && same_ip(packet, head, bytes)
             && if udp { same_udp(packet, head, bytes, segment) } else { same_tcp(packet, head, bytes) }
@@ -322,6 +375,7 @@ impl Unit {
             self.checksum = if authentic { Checksum::Valid } else { verify(&self.packet, head, &first) };
         }
         let checksum = match authentic {
+            _ if segment.is_super() => Checksum::Unfinished,
             true if is_unfinished(packet, bytes, segment) => Checksum::Unfinished,
             true => Checksum::Valid,
             false => verify(packet, bytes, segment),
@@ -330,13 +384,14 @@ impl Unit {
             self.closed = true;
             return None;
         }
-        self.id = id;
+        let count = segment.count();
+        self.id = Id { last: id.last.wrapping_add(count as u16 - 1), ..id };
         self.pieces.push(Piece::Payload { at: (at + segment.header_len) as u32, len: segment.payload as u32 });
-        self.segments += 1;
-        self.bytes += u32::from(packet.total_len);
+        self.segments += count as u16;
+        self.bytes += u32::from(packet.total_len) + (segment.header_len * (count - 1)) as u32;
         self.payload += segment.payload;
         self.flags |= segment.flags;
-        self.closed = segment.payload < first.payload || segment.ends();
+        self.closed = !segment.payload.is_multiple_of(first.size) || segment.ends(here);
         Some(checksum)
     }
 
@@ -368,8 +423,10 @@ impl Unit {
                 _ => None,
             };
         }
-        let total = u16::try_from(first.header_len + self.payload).ok()?;
-        let length = total.checked_sub(start_u16)?;
+        let whole = first.header_len + self.payload;
+        // BIG TCP: no length, so that the receiver takes the packet's own
+        let total = u16::try_from(whole).unwrap_or(0);
+        let length = whole.checked_sub(start)?;
         let (ip_header, rest) = packet.split_at_mut_checked(start)?;
         if v6 {
             let (header, _) = ip::V6::mut_from_prefix(ip_header).ok()?;
@@ -380,7 +437,7 @@ impl Unit {
             header.checksum = [0; 2];
             header.checksum = Sum::default().bytes(header.as_bytes()).bytes(options).finish();
         }
-        let pseudo = self.packet.pseudo_sum(length).fold();
+        let pseudo = self.packet.pseudo_sum(length as u16).add_u16((length >> 16) as u16).fold();
         let gso_type = if tcp {
             let (header, _) = Tcp::mut_from_prefix(rest).ok()?;
             header.flags |= self.flags & (flags::PSH | flags::FIN);
@@ -388,11 +445,11 @@ impl Unit {
             if v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 }
         } else {
             let (header, _) = Udp::mut_from_prefix(rest).ok()?;
-            header.length = length.into();
+            header.length = (length as u16).into();
             header.checksum = pseudo;
             vnet_hdr::GSO_UDP_L4
         };
-        let size = u16::try_from(first.payload).ok()?;
+        let size = u16::try_from(first.size).ok()?;
         Some(VnetHdr::super_packet(gso_type, first.header_len as u16, size, start_u16, offset_u16))
     }
 }
@@ -412,7 +469,7 @@ fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
             let alone = flags::SYN | flags::RST | flags::URG | flags::CWR;
             let may_lead = plain_ip && payload > 0 && tcp.flags & (alone | flags::ACK) == flags::ACK;
             let (sequence, flags, checksum) = (tcp.sequence.get(), tcp.flags, tcp.checksum);
-            Some(Segment { header_len: start + header, payload, sequence, flags, checksum, may_lead })
+            Some(Segment { header_len: start + header, payload, size: payload, sequence, flags, checksum, may_lead })
         }
         protocol::UDP => {
             let (udp, _) = Udp::ref_from_prefix(rest).ok()?;
@@ -421,7 +478,7 @@ fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
             // a datagram without checksum has to stay without one: RFC 768, RFC 6935 for IPv6
             let may_lead = plain_ip && whole && payload > 0 && udp.checksum != [0, 0];
             let (header_len, checksum) = (start + transport::UDP_LEN, udp.checksum);
-            Some(Segment { header_len, payload, sequence: 0, flags: 0, checksum, may_lead })
+            Some(Segment { header_len, payload, size: payload, sequence: 0, flags: 0, checksum, may_lead })
         }
         _ => None,
     }

@@ -11,6 +11,7 @@
 //!
 //! Packets are changed and handed on where they were received; the offload header goes over the encapsulation.
 
+use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
 
 use zerocopy::FromBytes;
@@ -24,6 +25,10 @@ use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, Sour
 use crate::wire::bfd::{self, Message, Refused};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
+
+/// How long super-packets stay short after a long one was refused: without room in one piece (16 KiB each) the kernel
+/// cannot take it.
+const BIG_TCP_REST_US: u64 = 10_000_000;
 
 /// One received buffer.
 #[derive(Debug, Clone, Copy)]
@@ -48,8 +53,10 @@ pub struct Inbound {
     stats: Stats,
     worker: usize,
     coalescer: Coalescer,
-    /// The last inner source that was admitted, and the peer it belongs to: packets come in runs.
-    admitted: Option<(IpAddr, PeerIndex)>,
+    /// The last packet that was admitted: packets come in runs.
+    admitted: Option<Admitted>,
+    /// From then on super-packets for this node itself may be BIG TCP; never where the device takes none.
+    big_from_us: Cell<u64>,
     /// The number of the socket that sends from the data port.
     data_socket: u16,
     /// What tunnels want sent because of what came.
@@ -57,6 +64,16 @@ pub struct Inbound {
     limit: SourceLimit,
     received_us: u64,
     heard: Vec<PeerIndex>,
+}
+
+/// What was found of a packet's addresses.
+#[derive(Debug, Clone, Copy)]
+struct Admitted {
+    peer: PeerIndex,
+    source: IpAddr,
+    destination: IpAddr,
+    /// The destination is this node itself.
+    here: bool,
 }
 
 /// Where an inner packet lies, and whose it is.
@@ -76,6 +93,7 @@ impl Inbound {
             worker,
             coalescer: Coalescer::new(accepts),
             admitted: None,
+            big_from_us: Cell::new(if accepts.big_tcp { 0 } else { u64::MAX }),
             data_socket: 1,
             outbox: Outbox::default(),
             limit: SourceLimit::default(),
@@ -180,8 +198,12 @@ impl Inbound {
         if written {
             stats.flow.tun_tx_packets.add(u64::from(unit.segments));
             stats.flow.tun_tx_bytes.add(u64::from(unit.bytes));
+            stats.flow.big_writes.add(u64::from(unit.is_big()));
         } else {
             stats.drop(Drop::TunWriteFailed, u64::from(unit.segments));
+            if unit.is_big() {
+                self.big_from_us.set(self.received_us + BIG_TCP_REST_US);
+            }
         }
     }
 
@@ -262,24 +284,21 @@ impl Inbound {
         let local = tables.local();
 
         // 3. admit
-        if self.admitted != Some((packet.source, peer)) {
-            if !tables.may_send(peer, packet.source) {
-                // one that moves sends its BFD packets from an address that the node list has a little later
-                let bytes = arena.get(start..start + usize::from(packet.total_len)).unwrap_or_default();
-                if authentic && self.is_bfd_packet(tables, now_ms, peer, bytes) {
-                    return Ok(None);
+        let known = self
+            .admitted
+            .filter(|last| last.peer == peer && last.source == packet.source && last.destination == packet.destination);
+        let here = match known {
+            Some(last) => last.here,
+            None => match self.admit(tables, peer, &packet) {
+                Ok(here) => here,
+                Err(reason) => {
+                    // one that moves sends its BFD packets from an address that the node list has a little later
+                    let bytes = arena.get(start..start + usize::from(packet.total_len)).unwrap_or_default();
+                    let liveness = authentic && self.is_bfd_packet(tables, now_ms, peer, bytes);
+                    return if liveness { Ok(None) } else { Err(reason) };
                 }
-                return Err(Drop::InnerSourceNotAllowed);
-            }
-            self.admitted = Some((packet.source, peer));
-        }
-        if !tables.is_behind_us(packet.destination) {
-            let bytes = arena.get(start..start + usize::from(packet.total_len)).unwrap_or_default();
-            if authentic && self.is_bfd_packet(tables, now_ms, peer, bytes) {
-                return Ok(None);
-            }
-            return Err(Drop::InnerDestinationNotOurs);
-        }
+            },
+        };
         let total = usize::from(packet.total_len);
         let bytes = arena.get_mut(start..start + total).ok_or(Drop::BadInnerPacket)?;
         if classify::steers_routes(&packet, bytes) {
@@ -290,14 +309,12 @@ impl Inbound {
         packet.tos = decapsulate_ecn(bytes, packet.tos, received.tos).ok_or(Drop::EcnNotCapable)?;
 
         // 5. coalesce
-        let offer = Offer { peer, at: start, packet: &packet, authentic };
+        let here = here && self.received_us >= self.big_from_us.get();
+        let offer = Offer { peer, at: start, packet: &packet, authentic, here };
         let size = if authentic { None } else { super_size(&packet, bytes, local.mtu, len, received) };
         let unfinished = match size {
             Some(size) => {
-                let before = self.units().len();
-                let segments = self.coalescer.add_super(arena, offer, size);
-                let bytes: u64 =
-                    self.units().get(before..).unwrap_or_default().iter().map(|unit| u64::from(unit.bytes)).sum();
+                let (segments, bytes) = self.coalescer.add_super(arena, offer, size);
                 if let Some(stats) = self.stats.worker(self.worker) {
                     let others = u64::from(segments).saturating_sub(1);
                     stats.flow.partial_csum_in.add(u64::from(segments));
@@ -314,6 +331,21 @@ impl Inbound {
             stats.flow.partial_csum_in.add(1);
         }
         Ok(Some((peer, 1, total as u64)))
+    }
+
+    /// Whether this peer may send such a packet here; if so, whether it is for this node itself.
+    #[inline]
+    fn admit(&mut self, tables: &Tables, peer: PeerIndex, packet: &Packet) -> Result<bool, Drop> {
+        let Packet { source, destination, .. } = *packet;
+        if !tables.may_send(peer, source) {
+            return Err(Drop::InnerSourceNotAllowed);
+        }
+        if !tables.is_behind_us(destination) {
+            return Err(Drop::InnerDestinationNotOurs);
+        }
+        let here = tables.local().addresses.contains(&destination);
+        self.admitted = Some(Admitted { peer, source, destination, here });
+        Ok(here)
     }
 
     /// Decrypts a WireGuard message where it lies: the inner packet is at [`tunnel::INNER_AT`] then. `None` where it was

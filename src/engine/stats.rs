@@ -72,6 +72,8 @@ counters! {
         udp_send_messages,
         /// Super-packets that left uncut, to be cut behind meshd.
         uncut_sends,
+        /// Super-packets of more than 64 KiB that were written.
+        big_writes,
         /// Packets from a kernel VXLAN device whose checksum was never computed, handed on to be completed.
         partial_csum_in,
         /// Times that another thread got a queue pair from this one.

@@ -30,12 +30,12 @@ use crate::wire::vnet_hdr::{self, VnetHdr};
 /// The path MTU to each peer of [`mesh`].
 pub const MTU: u16 = 1450;
 /// A device that takes everything.
-pub const ALL: Accepts = Accepts { tso: true, uso: true };
+pub const ALL: Accepts = Accepts { tso: true, uso: true, big_tcp: true };
 /// The don't-fragment flag.
 pub const DF: u16 = 0x4000;
 
 /// Node `own` of a mesh of nodes 1 to 4: node n has the underlay addresses 10.9.0.n and fd09::n, the subnets 10.42.n.0/24
-/// and fd42:0:0:n::/64 and the MAC 02:00:00:00:00:0n.
+/// and fd42:0:0:n::/64, of which the addresses [`itself`] are its own, and the MAC 02:00:00:00:00:0n.
 pub fn mesh(own: u8) -> Tables {
     mesh_with_mtu(own, MTU)
 }
@@ -54,7 +54,7 @@ pub fn mesh_with_mtu(own: u8, mtu: u16) -> Tables {
         mac: mac(own),
         vni: Vni::DEFAULT,
         subnets: subnets(own),
-        addresses: underlay(own),
+        addresses: underlay(own).into_iter().chain([false, true].map(|v6| itself(v6, own))).collect(),
         mtu,
         identity: None,
         former_identity: None,
@@ -73,6 +73,14 @@ pub fn mesh_with_mtu(own: u8, mtu: u16) -> Tables {
         liveness: None,
     };
     Tables::new(local, (1..=4).filter(|n| *n != own).map(spec).collect())
+}
+
+/// The address of node `n` of [`mesh`] itself in its subnet; the others there are its pods'.
+pub fn itself(v6: bool, n: u8) -> IpAddr {
+    match v6 {
+        true => IpAddr::V6(Ipv6Addr::from(0xfd42 << 112 | u128::from(n) << 64 | 254)),
+        false => IpAddr::from([10, 42, n, 254]),
+    }
 }
 
 /// The secret key of node `n` of [`encrypted_mesh`]: 32 times its number.
@@ -322,7 +330,7 @@ impl Facts {
         let mut out = Vec::new();
         match (self.source, self.destination) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let total = (self.ip_len() + body.len()) as u16;
+                let total = u16::try_from(self.ip_len() + body.len()).unwrap_or(0);
                 out.extend([0x40 | (self.ip_len() / 4) as u8, self.tos]);
                 out.extend(total.to_be_bytes());
                 out.extend(self.id.to_be_bytes());

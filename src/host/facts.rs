@@ -32,6 +32,8 @@ pub(super) struct Link {
     /// UDP port, where it is a VXLAN device.
     pub(super) vxlan_port: Option<u16>,
     pub(super) tx_dropped: u64,
+    /// The kernel knows how long IPv4 super-packets of this device may be: it takes those that say no length (Linux 6.3).
+    pub(super) knows_big_tcp: bool,
 }
 
 impl From<&LinkMessage> for Link {
@@ -49,6 +51,7 @@ impl From<&LinkMessage> for Link {
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
                 LinkAttribute::IfAlias(alias) => link.alias = Some(alias.clone()),
                 LinkAttribute::Stats64(stats) => link.tx_dropped = stats.tx_dropped,
+                LinkAttribute::GroIpv4MaxSize(_) => link.knows_big_tcp = true,
                 LinkAttribute::LinkInfo(infos) => link.read_info(infos, message.header.link_layer_type),
                 _ => {}
             }

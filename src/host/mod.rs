@@ -85,6 +85,11 @@ impl Host {
         done.map(drop).map_err(|error| error.to_string())
     }
 
+    /// Whether the kernel takes TCP super-packets over IPv4 of more than 64 KiB (Linux 6.3).
+    pub async fn knows_big_tcp(&self) -> Result<bool, HostError> {
+        Ok(self.netlink.links().await?.iter().any(|link| link.knows_big_tcp))
+    }
+
     /// Packets that the kernel dropped before meshd read them from the device, because its queue was full; since the
     /// device was made.
     pub async fn tun_drops(&self, tun: &str) -> Result<u64, HostError> {

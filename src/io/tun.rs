@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::engine::coalesce::Accepts;
+use crate::engine::coalesce::{Accepts, MAX_PIECES};
 use crate::engine::tx_batch::Piece;
 use crate::sys::tun;
 
@@ -66,7 +66,7 @@ impl TunDevice {
             reasons.push(("tun_tso", format!("the kernel refuses TCP segmentation on this TUN device: {error}")));
             tun::set_offload(first, 0).map_err(|error| explain(name, error))?;
         }
-        let accepts = Accepts { tso: tso.is_ok(), uso: uso.is_ok() };
+        let accepts = Accepts { tso: tso.is_ok(), uso: uso.is_ok(), big_tcp: false };
         Ok(TunDevice { queues, accepts, reasons })
     }
 }
@@ -86,9 +86,6 @@ pub(super) fn explain(name: &str, error: io::Error) -> TunError {
 pub struct TunQueue {
     file: File,
 }
-
-/// A unit has at most so many pieces: `MAX_TCP_SEGMENTS` of the coalescer.
-const MAX_PIECES: usize = 130;
 
 impl TunQueue {
     /// Anything that can be read and written stands for a queue.

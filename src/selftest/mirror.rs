@@ -131,6 +131,11 @@ impl Mirror {
         (self.offloads.no_gso.load(Ordering::Relaxed), self.offloads.no_gro.load(Ordering::Relaxed))
     }
 
+    /// How many super-packets of more than 64 KiB the device took.
+    pub(super) fn big_writes(&self) -> u64 {
+        self.stats.sum(|worker| worker.flow.big_writes.get())
+    }
+
     pub(super) fn gso_failed(&self) -> bool {
         self.offloads.gso_failed.load(Ordering::Relaxed)
     }
@@ -189,7 +194,7 @@ fn tables(own: [IpAddr; 2], theirs: [IpAddr; 2], underlay: SocketAddr, mtu: u16)
         mac,
         vni: Vni::DEFAULT,
         subnets: nets(own),
-        addresses: Vec::new(),
+        addresses: own.to_vec(),
         mtu,
         identity: None,
         former_identity: None,

@@ -20,6 +20,7 @@
 
 mod advice;
 mod authentic;
+mod big;
 mod captured;
 mod carried;
 mod clock;

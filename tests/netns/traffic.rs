@@ -110,7 +110,13 @@ pub(crate) fn content(seed: u64, bytes: usize) -> Vec<u8> {
 /// One connection to `address`, which carries so many bytes each way at the same time; they arrive as they were sent.
 #[track_caller]
 pub(crate) fn tcp(from: &Namespace, to: &Namespace, address: IpAddr, bytes: usize) {
-    let (client, server) = connect(from, to, address);
+    tcp_by(from, to, address, address, bytes);
+}
+
+/// The same, where who is asked for at `by` answers at `address`.
+#[track_caller]
+pub(crate) fn tcp_by(from: &Namespace, to: &Namespace, by: IpAddr, address: IpAddr, bytes: usize) {
+    let (client, server) = connect_by(from, to, by, address);
     let (there, back) = (content(1, bytes), content(2, bytes));
     std::thread::scope(|scope| {
         for (socket, data) in [(&client, &there), (&server, &back)] {
@@ -138,8 +144,13 @@ pub(crate) fn tcp(from: &Namespace, to: &Namespace, address: IpAddr, bytes: usiz
 /// A connection: the client's end and the server's.
 #[track_caller]
 pub(crate) fn connect(from: &Namespace, to: &Namespace, address: IpAddr) -> (TcpStream, TcpStream) {
+    connect_by(from, to, address, address)
+}
+
+#[track_caller]
+fn connect_by(from: &Namespace, to: &Namespace, by: IpAddr, address: IpAddr) -> (TcpStream, TcpStream) {
     let listener = to.enter(|| TcpListener::bind(SocketAddr::new(address, 0))).unwrap();
-    let target = listener.local_addr().unwrap();
+    let target = SocketAddr::new(by, listener.local_addr().unwrap().port());
     let client = from.enter(|| TcpStream::connect_timeout(&target, PATIENCE));
     let client = client.unwrap_or_else(|e| panic!("{} to {target}: {e}", from.name()));
     let (server, _) = listener.accept().unwrap();

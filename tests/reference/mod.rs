@@ -172,7 +172,7 @@ pub(crate) fn check_offset(protocol: u8) -> usize {
 
 pub(crate) fn pseudo(packet: &[u8], look: &Look, length: usize) -> u16 {
     let addresses = if look.v6 { &packet[8..40] } else { &packet[12..20] };
-    sum(&[addresses, &[0, look.protocol], &(length as u16).to_be_bytes()])
+    sum(&[addresses, &[0, look.protocol], &(length as u32).to_be_bytes()])
 }
 
 /// The sum over pseudo-header and transport: all ones in an intact packet.
@@ -412,6 +412,10 @@ pub(crate) fn fragments(packet: &[u8], mtu: usize) -> Vec<Vec<u8>> {
 /// What a kernel makes of a frame that is written to its TUN device: one or more finished packets. Whatever the offload
 /// header and the packet disagree about is an error.
 pub(crate) fn unwrap(frame: &[u8]) -> Result<Vec<Vec<u8>>, String> {
+    if frame.len() > VNET + usize::from(u16::MAX) {
+        let parts = shorter(frame)?.iter().map(|part| unwrap(part)).collect::<Result<Vec<_>, _>>()?;
+        return Ok(parts.concat());
+    }
     if frame.len() < VNET {
         return Err("a frame without an offload header".to_owned());
     }
@@ -451,6 +455,50 @@ pub(crate) fn unwrap(frame: &[u8]) -> Result<Vec<Vec<u8>>, String> {
         return Err("a UDP super-packet with another length".to_owned());
     }
     Ok(cut(packet, size))
+}
+
+/// A TCP super-packet over IPv4 of more than 64 KiB, which says no length (BIG TCP), as shorter ones that do.
+fn shorter(frame: &[u8]) -> Result<Vec<Vec<u8>>, String> {
+    let (vnet, packet) = frame.split_at(VNET);
+    let mut first = packet[..usize::from(u16::MAX)].to_vec();
+    put16(&mut first, 2, u16::MAX);
+    let look = look(&first).filter(|look| !look.v6 && look.protocol == TCP).ok_or("no TCP over IPv4 is so long")?;
+    let head = l4_end(&first, &look);
+    let size = usize::from(u16::from_ne_bytes([vnet[4], vnet[5]])).max(1);
+    if be16(packet, 2) != 0 || sum(&[&packet[..look.l4]]) != 0xffff || packet.len() > (1 << 18) - 1 {
+        return Err(format!("{} bytes that say {}, or with a wrong header checksum", packet.len(), be16(packet, 2)));
+    }
+    if be16(packet, look.l4 + 16) != pseudo(packet, &look, packet.len() - look.l4) {
+        return Err("not the sum of the pseudo-header with all of the length".to_owned());
+    }
+    let segments = 20_000 / size + 1;
+    let payload = &packet[head..];
+    let parts = payload.chunks(segments * size).enumerate().map(|(index, chunk)| {
+        let mut part = [&packet[..head], chunk].concat();
+        let len = part.len();
+        put16(&mut part, 2, len as u16);
+        put16(&mut part, 4, be16(packet, 4).wrapping_add((index * segments) as u16));
+        let sequence = be32(packet, look.l4 + 4).wrapping_add((index * segments * size) as u32);
+        part[look.l4 + 4..look.l4 + 8].copy_from_slice(&sequence.to_be_bytes());
+        if (index + 1) * segments * size < payload.len() {
+            part[look.l4 + 13] &= !(PSH | FIN);
+        }
+        let sum = pseudo(&part, &look, len - look.l4);
+        put16(&mut part, look.l4 + 16, sum);
+        finish_ip(&mut part);
+        [vnet, &part].concat()
+    });
+    Ok(parts.collect())
+}
+
+/// The packet without PSH: of what is for a node itself it may be missing.
+pub(crate) fn without_push(mut packet: Vec<u8>) -> Vec<u8> {
+    let Some(seen) = look(&packet).filter(|seen| seen.protocol == TCP && !seen.fragment) else { return packet };
+    if seen.total >= seen.l4 + 20 && packet[seen.l4 + 13] & PSH != 0 && l4_sum(&packet, &seen) == 0xffff {
+        packet[seen.l4 + 13] &= !PSH;
+        finish_l4(&mut packet);
+    }
+    packet
 }
 
 /// A short hash of many packets, to compare runs.

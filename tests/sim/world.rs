@@ -445,7 +445,7 @@ impl World {
             header.extend(view.mac);
             header.extend(view.peers[peer].mac);
             header.extend(if v6 { [0x86, 0xdd] } else { [8, 0] });
-            match rng.below(14) {
+            match rng.below(15) {
                 0 => buffer.from = "192.0.2.99".parse().unwrap(),
                 1 => header[0] = rng.pick(&[0, 4, 0xf7]),
                 2 => header[4 + rng.below(3)] ^= 1 << rng.below(8),
@@ -489,6 +489,22 @@ impl World {
                     buffer.uncut = true;
                     buffer.truncated = false;
                     follower = rng.per_mille(700).then_some(size);
+                }
+                13 => {
+                    // the stream of such a kernel: super-packets that end a write each
+                    let size = view.mtu - if v6 { 60 } else { 40 };
+                    for _ in 0..rng.range(1, 6) {
+                        let len = size * rng.range(1, 16) + rng.pick(&[0, 0, 0, 7]);
+                        tcp.flags = ACK | rng.pick(&[0, PSH, PSH]);
+                        packet = head.packet(TCP, &tcp.bytes(&rng.bytes(len)));
+                        reference::unfinish_l4(&mut packet);
+                        let bytes = [header.clone(), packet.clone()].concat();
+                        buffers.push(Buffer { bytes, truncated: false, ..buffer.clone() });
+                        tcp.sequence = tcp.sequence.wrapping_add(len as u32);
+                        head.id = head.id.wrapping_add(len.div_ceil(size) as u16);
+                    }
+                    packet = head.packet(TCP, &tcp.bytes(&rng.bytes(size)));
+                    reference::unfinish_l4(&mut packet);
                 }
                 _ => {
                     header = rng.bytes(rng.clone().below(60));

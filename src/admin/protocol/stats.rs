@@ -46,14 +46,14 @@ pub struct OffloadsView {
     pub udp_gro: bool,
 }
 
-/// Whether TCP super-packets for clear peers leave uncut, for the network card to cut.
+/// Whether super-packets of some kind are used: those that leave uncut, or BIG TCP.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct TunnelGsoView {
-    /// They do.
+pub struct SuperPacketsView {
+    /// They are.
     pub on: bool,
-    /// Why they do not; most network cards cannot cut what lies in a tunnel.
+    /// Why they are not.
     pub why: String,
-    /// How many did.
+    /// How many there were.
     pub super_packets: u64,
 }
 
@@ -95,9 +95,12 @@ pub struct StatsView {
     pub offloads: OffloadsView,
     /// Offload → why it is off, or why it was switched off.
     pub offload_reasons: BTreeMap<String, String>,
-    /// Whether super-packets leave uncut.
+    /// Whether TCP super-packets for clear peers leave uncut, for the network card to cut. Most cannot.
     #[serde(default)]
-    pub tunnel_gso: TunnelGsoView,
+    pub tunnel_gso: SuperPacketsView,
+    /// Whether TCP for this node itself is handed over in super-packets of more than 64 KiB.
+    #[serde(default)]
+    pub big_tcp: SuperPacketsView,
     /// The TUN side.
     pub tun: TrafficView,
     /// The UDP side.

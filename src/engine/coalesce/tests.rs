@@ -372,16 +372,115 @@ fn a_udp_super_packet_has_at_most_64_datagrams() {
 }
 
 #[test]
-fn a_tcp_super_packet_has_at_most_128_segments() {
+fn a_tcp_super_packet_has_at_most_192_segments_that_were_cut() {
     let run = tcp(false, 2, 1, payload(100 * 200)).segments(100);
-    assert_eq!(shape(&run), [128, 72]);
+    assert_eq!(shape(&run), [192, 8]);
+}
+
+/// For node 1 itself.
+fn to_itself(facts: Facts) -> Facts {
+    Facts { destination: itself(facts.is_v6(), 1), ..facts }
+}
+
+/// A buffer with a super-packet that was never cut.
+fn uncut(facts: &Facts) -> Buffer {
+    Buffer::one(2, 1, &Facts { check: Check::Pseudo, ..facts.clone() }.bytes())
+}
+
+/// The payload bytes of a segment of the super-packets of [`uncut`].
+fn uncut_size(facts: &Facts) -> usize {
+    usize::from(MTU) - facts.header_len()
+}
+
+#[test]
+fn for_the_node_itself_a_super_packet_may_be_longer_than_64_kib() {
+    let whole = to_itself(tcp(false, 2, 1, payload(150_500)));
+    let written = deliver(&bytes_of(&whole.segments(1000)));
+    let expected = Facts { check: Check::Pseudo, ..whole.clone() };
+    assert_eq!(written, [Written { vnet: whole.gso(1000), packet: expected.bytes(), segments: 151 }]);
+    assert_eq!(written[0].packet[2..4], [0, 0], "the kernel takes the length of the packet");
+
+    let most = (262_143 - whole.header_len()) / 1390;
+    let run = to_itself(tcp(false, 2, 1, payload(1390 * 200))).segments(1390);
+    let shape: Vec<_> = deliver(&bytes_of(&run)).iter().map(|w| usize::from(w.segments)).collect();
+    assert_eq!(shape, [most, 200 - most]);
+}
+
+#[test]
+fn for_all_others_it_may_not() {
+    let others = [
+        tcp(false, 2, 1, payload(100_000)),
+        tcp(true, 2, 1, payload(100_000)),
+        to_itself(tcp(true, 2, 1, payload(100_000))),
+    ];
+    for whole in others {
+        assert_eq!(deliver(&bytes_of(&whole.segments(1000))).len(), 2);
+    }
+    assert_eq!(deliver(&bytes_of(&to_itself(udp(false, 2, 1, payload(90_000))).segments(1400))).len(), 2);
+    let mut node = Receiving::with(mesh(1), Accepts { big_tcp: false, ..ALL });
+    bytes_of(&to_itself(tcp(false, 2, 1, payload(100_000))).segments(1000)).iter().for_each(|p| node.take(p));
+    assert_eq!(node.flush().len(), 2);
+}
+
+#[test]
+fn for_the_node_itself_push_ends_nothing_but_fin_does() {
+    for v6 in [false, true] {
+        for (flag, expected) in [(PSH, &[5][..]), (FIN, &[2, 3]), (PSH | FIN, &[2, 3])] {
+            let mut run: Vec<_> = tcp_run(v6, 5).into_iter().map(to_itself).collect();
+            run[1] = run[1].clone().with_flags(ACK | flag);
+            let written = deliver(&bytes_of(&run));
+            assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), expected, "{flag}");
+            let at = run[0].ip_len() + 13;
+            assert_eq!(written[0].packet[at], ACK | flag, "what it asked for it asks for still");
+        }
+    }
+}
+
+#[test]
+fn super_packets_that_were_never_cut_are_joined() {
+    for (v6, here) in [(false, false), (false, true), (true, true)] {
+        let base = tcp(v6, 2, 1, Vec::new());
+        let base = if here { to_itself(base) } else { base };
+        let size = uncut_size(&base);
+        let whole = Facts { payload: payload(size * 9 + 17), ..base };
+        // two super-packets, the second with a short end, then what follows it
+        let parts = [(0, size * 4), (size * 4, size * 9 + 17)];
+        let part = |(from, to): (usize, usize)| Facts {
+            payload: whole.payload[from..to].to_vec(),
+            id: whole.id + (from / size) as u16,
+            ..whole.clone().with_sequence(1000 + from as u32)
+        };
+        let mut node = Receiving::new(mesh(1));
+        parts.iter().for_each(|place| node.push(&uncut(&part(*place))));
+        node.push(&Buffer::one(2, 1, &advance(&part(parts[1]), size * 5 + 17).bytes()));
+        let written = node.flush();
+        let expected = Facts { check: Check::Pseudo, ..whole.clone() };
+        assert_eq!(written[0], Written { vnet: whole.gso(size as u16), packet: expected.bytes(), segments: 10 });
+        assert_eq!(written.len(), 2, "nothing follows a short segment");
+        assert_eq!(node.stats.sum(|w| w.flow.partial_csum_in.get()), 10);
+
+        // a gap, another TTL, another id, a segment that was cut: all stay apart
+        let follow = part(parts[1]);
+        let mut others = vec![advance(&follow, 1), Facts { ttl: 63, ..follow.clone() }];
+        others.extend((!v6).then(|| Facts { id: follow.id + 1, ..follow.clone() }));
+        for (index, other) in others.iter().enumerate() {
+            node.push(&uncut(&part(parts[0])));
+            node.push(&uncut(other));
+            assert_eq!(node.flush().len(), 2, "{index}");
+        }
+        node.push(&uncut(&part(parts[0])));
+        node.push(&Buffer::one(2, 1, &part((size * 4, size * 5)).bytes()));
+        assert_eq!(node.flush().len(), 2, "finished and unfinished");
+    }
 }
 
 #[test]
 fn a_device_takes_only_what_it_says() {
-    for (accepts, writes) in
-        [(ALL, [1, 1]), (Accepts { tso: true, uso: false }, [1, 3]), (Accepts { tso: false, uso: false }, [3, 3])]
-    {
+    for (accepts, writes) in [
+        (ALL, [1, 1]),
+        (Accepts { tso: true, uso: false, big_tcp: false }, [1, 3]),
+        (Accepts { tso: false, uso: false, big_tcp: false }, [3, 3]),
+    ] {
         for (run, writes) in [tcp_run(false, 3), udp_run(true, 3)].iter().zip(writes) {
             let mut node = Receiving::with(mesh(1), accepts);
             run.iter().for_each(|facts| node.take(&facts.bytes()));
@@ -546,6 +645,44 @@ proptest! {
         }
     }
 
+    /// For the node itself what is written cannot be cut again, but carries the same bytes at the same places of the stream.
+    #[test]
+    fn for_the_node_itself_a_stream_stays_what_it_was(
+        parts in proptest::collection::vec((1usize..130_000, any::<bool>(), prop_oneof![3 => Just(0), 1 => Just(PSH), 1 => Just(FIN)], 0u8..8), 1..12),
+        v6 in any::<bool>(),
+    ) {
+        let mut stream = to_itself(tcp(v6, 2, 1, Vec::new())).with_sequence(0xffff_0000);
+        let size = uncut_size(&stream);
+        let mut node = Receiving::new(mesh(1));
+        let mut expected: Vec<(u32, Vec<u8>)> = Vec::new();
+        let mut packets = 0;
+        for (len, cut, flag, gap) in parts {
+            let len = if cut { len } else { len.min(60_000) };
+            stream = advance(&stream, usize::from(gap == 0));
+            let part = Facts { payload: payload(len), ..stream.clone().with_flags(ACK | flag) };
+            let Transport::Tcp { sequence, .. } = part.transport else { unreachable!() };
+            expected.push((sequence, part.payload.clone()));
+            let segments = part.segments(size);
+            packets += segments.len();
+            if cut || segments.len() == 1 {
+                segments.iter().for_each(|segment| node.take(&segment.bytes()));
+            } else {
+                node.push(&uncut(&part));
+            }
+            stream = Facts { id: stream.id.wrapping_add(segments.len() as u16), ..advance(&stream, len) };
+        }
+        let written = node.flush();
+        let at = stream.ip_len();
+        let got = written.iter().map(|Written { packet, .. }| {
+            let sequence = u32::from_be_bytes(packet[at + 4..at + 8].try_into().unwrap());
+            (sequence, packet[stream.header_len()..].to_vec())
+        });
+        prop_assert_eq!(runs(got), runs(expected.into_iter()));
+        prop_assert_eq!(written.iter().map(|w| usize::from(w.segments)).sum::<usize>(), packets);
+        let longest = if v6 { 65_535 } else { 262_143 };
+        prop_assert!(written.iter().all(|w| w.packet.len() <= longest));
+    }
+
     /// The other way round: a super-packet that was cut comes out as the same bytes, as one or, where limits or flags
     /// say so, a few.
     #[test]
@@ -579,6 +716,18 @@ proptest! {
             prop_assert_eq!(&written[0].packet, &Facts { check: Check::Right, ..whole }.bytes());
         }
     }
+}
+
+/// Parts of a stream with the numbers they start at, those that follow each other as one.
+fn runs(parts: impl Iterator<Item = (u32, Vec<u8>)>) -> Vec<(u32, Vec<u8>)> {
+    let mut runs: Vec<(u32, Vec<u8>)> = Vec::new();
+    for (sequence, bytes) in parts {
+        match runs.last_mut() {
+            Some((from, run)) if from.wrapping_add(run.len() as u32) == sequence => run.extend(bytes),
+            _ => runs.push((sequence, bytes)),
+        }
+    }
+    runs
 }
 
 /// The flow `len` bytes further on.

@@ -251,6 +251,38 @@ fn a_refused_write_is_counted() {
     assert_conserved(&stats);
 }
 
+#[test]
+fn after_a_long_super_packet_was_refused_they_are_short_for_a_while() {
+    let stats = Stats::new(1);
+    let mut node = Inbound::new(stats.clone(), 0, ALL);
+    let to_us = Facts { destination: itself(false, 1), ..tcp(false, 2, 1, payload(100_000)) };
+    let packets = bytes_of(&to_us.segments(1000));
+    let mut lens = |at_us: u64, takes: bool| {
+        let mut arena = Vec::new();
+        node.received_at(at_us);
+        for packet in &packets {
+            let datagram = encapsulate(2, 1, packet);
+            let (at, len) = (arena.len(), datagram.len());
+            arena.extend(datagram);
+            let source = "10.9.0.2:40000".parse().unwrap();
+            let received = Received { at, len, segment_len: None, source, tos: 0, truncated: false };
+            node.push(&mesh(1), 0, &mut arena, received);
+        }
+        node.finish(&mut arena);
+        let lens: Vec<u16> = node.units().iter().map(|unit| unit.segments).collect();
+        node.units().iter().for_each(|unit| node.written(unit, takes));
+        node.clear();
+        lens
+    };
+    assert_eq!(lens(5, true), [100]);
+    assert_eq!(lens(1_000_000, false), [100]);
+    assert_eq!(lens(10_999_999, false), [65, 35], "and that these are refused says nothing of long ones");
+    assert_eq!(lens(11_000_000, true), [100]);
+    assert_eq!(drops(&stats), [("tun_write_failed", 200)]);
+    assert_eq!(stats.sum(|w| w.flow.big_writes.get()), 2);
+    assert_conserved(&stats);
+}
+
 /// RFC 6040 §4.2, figure 4: for each inner codepoint what comes out with each outer one; `None` is a drop.
 const FIGURE_4: [(u8, [Option<u8>; 4]); 4] = {
     let (not_ect, ect1, ect0, ce) = (0, 1, 2, 3);
@@ -369,7 +401,7 @@ fn an_unfinished_packet_with_a_corrupt_header_is_not_flagged() {
 #[test]
 fn a_device_without_offloads_gets_finished_packets() {
     for uso_only_missing in [false, true] {
-        let accepts = Accepts { tso: uso_only_missing, uso: false };
+        let accepts = Accepts { tso: uso_only_missing, uso: false, big_tcp: false };
         for v6 in [false, true] {
             for facts in [tcp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(900))] {
                 let facts = Facts { check: Check::Pseudo, ..facts };
@@ -387,7 +419,7 @@ fn a_device_without_offloads_gets_finished_packets() {
                 packets.iter().for_each(|packet| assert_sound(packet));
             }
             let right = udp(v6, 2, 1, payload(100));
-            let mut node = Receiving::with(mesh(1), Accepts { tso: false, uso: false });
+            let mut node = Receiving::with(mesh(1), Accepts { tso: false, uso: false, big_tcp: false });
             node.take(&Facts { check: Check::Pseudo, ..right.clone() }.bytes());
             node.take(&right.bytes());
             let packets: Vec<_> = node.flush().into_iter().map(|w| w.packet).collect();
@@ -441,7 +473,7 @@ mod hostile {
             tso in any::<bool>(),
             uso in any::<bool>(),
         ) {
-            let mut node = Receiving::with(mesh(1), Accepts { tso, uso });
+            let mut node = Receiving::with(mesh(1), Accepts { tso, uso, big_tcp: false });
             for (bytes, segment_len, tos) in datagrams {
                 node.push(&Buffer { bytes, segment_len, tos, ..Buffer::one(2, 1, &[]) });
             }
