@@ -16,6 +16,7 @@ use std::sync::Arc;
 use meshd::admin::protocol::{Answer, Request};
 use meshd::config::{Config, Sources};
 use meshd::control::nodes_file;
+use meshd::engine::big_tcp::BigTcp;
 use meshd::engine::coalesce::Accepts;
 use meshd::engine::drop::{Direction, Drop};
 use meshd::engine::inbound::{Inbound, Received};
@@ -289,7 +290,7 @@ pub(crate) fn tunnel(data: &[u8]) {
     testing::connect(&a, &b);
     let to_b = a.source([10, 9, 0, 2].into()).unwrap();
     let stats = Stats::new(1);
-    let mut inbound = Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true, big_tcp: false });
+    let mut inbound = Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true });
     let mut last: Vec<u8> = Vec::new();
     let mut rest = data;
     for number in 0..64u16 {
@@ -374,7 +375,7 @@ fn another_session([a, b]: [&Tables; 2], now_ms: u64, damage: Option<usize>) {
     // the code that proves an address is looked at under load alone
     let counts = damage.is_none_or(|at| at % 148 >= 132);
     for (tables, from, len) in [(b, 1, 92), (a, 2, 32), (b, 1, 0)] {
-        let mut inbound = Inbound::new(Stats::new(1), 0, Accepts { tso: true, uso: true, big_tcp: false });
+        let mut inbound = Inbound::new(Stats::new(1), 0, Accepts { tso: true, uso: true });
         let source = ([10, 9, 0, from], 8472).into();
         let received = Received { at: 0, len: message.len(), segment_len: None, source, tos: 0, truncated: false };
         inbound.push(tables, now_ms, &mut message, received);
@@ -514,10 +515,10 @@ impl Mesh {
             }],
         };
         let stats = Stats::new(1);
-        let accepts = Accepts { tso: bits & 4 != 0, uso: bits & 12 == 12, big_tcp: bits & 32 != 0 };
+        let accepts = Accepts { tso: bits & 4 != 0, uso: bits & 12 == 12 };
         let cut_behind = CutBehind { v4: (bits & 16 != 0).into(), ..CutBehind::default() };
         let out = Outbound::new(stats.clone(), 0, 4).with_cut_behind(Arc::new(cut_behind));
-        let inn = Inbound::new(stats.clone(), 0, accepts);
+        let inn = Inbound::new(stats.clone(), 0, accepts).with_big_tcp(Arc::new(BigTcp::on()));
         Mesh { view, tables: Tables::new(local, vec![spec]), stats, accepts, out, inn }
     }
 
@@ -657,9 +658,7 @@ impl Mesh {
             packets.into_iter().map(one).collect::<Vec<_>>()
         };
         let told = |packet: Vec<u8>| match look(&packet) {
-            Some(seen) if self.accepts.big_tcp && self.view.addresses.contains(&seen.destination) => {
-                reference::without_push(packet)
-            }
+            Some(seen) if self.view.addresses.contains(&seen.destination) => reference::without_push(packet),
             _ => packet,
         };
         let [mut a, mut b] = [packets, expected].map(|all| plain(all.into_iter().map(told).collect()));

@@ -372,8 +372,11 @@ impl Daemon {
         let shared = &self.shared;
         let big_tcp = match self.config.big_tcp {
             false => Err("`big-tcp: off`".to_owned()),
-            true if self.host.knows_big_tcp().await? => Ok(()),
-            true => Err("the kernel does not know it (Linux 6.3 does)".to_owned()),
+            true => match self.host.knows_big_tcp().await {
+                Ok(true) => Ok(()),
+                Ok(false) => Err("the kernel does not know it (Linux 6.6 does)".to_owned()),
+                Err(error) => Err(format!("whether the kernel knows it cannot be read: {error}")),
+            },
         };
         let parts = Parts {
             tun: shared.tun.clone(),

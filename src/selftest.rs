@@ -9,6 +9,7 @@ mod mirror;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -20,6 +21,7 @@ use serde::Serialize;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use self::mirror::Mirror;
+use crate::engine::big_tcp::{BigTcp, State};
 use crate::host::{Desired, Host};
 use crate::io::tun::TunDevice;
 use crate::io::tunnel_gso::TunnelGso;
@@ -157,9 +159,9 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
         Err(error) => checks.add("tunnel_gso", Outcome::Off, format!("{error:#}")),
     }
     let knows_big_tcp = runtime.block_on(async { Host::open()?.knows_big_tcp().await })?;
-    device.accepts.big_tcp = device.accepts.tso && knows_big_tcp;
+    let big_tcp = Arc::new(if knows_big_tcp { BigTcp::on() } else { BigTcp::default() });
     let queue = device.queues.pop().context("the device has no queue")?;
-    let mirror = Mirror::start(queue, device.accepts, HERE, BEYOND, MTU)?;
+    let mirror = Mirror::start(queue, device.accepts, big_tcp.clone(), HERE, BEYOND, MTU)?;
     let offloads = mirror.offloads();
     for (name, missing, since) in [
         ("udp_gso", offloads.0, "UDP_SEGMENT (Linux 4.18 has it)"),
@@ -174,7 +176,14 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
         checks.tried(name, counted(&mirror, || stream(HERE[at], BEYOND[at])));
     }
     match mirror.big_writes() {
-        _ if !knows_big_tcp => checks.add("big_tcp", Outcome::Off, "the kernel does not know it (Linux 6.3 does)"),
+        _ if !knows_big_tcp => checks.add("big_tcp", Outcome::Off, "the kernel does not know it (Linux 6.6 does)"),
+        _ if big_tcp.state(0) != State::On => {
+            checks.add(
+                "big_tcp",
+                Outcome::Off,
+                "the kernel refused a super-packet of more than 64 KiB (Linux 6.6 takes them)",
+            );
+        }
         0 => checks.add("big_tcp", Outcome::Off, "no super-packet was longer than 64 KiB"),
         many => checks.add("big_tcp", Outcome::Ok, format!("{many} of those super-packets were longer than 64 KiB")),
     }

@@ -359,7 +359,7 @@ fn cut(frame: &[u8]) -> Vec<Vec<u8>> {
 
 /// The frames that the engine writes for packets that arrive in one batch.
 fn join(packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
-    let mut inn = Inbound::new(Stats::new(1), 0, Accepts { tso: true, uso: true, big_tcp: false });
+    let mut inn = Inbound::new(Stats::new(1), 0, Accepts { tso: true, uso: true });
     let (tables, mut arena) = (tables(2, 1), Vec::new());
     for packet in packets {
         let v6 = packet[0] >> 4 == 6;

@@ -180,7 +180,7 @@ fn arrivals(frames: &Frames, alone: bool) -> Vec<Buffer> {
 fn the_journey_in_allocates_nothing() {
     let tables = mesh(2);
     let uncut = Facts { check: Check::Pseudo, ..tcp(false, 1, 2, payload(30_000)) }.bytes();
-    for accepts in [ALL, Accepts { tso: false, uso: false, big_tcp: false }] {
+    for accepts in [ALL, Accepts { tso: false, uso: false }] {
         for (name, load) in loads() {
             for alone in [false, true] {
                 let mut load: Vec<Vec<Buffer>> = load.iter().map(|frames| arrivals(frames, alone)).collect();

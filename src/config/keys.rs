@@ -104,7 +104,7 @@ pub const KEYS: &[Key] = &[
     key(
         "big-tcp",
         "auto|off",
-        "TCP over IPv4 for this node itself is handed to its kernel in super-packets of up to 256 KiB, where that is Linux 6.3 or \
+        "TCP over IPv4 for this node itself is handed to its kernel in super-packets of up to 256 KiB, where that is Linux 6.6 or \
          newer; older programs that capture packets may not understand those; not with `io: tokio`",
         "auto",
     ),

@@ -14,6 +14,7 @@ use socket2::Socket;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::config::Io;
+use crate::engine::big_tcp::BigTcp;
 use crate::engine::coalesce::Accepts;
 use crate::engine::stats::Stats;
 use crate::engine::tables::Tables;
@@ -69,7 +70,7 @@ pub(super) struct Facts {
     pub accepts: Accepts,
     pub offloads: Arc<UdpOffloads>,
     pub tunnel_gso: Arc<TunnelGso>,
-    pub big_tcp: Result<(), String>,
+    pub big_tcp: Result<Arc<BigTcp>, String>,
     pub reasons: Vec<(&'static str, String)>,
     pub receivers: Arc<Vec<Socket>>,
     /// The outer source ports that flows are spread over, for each of the node's addresses.
@@ -132,9 +133,8 @@ impl DataPlane {
     ) -> Result<(Self, Vec<Worker>), StartError> {
         let big_tcp = match &parts.big_tcp {
             Ok(()) if !device.accepts.tso => Err("the TUN device takes no super-packets".to_owned()),
-            decided => decided.clone(),
+            decided => decided.clone().map(|()| Arc::new(BigTcp::on())),
         };
-        device.accepts.big_tcp = big_tcp.is_ok();
         let mut plane = DataPlane {
             facts: Facts {
                 io: if uring { "uring" } else { "mmsg" },
@@ -142,7 +142,7 @@ impl DataPlane {
                 accepts: device.accepts,
                 offloads: offloads.clone(),
                 tunnel_gso: parts.tunnel_gso.clone(),
-                big_tcp,
+                big_tcp: big_tcp.clone(),
                 reasons: std::mem::take(&mut device.reasons),
                 receivers: Arc::default(),
                 source_ports: Vec::new(),
@@ -185,6 +185,7 @@ impl DataPlane {
                 stop: stopped,
                 busy_poll: parts.busy_poll,
                 cut_behind: parts.tunnel_gso.cut_behind.clone(),
+                big_tcp: big_tcp.clone().unwrap_or_default(),
             });
         }
         plane.facts.receivers = Arc::new(receivers);

@@ -23,6 +23,7 @@ use crate::admin::protocol::{
 use crate::admin::server::Mesh;
 use crate::control::foreign::{Recipe, Setting, recipe};
 use crate::control::records::Records;
+use crate::engine::big_tcp;
 use crate::engine::drop::{Direction, Drop};
 use crate::engine::stats::{Flow, Stats};
 use crate::engine::tables::{Peer, Tables};
@@ -333,7 +334,7 @@ impl Mesh for Shared {
             offloads: facts.as_ref().map(offloads).unwrap_or_default(),
             offload_reasons: facts.as_ref().map(offload_reasons).unwrap_or_default(),
             tunnel_gso: used(facts.as_ref().map(|facts| facts.tunnel_gso.state()), sum(|f| f.uncut_sends.get())),
-            big_tcp: used(facts.as_ref().map(|facts| facts.big_tcp.clone()), sum(|f| f.big_writes.get())),
+            big_tcp: used(facts.as_ref().map(|facts| long_ones(facts, self.started)), sum(|f| f.big_writes.get())),
             tun,
             udp,
             drops,
@@ -477,6 +478,16 @@ fn offloads(facts: &Facts) -> OffloadsView {
         tun_uso: facts.accepts.uso,
         udp_gso: !facts.offloads.no_gso.load(Ordering::Relaxed) && !facts.offloads.gso_failed.load(Ordering::Relaxed),
         udp_gro: !facts.offloads.no_gro.load(Ordering::Relaxed),
+    }
+}
+
+fn long_ones(facts: &Facts, started: Instant) -> Result<(), String> {
+    match facts.big_tcp.as_ref().map_err(Clone::clone)?.state(started.elapsed().as_micros() as u64) {
+        big_tcp::State::On => Ok(()),
+        big_tcp::State::Rests(us) => {
+            Err(format!("the kernel had no room for one: they are short for {} s more", us / 1_000_000))
+        }
+        big_tcp::State::Off => Err("the kernel refused one as too long (Linux 6.6 takes them)".to_owned()),
     }
 }
 

@@ -39,9 +39,6 @@ pub struct Accepts {
     pub tso: bool,
     /// UDP super-packets.
     pub uso: bool,
-    /// TCP super-packets over IPv4 of more than 64 KiB, whose length field says 0 (Linux 6.3), where they go no further than
-    /// to this node's own sockets.
-    pub big_tcp: bool,
 }
 
 /// What one write to the TUN device carries: a packet, or segments that were joined.
@@ -128,8 +125,10 @@ pub struct Offer<'a> {
     pub packet: &'a Packet,
     /// Its bytes were authenticated, so that its checksum need not be looked at before it is joined.
     pub authentic: bool,
-    /// It goes to this node itself, and the device takes BIG TCP.
+    /// It goes to this node itself.
     pub here: bool,
+    /// If so: what it joins may get longer than 64 KiB.
+    pub big: bool,
 }
 
 /// The transport facts that decide about joining.
@@ -155,13 +154,18 @@ impl Segment {
 
     /// How many packets it stands for.
     fn count(&self) -> usize {
-        self.payload.div_ceil(self.size.max(1)).max(1)
+        if self.is_super() { self.payload.div_ceil(self.size.max(1)) } else { 1 }
     }
 
     /// The same, and their bytes.
     fn stands_for(&self) -> (u16, u64) {
         let count = self.count();
         (u16::try_from(count).unwrap_or(u16::MAX), (self.payload + count * self.header_len) as u64)
+    }
+
+    /// Whether its last segment is shorter than one of `size` bytes.
+    fn ends_short(&self, size: usize) -> bool {
+        if self.is_super() { !self.payload.is_multiple_of(size) } else { self.payload < size }
     }
 
     /// Whether it was never cut, so that its checksum was not computed either.
@@ -305,14 +309,13 @@ impl Coalescer {
     }
 
     fn start(&mut self, offer: Offer<'_>, bytes: &[u8], segment: Option<Segment>, checksum: Checksum) {
-        let Offer { peer, at, packet, authentic, here } = offer;
+        let Offer { peer, at, packet, authentic, here, .. } = offer;
         let mut pieces = self.units.get_mut(self.used).map(|unit| std::mem::take(&mut unit.pieces)).unwrap_or_default();
         pieces.clear();
         let (at, len) = (at.saturating_sub(vnet_hdr::HEADER_LEN), vnet_hdr::HEADER_LEN + bytes.len());
         pieces.push(Piece::Payload { at: at as u32, len: len as u32 });
         let takes_more = self.accepts.tso && (packet.protocol == protocol::TCP || self.accepts.uso);
-        let leads =
-            takes_more && segment.is_some_and(|s| s.may_lead && s.payload.is_multiple_of(s.size) && !s.ends(here));
+        let leads = takes_more && segment.is_some_and(|s| s.may_lead && !s.ends_short(s.size) && !s.ends(here));
         let segments = segment.map_or(1, |s| s.count());
         let headers = segment.map_or(0, |s| s.header_len * (segments - 1));
         let unit = Unit {
@@ -349,11 +352,11 @@ impl Unit {
     /// Joins a packet, or a super-packet, if the two are consecutive segments of one flow; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<Checksum> {
-        let Offer { peer, at, packet, authentic, here } = offer;
+        let Offer { peer, at, packet, authentic, here, big } = offer;
         let first = self.first.filter(|_| !self.closed)?;
         let head = arena.get(self.head()?)?.get(vnet_hdr::HEADER_LEN..)?;
         let udp = packet.protocol == protocol::UDP;
-        let longest = if here && !udp && !packet.is_v6() { LONGEST_HERE } else { LONGEST };
+        let longest = if here && big && !udp && !packet.is_v6() { LONGEST_HERE } else { LONGEST };
         let fits = self.peer == peer
             && self.authentic == authentic
             && segment.header_len == first.header_len
@@ -368,7 +371,7 @@ impl Unit {
         if !alike {
             return None;
         }
-        let id = if packet.is_v6() { self.id } else { self.next_id(head, ip_id(packet, bytes))? };
+        let id = if packet.is_v6() { self.id } else { self.next_id(head, ip_id(packet, bytes), segment.count())? };
 
         // the kernel will believe the joined packet's checksum: each part must be right, or all unfinished
         if self.checksum == Checksum::Unknown {
@@ -385,23 +388,25 @@ impl Unit {
             return None;
         }
         let count = segment.count();
-        self.id = Id { last: id.last.wrapping_add(count as u16 - 1), ..id };
+        self.id = id;
         self.pieces.push(Piece::Payload { at: (at + segment.header_len) as u32, len: segment.payload as u32 });
         self.segments += count as u16;
         self.bytes += u32::from(packet.total_len) + (segment.header_len * (count - 1)) as u32;
         self.payload += segment.payload;
         self.flags |= segment.flags;
-        self.closed = !segment.payload.is_multiple_of(first.size) || segment.ends(here);
+        self.closed = segment.ends_short(first.size) || segment.ends(here);
         Some(checksum)
     }
 
-    /// The id state after a packet with this id, or `None` where it does not follow.
+    /// The id state after so many packets from this id on, or `None` where it does not follow. Those of a super-packet count
+    /// up.
     #[inline]
-    fn next_id(&self, head: &[u8], id: u16) -> Option<Id> {
+    fn next_id(&self, head: &[u8], id: u16, count: usize) -> Option<Id> {
         let atomic = head.get(6)? & (ip::V4_DF >> 8) as u8 != 0;
         let fixed = if self.segments == 1 { atomic && id == self.id.last } else { self.id.fixed };
         let follows = if fixed { id == self.id.last } else { id == self.id.last.wrapping_add(1) };
-        follows.then_some(Id { last: id, fixed })
+        let last = id.wrapping_add(count as u16 - 1);
+        (follows && !(fixed && count > 1)).then_some(Id { last, fixed })
     }
 
     /// Makes the first packet's headers those of the whole, and says what goes into the offload header; `None` where

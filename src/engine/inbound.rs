@@ -11,11 +11,12 @@
 //!
 //! Packets are changed and handed on where they were received; the offload header goes over the encapsulation.
 
-use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use zerocopy::FromBytes;
 
+use super::big_tcp::BigTcp;
 use super::classify;
 use super::coalesce::{self, Accepts, Coalescer, Offer, Unit};
 use super::drop::Drop;
@@ -25,10 +26,6 @@ use super::tunnel::{self, Initiator, Kind, Opened, Outbox, Policy, Session, Sour
 use crate::wire::bfd::{self, Message, Refused};
 use crate::wire::ip::{Packet, protocol};
 use crate::wire::{ethernet, vxlan};
-
-/// How long super-packets stay short after a long one was refused: without room in one piece (16 KiB each) the kernel
-/// cannot take it.
-const BIG_TCP_REST_US: u64 = 10_000_000;
 
 /// One received buffer.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +52,9 @@ pub struct Inbound {
     coalescer: Coalescer,
     /// The last packet that was admitted: packets come in runs.
     admitted: Option<Admitted>,
-    /// From then on super-packets for this node itself may be BIG TCP; never where the device takes none.
-    big_from_us: Cell<u64>,
+    big_tcp: Arc<BigTcp>,
+    /// Somebody looks at what is written, by programs that may not understand longer ones than 64 KiB.
+    looked_at: bool,
     /// The number of the socket that sends from the data port.
     data_socket: u16,
     /// What tunnels want sent because of what came.
@@ -93,7 +91,8 @@ impl Inbound {
             worker,
             coalescer: Coalescer::new(accepts),
             admitted: None,
-            big_from_us: Cell::new(if accepts.big_tcp { 0 } else { u64::MAX }),
+            big_tcp: Arc::default(),
+            looked_at: false,
             data_socket: 1,
             outbox: Outbox::default(),
             limit: SourceLimit::default(),
@@ -105,6 +104,24 @@ impl Inbound {
     /// The same where the socket that sends from the data port has this number.
     pub fn with_data_socket(self, data_socket: u16) -> Self {
         Inbound { data_socket, ..self }
+    }
+
+    /// The same where super-packets for this node itself may be longer than 64 KiB.
+    pub fn with_big_tcp(self, big_tcp: Arc<BigTcp>) -> Self {
+        Inbound { big_tcp, ..self }
+    }
+
+    /// Whether somebody looks at what is written from now on.
+    pub fn looked_at(&mut self, looked_at: bool) {
+        self.looked_at = looked_at;
+    }
+
+    /// The device refused a unit: for want of memory, or, `for_good`, since it takes none of that length.
+    #[cold]
+    pub fn refused(&self, unit: &Unit, for_good: bool) {
+        if unit.is_big() {
+            self.big_tcp.refused(self.received_us, for_good);
+        }
     }
 
     /// What tunnels want sent because of what came.
@@ -201,9 +218,6 @@ impl Inbound {
             stats.flow.big_writes.add(u64::from(unit.is_big()));
         } else {
             stats.drop(Drop::TunWriteFailed, u64::from(unit.segments));
-            if unit.is_big() {
-                self.big_from_us.set(self.received_us + BIG_TCP_REST_US);
-            }
         }
     }
 
@@ -309,8 +323,8 @@ impl Inbound {
         packet.tos = decapsulate_ecn(bytes, packet.tos, received.tos).ok_or(Drop::EcnNotCapable)?;
 
         // 5. coalesce
-        let here = here && self.received_us >= self.big_from_us.get();
-        let offer = Offer { peer, at: start, packet: &packet, authentic, here };
+        let big = here && !self.looked_at && self.big_tcp.may(self.received_us);
+        let offer = Offer { peer, at: start, packet: &packet, authentic, here, big };
         let size = if authentic { None } else { super_size(&packet, bytes, local.mtu, len, received) };
         let unfinished = match size {
             Some(size) => {
@@ -337,7 +351,8 @@ impl Inbound {
     #[inline]
     fn admit(&mut self, tables: &Tables, peer: PeerIndex, packet: &Packet) -> Result<bool, Drop> {
         let Packet { source, destination, .. } = *packet;
-        if !tables.may_send(peer, source) {
+        let known = self.admitted.is_some_and(|last| last.peer == peer && last.source == source);
+        if !known && !tables.may_send(peer, source) {
             return Err(Drop::InnerSourceNotAllowed);
         }
         if !tables.is_behind_us(destination) {

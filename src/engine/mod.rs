@@ -6,6 +6,7 @@
 
 #![cfg_attr(not(test), deny(clippy::indexing_slicing, clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod big_tcp;
 pub mod classify;
 pub mod coalesce;
 pub mod drop;

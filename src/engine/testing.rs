@@ -12,6 +12,7 @@ use std::sync::Arc;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::big_tcp::BigTcp;
 use super::coalesce::Accepts;
 use super::drop::{Direction, Drop};
 use super::inbound::{Inbound, Received};
@@ -30,7 +31,7 @@ use crate::wire::vnet_hdr::{self, VnetHdr};
 /// The path MTU to each peer of [`mesh`].
 pub const MTU: u16 = 1450;
 /// A device that takes everything.
-pub const ALL: Accepts = Accepts { tso: true, uso: true, big_tcp: true };
+pub const ALL: Accepts = Accepts { tso: true, uso: true };
 /// The don't-fragment flag.
 pub const DF: u16 = 0x4000;
 
@@ -630,7 +631,13 @@ impl Receiving {
 
     pub fn with(tables: Tables, accepts: Accepts) -> Self {
         let stats = Stats::new(1);
-        Receiving { tables, inbound: Inbound::new(stats.clone(), 0, accepts), stats, arena: Vec::new() }
+        let inbound = Inbound::new(stats.clone(), 0, accepts).with_big_tcp(Arc::new(BigTcp::on()));
+        Receiving { tables, inbound, stats, arena: Vec::new() }
+    }
+
+    /// The engine's half itself.
+    pub fn inbound(&mut self) -> &mut Inbound {
+        &mut self.inbound
     }
 
     pub fn push(&mut self, buffer: &Buffer) {

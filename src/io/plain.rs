@@ -59,7 +59,7 @@ pub struct Plain {
 
 impl Plain {
     /// What such a device takes: nothing but finished packets.
-    pub const ACCEPTS: Accepts = Accepts { tso: false, uso: false, big_tcp: false };
+    pub const ACCEPTS: Accepts = Accepts { tso: false, uso: false };
 
     /// Opens the device, tells `opened`, and works until the other side of `stop` is closed.
     pub fn run(self, opened: impl FnOnce(Result<(), TunError>)) -> Result<(), WorkerError> {

@@ -4,7 +4,8 @@ use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use crate::engine::coalesce::{Accepts, MAX_PIECES};
+use crate::engine::coalesce::{Accepts, MAX_PIECES, Unit};
+use crate::engine::inbound::Inbound;
 use crate::engine::tx_batch::Piece;
 use crate::sys::tun;
 
@@ -66,7 +67,7 @@ impl TunDevice {
             reasons.push(("tun_tso", format!("the kernel refuses TCP segmentation on this TUN device: {error}")));
             tun::set_offload(first, 0).map_err(|error| explain(name, error))?;
         }
-        let accepts = Accepts { tso: tso.is_ok(), uso: uso.is_ok(), big_tcp: false };
+        let accepts = Accepts { tso: tso.is_ok(), uso: uso.is_ok() };
         Ok(TunDevice { queues, accepts, reasons })
     }
 }
@@ -80,6 +81,18 @@ pub(super) fn explain(name: &str, error: io::Error) -> TunError {
         _ => TunError::Io { name: name.to_owned(), source: error },
     }
 }
+
+/// Says what the device's refusal of a unit means for those to come. Before Linux 6.6 it takes no more than some 68 KiB.
+pub(crate) fn refused(inbound: &Inbound, unit: &Unit, errno: i32) {
+    match errno {
+        libc::EMSGSIZE => inbound.refused(unit, true),
+        libc::ENOBUFS | libc::ENOMEM => inbound.refused(unit, false),
+        _ => {}
+    }
+}
+
+/// So many pieces most units have at most.
+const FEW_PIECES: usize = 16;
 
 /// One queue.
 #[derive(Debug)]
@@ -114,11 +127,19 @@ impl TunQueue {
     /// Writes one frame that lies in pieces in the receive arena and the slab.
     #[inline]
     pub fn write_pieces(&self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
+        match pieces.len() {
+            ..=FEW_PIECES => self.write_at_most::<FEW_PIECES>(pieces, arena, slab),
+            _ => self.write_at_most::<MAX_PIECES>(pieces, arena, slab),
+        }
+    }
+
+    #[inline]
+    fn write_at_most<const N: usize>(&self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
         if let [piece] = pieces {
             return self.write(piece.of(arena, slab));
         }
-        let mut slices = [IoSlice::new(&[]); MAX_PIECES];
-        let count = pieces.len().min(MAX_PIECES);
+        let mut slices = [IoSlice::new(&[]); N];
+        let count = pieces.len().min(N);
         for (slice, piece) in slices.iter_mut().zip(pieces) {
             *slice = IoSlice::new(piece.of(arena, slab));
         }

@@ -9,6 +9,7 @@ use arc_swap::cache::Cache;
 
 use super::spin::Spin;
 use super::tap::{Side, Tally};
+use super::tun;
 use super::worker::{
     Clockwork, Look, Worker, WorkerError, patience, push_tapped, received, send, show_units, watch, write_errors,
 };
@@ -49,6 +50,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
         stop,
         busy_poll,
         cut_behind,
+        big_tcp,
     } = worker;
     let Some(pair) = pairs.get(thread) else { return Ok(()) };
     let mut ring = {
@@ -58,7 +60,8 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     };
     let mut tables = Cache::new(tables);
     let mut outbound = Outbound::new(stats.clone(), thread, senders).with_cut_behind(cut_behind);
-    let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+    let inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+    let mut inbound = inbound.with_big_tcp(big_tcp);
     let mut clockwork = Clockwork::new(thread, workers);
     let mut vigil = Vigil::new(thread, workers, workers);
     let Some(stats) = stats.worker(thread) else { return Ok(()) };
@@ -122,6 +125,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
 
         // UDP → TUN
         inbound.received_at(now_us);
+        inbound.looked_at(tap.is_some());
         let mut received_any = false;
         for (number, port) in ports.iter().enumerate() {
             let source = FIRST_PORT + number;
@@ -155,6 +159,9 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
                 let ended = queue.write(TUN, frames).map_err(WorkerError::Ring)?;
                 for (unit, ended) in inbound.units().iter().zip(ended) {
                     inbound.written(unit, *ended >= 0);
+                    if *ended < 0 {
+                        tun::refused(&inbound, unit, -*ended);
+                    }
                 }
                 stats.flow.tun_writes.add(inbound.units().len() as u64);
                 inbound.clear();

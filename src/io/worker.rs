@@ -15,8 +15,9 @@ use socket2::Socket;
 use super::pairs::{Load, Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
-use super::tun::TunQueue;
+use super::tun::{self, TunQueue};
 use super::udp::{Batch, UdpPort};
+use crate::engine::big_tcp::BigTcp;
 use crate::engine::coalesce::Accepts;
 use crate::engine::drop::Drop;
 use crate::engine::inbound::{Inbound, Received};
@@ -78,6 +79,8 @@ pub struct Worker {
     pub busy_poll: Duration,
     /// Whether super-packets leave uncut.
     pub cut_behind: Arc<CutBehind>,
+    /// Whether those for this node itself may be longer than 64 KiB.
+    pub big_tcp: Arc<BigTcp>,
 }
 
 /// Why a worker ended without being asked to.
@@ -111,6 +114,7 @@ impl Worker {
             stop,
             busy_poll,
             cut_behind,
+            big_tcp,
         } = self;
         let for_bulk = pairs.is_for_bulk(thread);
         if !for_bulk {
@@ -119,7 +123,8 @@ impl Worker {
         let mut ready = Ready::new(&pairs, thread, stop.as_fd()).map_err(WorkerError::Poll)?;
         let mut tables = Cache::new(tables);
         let mut outbound = Outbound::new(stats.clone(), thread, senders).with_cut_behind(cut_behind);
-        let mut inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+        let inbound = Inbound::new(stats.clone(), thread, accepts).with_data_socket(outbound.data_socket());
+        let mut inbound = inbound.with_big_tcp(big_tcp);
         let mut clockwork = Clockwork::new(thread, workers);
         let mut vigil = Vigil::new(thread, workers, stats.threads());
         let mut spin = Spin::new(busy_poll);
@@ -392,8 +397,11 @@ fn receive_and_write(
     let Batch { buffers, emptied } =
         take_in(port, (socket, number), inbound, tables, started, now_us / 1000, stats, tap);
     for unit in inbound.units() {
-        let written = pair.tun.write_pieces(unit.pieces(), port.arena(), inbound.slab()).is_ok();
-        inbound.written(unit, written);
+        let written = pair.tun.write_pieces(unit.pieces(), port.arena(), inbound.slab());
+        inbound.written(unit, written.is_ok());
+        if let Err(error) = written {
+            tun::refused(inbound, unit, error.raw_os_error().unwrap_or(0));
+        }
     }
     stats.flow.tun_writes.add(inbound.units().len() as u64);
     inbound.clear();
@@ -421,6 +429,7 @@ pub(super) fn take_in(
         Err(error) => return Batch { buffers: 0, emptied: error.kind() == io::ErrorKind::WouldBlock },
     };
     inbound.received_at(started.elapsed().as_micros() as u64);
+    inbound.looked_at(tap.is_some());
     stats.flow.udp_recv_calls.add(1);
     stats.flow.udp_recv_buffers.add(batch.buffers as u64);
     let to = port.address();

@@ -14,12 +14,13 @@ use anyhow::Context;
 use ipnet::IpNet;
 use socket2::Socket;
 
+use crate::engine::big_tcp::BigTcp;
 use crate::engine::coalesce::Accepts;
 use crate::engine::inbound::{Inbound, Received};
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{PeerStats, Stats};
 use crate::engine::tables::{Local, PeerSpec, Tables};
-use crate::io::tun::TunQueue;
+use crate::io::tun::{self, TunQueue};
 use crate::io::udp::{self, Batch, UdpOffloads, UdpPort};
 use crate::node::{DEFAULT_PORT, Mac, Vni};
 use crate::wire::checksum::Sum;
@@ -88,6 +89,7 @@ impl Mirror {
     pub(super) fn start(
         tun: TunQueue,
         accepts: Accepts,
+        big_tcp: Arc<BigTcp>,
         here: [IpAddr; 2],
         beyond: [IpAddr; 2],
         mtu: u16,
@@ -99,7 +101,7 @@ impl Mirror {
         let socket = udp::receiver(underlay, &offloads)?;
         let port = UdpPort::open(underlay, &socket, &ports, &offloads)?;
         let outbound = Outbound::new(stats.clone(), 0, SENDERS);
-        let inbound = Inbound::new(stats.clone(), 0, accepts);
+        let inbound = Inbound::new(stats.clone(), 0, accepts).with_big_tcp(big_tcp);
         // what goes out is swapped already: it comes from beyond
         let there = tables(beyond, here, underlay, mtu)?;
         let home = tables(here, beyond, underlay, mtu)?;
@@ -252,6 +254,7 @@ impl Carrier {
         let Some(stats) = self.stats.worker(0) else { return false };
         let Ok(Batch { buffers, .. }) = self.port.receive(&self.socket, 0) else { return false };
         stats.flow.udp_recv_buffers.add(buffers as u64);
+        self.inbound.received_at(now_ms * 1000);
         for index in 0..buffers {
             let Some(meta) = self.port.meta(index) else { continue };
             let Some(source) = meta.source else { continue };
@@ -261,8 +264,11 @@ impl Carrier {
         }
         self.inbound.finish(self.port.arena_mut());
         for unit in self.inbound.units() {
-            let written = self.tun.write_pieces(unit.pieces(), self.port.arena(), self.inbound.slab()).is_ok();
-            self.inbound.written(unit, written);
+            let written = self.tun.write_pieces(unit.pieces(), self.port.arena(), self.inbound.slab());
+            self.inbound.written(unit, written.is_ok());
+            if let Err(error) = written {
+                tun::refused(&self.inbound, unit, error.raw_os_error().unwrap_or(0));
+            }
         }
         stats.flow.tun_writes.add(self.inbound.units().len() as u64);
         self.inbound.clear();

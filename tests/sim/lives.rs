@@ -107,8 +107,7 @@ impl World {
         Node {
             tables: Tables::new(plan.local, plan.peers),
             vigil: Vigil::new(0, 1, 1),
-            inbound: Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true, big_tcp: false })
-                .with_data_socket(8),
+            inbound: Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true }).with_data_socket(8),
             stats,
             outbox: Outbox::default(),
             alive: true,

@@ -3,12 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use meshd::config::{Config, Sources};
 use meshd::control::known::Known;
 use meshd::control::nodes_file;
 use meshd::control::plan::{Carrier, plan};
 use meshd::control::reconcile::{Verdict, judge};
+use meshd::engine::big_tcp::BigTcp;
 use meshd::engine::coalesce::Accepts;
 use meshd::engine::drop::{Direction, Drop};
 use meshd::engine::inbound::{Inbound, Received};
@@ -71,10 +73,10 @@ impl Node {
         let config = Config::parse(&Sources { file, ..Sources::default() }).unwrap();
         let workers = rng.range(1, 2);
         let accepts = rng.pick(&[
-            Accepts { tso: true, uso: true, big_tcp: true },
-            Accepts { tso: true, uso: true, big_tcp: false },
-            Accepts { tso: true, uso: false, big_tcp: true },
-            Accepts { tso: false, uso: false, big_tcp: false },
+            Accepts { tso: true, uso: true },
+            Accepts { tso: true, uso: true },
+            Accepts { tso: true, uso: false },
+            Accepts { tso: false, uso: false },
         ]);
         let senders = rng.pick(&[1, 4, 8]);
         let local = meshd::engine::tables::Local {
@@ -114,7 +116,8 @@ impl Node {
     pub(crate) fn restart(&mut self) {
         self.stats = Stats::new(self.workers);
         self.out = (0..self.workers).map(|w| Outbound::new(self.stats.clone(), w, self.senders)).collect();
-        self.inn = (0..self.workers).map(|w| Inbound::new(self.stats.clone(), w, self.accepts)).collect();
+        let inbound = |w| Inbound::new(self.stats.clone(), w, self.accepts).with_big_tcp(Arc::new(BigTcp::on()));
+        self.inn = (0..self.workers).map(inbound).collect();
         self.known = Known::new(self.workers, None);
         if !self.list.nodes.is_empty() {
             self.put_into_effect().ok();
@@ -303,9 +306,7 @@ impl Node {
         let mut delta = Account::default();
         // of what is for the node itself PSH may be missing
         let told = |packet: Vec<u8>| match look(&packet) {
-            Some(seen) if self.accepts.big_tcp && self.view.addresses.contains(&seen.destination) => {
-                reference::without_push(packet)
-            }
+            Some(seen) if self.view.addresses.contains(&seen.destination) => reference::without_push(packet),
             _ => packet,
         };
         let mut expected = Flows::default();

@@ -377,6 +377,25 @@ fn a_tcp_super_packet_has_at_most_192_segments_that_were_cut() {
     assert_eq!(shape(&run), [192, 8]);
 }
 
+#[test]
+fn an_id_that_stays_is_no_super_packets() {
+    let base = tcp(false, 2, 1, Vec::new());
+    let size = uncut_size(&base);
+    let unfinished = |from: usize, len: usize, id: u16| {
+        let facts = Facts { id, payload: payload(len), check: Check::Pseudo, ..base.clone() };
+        Buffer::one(2, 1, &facts.with_sequence(1000 + from as u32).bytes())
+    };
+    // of a super-packet ids count up: what has its id again, or the first of them, does not follow
+    for (ids, expected) in [([7, 8, 11], [5].as_slice()), ([7, 7, 10], &[1, 4]), ([7, 8, 8], &[4, 1])] {
+        let mut node = Receiving::new(mesh(1));
+        node.push(&unfinished(0, size, ids[0]));
+        node.push(&unfinished(size, size * 3, ids[1]));
+        node.push(&unfinished(size * 4, size, ids[2]));
+        let written = node.flush();
+        assert_eq!(written.iter().map(|w| w.segments).collect::<Vec<_>>(), expected, "{ids:?}");
+    }
+}
+
 /// For node 1 itself.
 fn to_itself(facts: Facts) -> Facts {
     Facts { destination: itself(facts.is_v6(), 1), ..facts }
@@ -417,7 +436,8 @@ fn for_all_others_it_may_not() {
         assert_eq!(deliver(&bytes_of(&whole.segments(1000))).len(), 2);
     }
     assert_eq!(deliver(&bytes_of(&to_itself(udp(false, 2, 1, payload(90_000))).segments(1400))).len(), 2);
-    let mut node = Receiving::with(mesh(1), Accepts { big_tcp: false, ..ALL });
+    let mut node = Receiving::new(mesh(1));
+    node.inbound().looked_at(true);
     bytes_of(&to_itself(tcp(false, 2, 1, payload(100_000))).segments(1000)).iter().for_each(|p| node.take(p));
     assert_eq!(node.flush().len(), 2);
 }
@@ -476,11 +496,9 @@ fn super_packets_that_were_never_cut_are_joined() {
 
 #[test]
 fn a_device_takes_only_what_it_says() {
-    for (accepts, writes) in [
-        (ALL, [1, 1]),
-        (Accepts { tso: true, uso: false, big_tcp: false }, [1, 3]),
-        (Accepts { tso: false, uso: false, big_tcp: false }, [3, 3]),
-    ] {
+    for (accepts, writes) in
+        [(ALL, [1, 1]), (Accepts { tso: true, uso: false }, [1, 3]), (Accepts { tso: false, uso: false }, [3, 3])]
+    {
         for (run, writes) in [tcp_run(false, 3), udp_run(true, 3)].iter().zip(writes) {
             let mut node = Receiving::with(mesh(1), accepts);
             run.iter().for_each(|facts| node.take(&facts.bytes()));

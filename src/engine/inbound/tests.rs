@@ -254,7 +254,7 @@ fn a_refused_write_is_counted() {
 #[test]
 fn after_a_long_super_packet_was_refused_they_are_short_for_a_while() {
     let stats = Stats::new(1);
-    let mut node = Inbound::new(stats.clone(), 0, ALL);
+    let mut node = Inbound::new(stats.clone(), 0, ALL).with_big_tcp(Arc::new(BigTcp::on()));
     let to_us = Facts { destination: itself(false, 1), ..tcp(false, 2, 1, payload(100_000)) };
     let packets = bytes_of(&to_us.segments(1000));
     let mut lens = |at_us: u64, takes: bool| {
@@ -270,7 +270,12 @@ fn after_a_long_super_packet_was_refused_they_are_short_for_a_while() {
         }
         node.finish(&mut arena);
         let lens: Vec<u16> = node.units().iter().map(|unit| unit.segments).collect();
-        node.units().iter().for_each(|unit| node.written(unit, takes));
+        for unit in node.units() {
+            node.written(unit, takes);
+            if !takes {
+                node.refused(unit, false);
+            }
+        }
         node.clear();
         lens
     };
@@ -401,7 +406,7 @@ fn an_unfinished_packet_with_a_corrupt_header_is_not_flagged() {
 #[test]
 fn a_device_without_offloads_gets_finished_packets() {
     for uso_only_missing in [false, true] {
-        let accepts = Accepts { tso: uso_only_missing, uso: false, big_tcp: false };
+        let accepts = Accepts { tso: uso_only_missing, uso: false };
         for v6 in [false, true] {
             for facts in [tcp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(9500)), udp(v6, 2, 1, payload(900))] {
                 let facts = Facts { check: Check::Pseudo, ..facts };
@@ -419,7 +424,7 @@ fn a_device_without_offloads_gets_finished_packets() {
                 packets.iter().for_each(|packet| assert_sound(packet));
             }
             let right = udp(v6, 2, 1, payload(100));
-            let mut node = Receiving::with(mesh(1), Accepts { tso: false, uso: false, big_tcp: false });
+            let mut node = Receiving::with(mesh(1), Accepts { tso: false, uso: false });
             node.take(&Facts { check: Check::Pseudo, ..right.clone() }.bytes());
             node.take(&right.bytes());
             let packets: Vec<_> = node.flush().into_iter().map(|w| w.packet).collect();
@@ -473,7 +478,7 @@ mod hostile {
             tso in any::<bool>(),
             uso in any::<bool>(),
         ) {
-            let mut node = Receiving::with(mesh(1), Accepts { tso, uso, big_tcp: false });
+            let mut node = Receiving::with(mesh(1), Accepts { tso, uso });
             for (bytes, segment_len, tos) in datagrams {
                 node.push(&Buffer { bytes, segment_len, tos, ..Buffer::one(2, 1, &[]) });
             }

@@ -53,8 +53,7 @@ impl Node {
         };
         let stats = Stats::new(1);
         let outbound = Outbound::new(stats.clone(), 0, 8);
-        let inbound =
-            Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true, big_tcp: false }).with_data_socket(8);
+        let inbound = Inbound::new(stats.clone(), 0, Accepts { tso: true, uso: true }).with_data_socket(8);
         Node { number, tables, stats, outbound, inbound }
     }
 

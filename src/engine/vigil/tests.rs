@@ -14,7 +14,7 @@ use crate::engine::tunnel::Policy;
 use crate::health::peer::Verdict;
 use crate::wire::ip::Packet;
 
-const ALL: Accepts = Accepts { tso: true, uso: true, big_tcp: false };
+const ALL: Accepts = Accepts { tso: true, uso: true };
 
 struct Node {
     tables: Tables,
