@@ -465,7 +465,7 @@ impl Daemon {
 
     /// Whether super-packets leave uncut from now on.
     async fn look_who_cuts(&mut self) {
-        let clear = self.shared.tables.load().peers().iter().any(|peer| peer.spec.tunnel.is_none());
+        let clear = self.shared.tables.load().has_clear_peers();
         let super_packets = self.plane.as_ref().is_some_and(|plane| plane.facts.accepts.tso);
         self.uncut.look(&self.host, &self.shared.tun, &self.underlays, clear, super_packets).await;
     }

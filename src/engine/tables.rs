@@ -129,6 +129,7 @@ pub struct Tables {
     slots: HashMap<u32, PeerIndex, FixedState>,
     /// Who has a key, present or former.
     keys: HashMap<PublicKey, PeerIndex, FixedState>,
+    has_clear_peers: bool,
 }
 
 impl Tables {
@@ -154,7 +155,8 @@ impl Tables {
         }
         routes.sort();
         let ours = Prefixes::new(&local.subnets);
-        Tables { local, ours, peers, routes, sources, slots, keys }
+        let has_clear_peers = peers.iter().any(|peer: &Peer| peer.spec.tunnel.is_none());
+        Tables { local, ours, peers, routes, sources, slots, keys, has_clear_peers }
     }
 
     /// A table without a peer.
@@ -225,6 +227,11 @@ impl Tables {
     #[inline]
     pub fn has_tunnels(&self) -> bool {
         !self.slots.is_empty()
+    }
+
+    /// Whether any peer has none.
+    pub fn has_clear_peers(&self) -> bool {
+        self.has_clear_peers
     }
 
     /// Whether a packet from `source` may come from this node.
