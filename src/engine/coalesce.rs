@@ -6,8 +6,11 @@
 //!
 //! A packet never overtakes another of its flow: it joins the last unit of its flow or starts a new one behind it.
 //!
-//! What goes to this node itself nobody has to cut again. Over IPv4 its super-packets may be longer than 64 KiB (BIG TCP),
-//! and a PSH does not end them: it asks to be delivered, which the end of a batch does for all of it.
+//! A PSH does not end what goes to this node itself: it asks to be delivered, which the end of a batch does for all of it. Over
+//! IPv4 it may get longer than 64 KiB (BIG TCP), once it is known that a socket of this node has the connection: what the firewall
+//! sends on somebody would have to cut again.
+
+use std::net::SocketAddr;
 
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -31,6 +34,10 @@ const LONGEST: usize = u16::MAX as usize;
 const LONGEST_HERE: usize = (1 << 18) - 1;
 /// Slots of the flow table; a collision costs a join, not an order.
 const FLOW_SLOTS: usize = 512;
+/// Flows of which it is known where they end; a collision costs a question.
+const END_SLOTS: usize = 256;
+/// For how long that is believed.
+const END_KNOWN_US: u64 = 10_000_000;
 
 /// What the TUN device takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +78,12 @@ impl Unit {
 
     /// Whether it is longer than the length field of its IP header can say.
     pub fn is_big(&self) -> bool {
-        self.first.is_some_and(|first| first.header_len + self.payload > LONGEST)
+        self.length() > LONGEST
+    }
+
+    /// Its bytes as one packet, where it is one that others may join.
+    fn length(&self) -> usize {
+        self.first.map_or(0, |first| first.header_len + self.payload)
     }
 }
 
@@ -105,6 +117,26 @@ pub struct Coalescer {
     slab: Vec<u8>,
     flows: Box<[FlowSlot; FLOW_SLOTS]>,
     generation: u32,
+    ends: Box<[End; END_SLOTS]>,
+    question: Option<Question>,
+    now_us: u64,
+}
+
+/// Where a flow ends, as far as the kernel was asked.
+#[derive(Debug, Clone, Copy, Default)]
+struct End {
+    hash: u32,
+    /// A socket of this node has it, else it is sent on by the firewall, say.
+    here: bool,
+    until_us: u64,
+}
+
+/// Whether a TCP connection ends at a socket of this node: only the kernel knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Question {
+    hash: u32,
+    /// The peer's end and ours.
+    pub ends: (SocketAddr, SocketAddr),
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -178,7 +210,17 @@ impl Coalescer {
     /// A coalescer for a TUN device that takes `accepts`.
     pub fn new(accepts: Accepts) -> Self {
         let flows = Box::new([FlowSlot::default(); FLOW_SLOTS]);
-        Coalescer { accepts, units: Vec::new(), used: 0, slab: Vec::new(), flows, generation: 1 }
+        Coalescer {
+            accepts,
+            units: Vec::new(),
+            used: 0,
+            slab: Vec::new(),
+            flows,
+            generation: 1,
+            ends: Box::new([End::default(); END_SLOTS]),
+            question: None,
+            now_us: 0,
+        }
     }
 
     /// The units so far; they can be written only after [`Coalescer::finish`].
@@ -189,6 +231,48 @@ impl Coalescer {
     /// The memory that [`Piece::Slab`] points into.
     pub fn slab(&self) -> &[u8] {
         &self.slab
+    }
+
+    /// The time.
+    pub fn received_at(&mut self, now_us: u64) {
+        self.now_us = now_us;
+    }
+
+    /// What is to be asked, for super-packets of more than 64 KiB: somebody may have to cut them again where the flow does not
+    /// end at a socket of this node. Each is asked once in a while.
+    pub fn question(&mut self) -> Option<Question> {
+        self.question.take()
+    }
+
+    /// The answer.
+    pub fn answer(&mut self, question: Question, here: bool) {
+        if let Some(slot) = self.ends.get_mut(question.hash as usize % END_SLOTS) {
+            *slot = End { hash: question.hash, here, until_us: self.now_us + END_KNOWN_US };
+        }
+    }
+
+    /// How long a super-packet may get that this packet joins.
+    #[inline]
+    fn longest(&self, offer: &Offer<'_>, hash: u32) -> usize {
+        let may = offer.here && offer.big && offer.packet.protocol == protocol::TCP && !offer.packet.is_v6();
+        match self.ends.get(hash as usize % END_SLOTS).filter(|_| may) {
+            Some(end) if end.hash == hash && end.here && self.now_us < end.until_us => LONGEST_HERE,
+            _ => LONGEST,
+        }
+    }
+
+    /// A packet would have joined but for the length: where it is not known where its flow ends, that is asked.
+    #[cold]
+    fn ask(&mut self, offer: &Offer<'_>, bytes: &[u8], hash: u32) {
+        let known = self.ends.get(hash as usize % END_SLOTS);
+        if known.is_some_and(|end| end.hash == hash && self.now_us < end.until_us) || self.question.is_some() {
+            return;
+        }
+        let Packet { source, destination, .. } = *offer.packet;
+        let Some([a, b, c, d]) = classify::ports(offer.packet, bytes) else { return };
+        let port = |hi, lo| u16::from_be_bytes([hi, lo]);
+        let ends = (SocketAddr::new(source, port(a, b)), SocketAddr::new(destination, port(c, d)));
+        self.question = Some(Question { hash, ends });
     }
 
     /// Starts the next batch.
@@ -216,7 +300,7 @@ impl Coalescer {
         };
         if self.accepts.tso {
             let hash = classify::flow_hash(packet, classify::ports(packet, bytes));
-            if let Some(checksum) = self.last_of(hash).and_then(|unit| unit.join(arena, offer, bytes, &segment)) {
+            if let Some(checksum) = self.join(arena, offer, bytes, &segment, hash) {
                 return checksum == Checksum::Unfinished;
             }
             self.next_is_last_of(hash);
@@ -225,6 +309,21 @@ impl Coalescer {
         let checksum = if unfinished { Checksum::Unfinished } else { Checksum::Unknown };
         self.start(offer, bytes, Some(segment), checksum);
         unfinished
+    }
+
+    /// Joins a packet to the last unit of its flow, if it can; what is known of its checksum then.
+    #[inline]
+    fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment, hash: u32) -> Option<Checksum> {
+        let longest = self.longest(&offer, hash);
+        let unit = self.last_of(hash)?;
+        let length = unit.length() + segment.payload;
+        if length > longest {
+            if offer.big && longest == LONGEST {
+                self.ask(&offer, bytes, hash);
+            }
+            return None;
+        }
+        unit.join(arena, offer, bytes, segment)
     }
 
     /// The last unit of the flow with this hash.
@@ -260,7 +359,7 @@ impl Coalescer {
             return self.cut(offer, bytes, segment).unwrap_or_default();
         }
         let joins = segment.as_ref().filter(|_| tcp);
-        let joined = joins.and_then(|segment| self.last_of(hash)?.join(arena, offer, bytes, segment));
+        let joined = joins.and_then(|segment| self.join(arena, offer, bytes, segment, hash));
         if joined.is_none() {
             self.next_is_last_of(hash);
             let checksum = if segment.is_some() { Checksum::Unfinished } else { Checksum::Unknown };
@@ -352,17 +451,15 @@ impl Unit {
     /// Joins a packet, or a super-packet, if the two are consecutive segments of one flow; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment) -> Option<Checksum> {
-        let Offer { peer, at, packet, authentic, here, big } = offer;
+        let Offer { peer, at, packet, authentic, here, .. } = offer;
         let first = self.first.filter(|_| !self.closed)?;
         let head = arena.get(self.head()?)?.get(vnet_hdr::HEADER_LEN..)?;
         let udp = packet.protocol == protocol::UDP;
-        let longest = if here && big && !udp && !packet.is_v6() { LONGEST_HERE } else { LONGEST };
         let fits = self.peer == peer
             && self.authentic == authentic
             && segment.header_len == first.header_len
             && segment.payload > 0
             && (segment.size == first.size || segment.size < first.size && !segment.is_super())
-            && first.header_len + self.payload + segment.payload <= longest
             && self.pieces.len() < if udp { MAX_UDP_SEGMENTS } else { MAX_PIECES };
         let alike = fits
             && same_ip(packet, head, bytes)

@@ -18,7 +18,7 @@ use zerocopy::FromBytes;
 
 use super::big_tcp::BigTcp;
 use super::classify;
-use super::coalesce::{self, Accepts, Coalescer, Offer, Unit};
+use super::coalesce::{self, Accepts, Coalescer, Offer, Question, Unit};
 use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
@@ -114,6 +114,16 @@ impl Inbound {
     /// Whether somebody looks at what is written from now on.
     pub fn looked_at(&mut self, looked_at: bool) {
         self.looked_at = looked_at;
+    }
+
+    /// What the kernel is to be asked, if anything.
+    pub fn question(&mut self) -> Option<Question> {
+        self.coalescer.question()
+    }
+
+    /// Whether that connection ends at a socket of this node.
+    pub fn answer(&mut self, question: Question, here: bool) {
+        self.coalescer.answer(question, here);
     }
 
     /// The device refused a unit: for want of memory, or, `for_good`, since it takes none of that length.
@@ -443,6 +453,7 @@ impl Inbound {
     /// The time, finer than in milliseconds, at which what comes next was received.
     pub fn received_at(&mut self, now_us: u64) {
         self.received_us = now_us;
+        self.coalescer.received_at(now_us);
     }
 
     /// Peers that BFD packets came from, since this was emptied.

@@ -586,6 +586,8 @@ impl Sending {
 pub struct Receiving {
     pub tables: Tables,
     pub stats: Stats,
+    /// Whether TCP connections end at sockets of this node, if that is asked.
+    pub ends_here: bool,
     inbound: Inbound,
     arena: Vec<u8>,
 }
@@ -632,7 +634,7 @@ impl Receiving {
     pub fn with(tables: Tables, accepts: Accepts) -> Self {
         let stats = Stats::new(1);
         let inbound = Inbound::new(stats.clone(), 0, accepts).with_big_tcp(Arc::new(BigTcp::on()));
-        Receiving { tables, inbound, stats, arena: Vec::new() }
+        Receiving { tables, inbound, stats, arena: Vec::new(), ends_here: true }
     }
 
     /// The engine's half itself.
@@ -666,6 +668,9 @@ impl Receiving {
             self.inbound.written(unit, true);
         }
         self.inbound.clear();
+        if let Some(question) = self.inbound.question() {
+            self.inbound.answer(question, self.ends_here);
+        }
         self.arena.clear();
         assert_conserved(&self.stats);
         written

@@ -8,6 +8,7 @@ pub mod pairs;
 pub mod plain;
 mod spin;
 pub mod tap;
+pub(crate) mod tcp_ends;
 pub mod tun;
 pub mod tunnel_gso;
 pub mod udp;

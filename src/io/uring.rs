@@ -9,10 +9,10 @@ use arc_swap::cache::Cache;
 
 use super::spin::Spin;
 use super::tap::{Side, Tally};
-use super::tun;
 use super::worker::{
     Clockwork, Look, Worker, WorkerError, patience, push_tapped, received, send, show_units, watch, write_errors,
 };
+use super::{tcp_ends, tun};
 use crate::engine::inbound::Inbound;
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::vigil::Vigil;
@@ -165,6 +165,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
                 }
                 stats.flow.tun_writes.add(inbound.units().len() as u64);
                 inbound.clear();
+                tcp_ends::answer(&mut inbound);
             }
             filled(source).for_each(|(buffer, _)| datagrams.give_back(buffer));
         }

@@ -15,6 +15,7 @@ use socket2::Socket;
 use super::pairs::{Load, Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
+use super::tcp_ends;
 use super::tun::{self, TunQueue};
 use super::udp::{Batch, UdpPort};
 use crate::engine::big_tcp::BigTcp;
@@ -405,6 +406,7 @@ fn receive_and_write(
     }
     stats.flow.tun_writes.add(inbound.units().len() as u64);
     inbound.clear();
+    tcp_ends::answer(inbound);
     let bytes = stats.flow.udp_rx_bytes.get() - before;
     pair.carried(bytes as usize, buffers, now_us);
     pair.received(now_us);

@@ -20,6 +20,7 @@ use crate::engine::inbound::{Inbound, Received};
 use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{PeerStats, Stats};
 use crate::engine::tables::{Local, PeerSpec, Tables};
+use crate::io::tcp_ends;
 use crate::io::tun::{self, TunQueue};
 use crate::io::udp::{self, Batch, UdpOffloads, UdpPort};
 use crate::node::{DEFAULT_PORT, Mac, Vni};
@@ -272,6 +273,7 @@ impl Carrier {
         }
         stats.flow.tun_writes.add(self.inbound.units().len() as u64);
         self.inbound.clear();
+        tcp_ends::answer(&mut self.inbound);
         buffers > 0
     }
 }

@@ -277,12 +277,17 @@ fn after_a_long_super_packet_was_refused_they_are_short_for_a_while() {
             }
         }
         node.clear();
+        if let Some(question) = node.question() {
+            node.answer(question, true);
+        }
         lens
     };
+    assert_eq!(lens(1, true), [65, 35], "not before it is known where the flow ends");
     assert_eq!(lens(5, true), [100]);
     assert_eq!(lens(1_000_000, false), [100]);
     assert_eq!(lens(10_999_999, false), [65, 35], "and that these are refused says nothing of long ones");
-    assert_eq!(lens(11_000_000, true), [100]);
+    assert_eq!(lens(11_000_000, true), [65, 35], "that is asked each ten seconds");
+    assert_eq!(lens(11_000_001, true), [100]);
     assert_eq!(drops(&stats), [("tun_write_failed", 200)]);
     assert_eq!(stats.sum(|w| w.flow.big_writes.get()), 2);
     assert_conserved(&stats);

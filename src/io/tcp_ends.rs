@@ -1,0 +1,97 @@
+//! Whether a TCP connection ends at a socket of this node: what comes for its address the firewall may send on elsewhere.
+//!
+//! Owns one question of the netlink family SOCK_DIAG (linux/inet_diag.h), for which there is no library here.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
+use rtnetlink::sys::{Socket, SocketAddr as NetlinkAddr};
+
+use crate::engine::inbound::Inbound;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLM_F_REQUEST: u16 = 1;
+/// Bytes of `nlmsghdr`, and of `inet_diag_req_v2`.
+const HEADER: usize = 16;
+const REQUEST: usize = 56;
+/// Where the answer has the socket's state, and the one in which it waits for connections (`TCP_LISTEN`).
+const STATE: usize = HEADER + 1;
+const LISTENS: u8 = 10;
+
+/// Asks the kernel what the engine wants to know, if it does: some ten microseconds, once in a while for each fast flow.
+#[inline]
+pub(crate) fn answer(inbound: &mut Inbound) {
+    if let Some(question) = inbound.question() {
+        let (theirs, ours) = question.ends;
+        // who cannot be told so does without
+        inbound.answer(question, is_here(ours, theirs).unwrap_or(false));
+    }
+}
+
+/// Whether a socket in the network namespace of this thread has that connection. Needs no privilege.
+#[cold]
+fn is_here(ours: SocketAddr, theirs: SocketAddr) -> io::Result<bool> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    socket.connect(&NetlinkAddr::new(0, 0))?;
+    socket.send(&question(ours, theirs), 0)?;
+    // the kernel answers before it returns from the send
+    let mut answer = Vec::with_capacity(1024);
+    socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
+    Ok(found(&answer))
+}
+
+fn question(ours: SocketAddr, theirs: SocketAddr) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER + REQUEST);
+    bytes.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
+    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
+    bytes.resize(HEADER, 0);
+    let family = if ours.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    bytes.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
+    bytes.extend(u32::MAX.to_ne_bytes()); // in any state
+    bytes.extend(ours.port().to_be_bytes());
+    bytes.extend(theirs.port().to_be_bytes());
+    for end in [ours, theirs] {
+        let mut address = [0; 16];
+        match end.ip() {
+            IpAddr::V4(ip) => address.iter_mut().zip(ip.octets()).for_each(|(to, byte)| *to = byte),
+            IpAddr::V6(ip) => address = ip.octets(),
+        }
+        bytes.extend(address);
+    }
+    bytes.extend(0u32.to_ne_bytes()); // on any device
+    bytes.extend([0xff; 8]); // whichever socket (INET_DIAG_NOCOOKIE)
+    bytes
+}
+
+/// Whether an answer tells of a connection. One that listens at the address is none.
+fn found(answer: &[u8]) -> bool {
+    let kind = answer.get(4..6).and_then(|kind| kind.first_chunk()).map(|kind| u16::from_ne_bytes(*kind));
+    kind == Some(SOCK_DIAG_BY_FAMILY) && answer.get(STATE).is_some_and(|state| *state != LISTENS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{TcpListener, TcpStream};
+
+    #[test]
+    fn a_connection_is_found_from_both_its_ends_and_a_listener_is_none() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (server, _) = listener.accept().unwrap();
+            for socket in [&client, &server] {
+                let (ours, theirs) = (socket.local_addr().unwrap(), socket.peer_addr().unwrap());
+                assert!(is_here(ours, theirs).unwrap());
+            }
+            let ours = listener.local_addr().unwrap();
+            let nobody = SocketAddr::new(ours.ip(), 1);
+            assert!(!is_here(ours, nobody).unwrap(), "only the listener has that address");
+            drop(listener);
+            assert!(!is_here(ours, nobody).unwrap());
+        }
+    }
+}
