@@ -64,6 +64,7 @@ use crate::health::machine::Timers;
 use crate::health::peer::Settings;
 use crate::host::{self, Desired, Host, Preflight, Underlay, Watch, union};
 use crate::io::pairs;
+use crate::io::tcp_ends;
 use crate::key::file::{self as key_file, KeyFileError};
 use crate::limits;
 use crate::node::{Node, NodeList};
@@ -373,7 +374,11 @@ impl Daemon {
         let big_tcp = match self.config.big_tcp {
             false => Err("`big-tcp: off`".to_owned()),
             true => match self.host.knows_big_tcp().await {
-                Ok(true) => Ok(()),
+                Ok(true) => match tcp_ends::are_told() {
+                    Ok(true) => Ok(()),
+                    Ok(false) => Err("the kernel does not tell of sockets (tcp_diag)".to_owned()),
+                    Err(error) => Err(format!("the kernel does not tell of sockets: {error}")),
+                },
                 Ok(false) => Err("the kernel does not know it (Linux 6.6 does)".to_owned()),
                 Err(error) => Err(format!("whether the kernel knows it cannot be read: {error}")),
             },

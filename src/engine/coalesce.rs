@@ -38,6 +38,8 @@ const FLOW_SLOTS: usize = 512;
 const END_SLOTS: usize = 256;
 /// For how long that is believed.
 const END_KNOWN_US: u64 = 10_000_000;
+/// At most one question in so long: flows whose hashes collide would ask in turn, each batch.
+const QUESTION_EACH_US: u64 = 2_000;
 
 /// What the TUN device takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +121,8 @@ pub struct Coalescer {
     generation: u32,
     ends: Box<[End; END_SLOTS]>,
     question: Option<Question>,
+    /// Before that nothing is asked.
+    asks_from_us: u64,
     now_us: u64,
 }
 
@@ -219,6 +223,7 @@ impl Coalescer {
             generation: 1,
             ends: Box::new([End::default(); END_SLOTS]),
             question: None,
+            asks_from_us: 0,
             now_us: 0,
         }
     }
@@ -254,8 +259,7 @@ impl Coalescer {
     /// How long a super-packet may get that this packet joins.
     #[inline]
     fn longest(&self, offer: &Offer<'_>, hash: u32) -> usize {
-        let may = offer.here && offer.big && offer.packet.protocol == protocol::TCP && !offer.packet.is_v6();
-        match self.ends.get(hash as usize % END_SLOTS).filter(|_| may) {
+        match self.ends.get(hash as usize % END_SLOTS).filter(|_| may_be_big(offer)) {
             Some(end) if end.hash == hash && end.here && self.now_us < end.until_us => LONGEST_HERE,
             _ => LONGEST,
         }
@@ -265,9 +269,10 @@ impl Coalescer {
     #[cold]
     fn ask(&mut self, offer: &Offer<'_>, bytes: &[u8], hash: u32) {
         let known = self.ends.get(hash as usize % END_SLOTS);
-        if known.is_some_and(|end| end.hash == hash && self.now_us < end.until_us) || self.question.is_some() {
+        if known.is_some_and(|end| end.hash == hash && self.now_us < end.until_us) || self.now_us < self.asks_from_us {
             return;
         }
+        self.asks_from_us = self.now_us + QUESTION_EACH_US;
         let Packet { source, destination, .. } = *offer.packet;
         let Some([a, b, c, d]) = classify::ports(offer.packet, bytes) else { return };
         let port = |hi, lo| u16::from_be_bytes([hi, lo]);
@@ -318,7 +323,7 @@ impl Coalescer {
         let unit = self.last_of(hash)?;
         let length = unit.length() + segment.payload;
         if length > longest {
-            if offer.big && longest == LONGEST {
+            if may_be_big(&offer) && longest == LONGEST {
                 self.ask(&offer, bytes, hash);
             }
             return None;
@@ -554,6 +559,12 @@ impl Unit {
         let size = u16::try_from(first.size).ok()?;
         Some(VnetHdr::super_packet(gso_type, first.header_len as u16, size, start_u16, offset_u16))
     }
+}
+
+/// Whether there may be more than 64 KiB of it in one.
+#[inline]
+fn may_be_big(offer: &Offer<'_>) -> bool {
+    offer.here && offer.big && offer.packet.protocol == protocol::TCP && !offer.packet.is_v6()
 }
 
 /// Reads the transport header of a packet that is no fragment.

@@ -3,7 +3,7 @@
 //! Owns one question of the netlink family SOCK_DIAG (linux/inet_diag.h), for which there is no library here.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
 use rtnetlink::sys::{Socket, SocketAddr as NetlinkAddr};
@@ -29,9 +29,23 @@ pub(crate) fn answer(inbound: &mut Inbound) {
     }
 }
 
+/// Whether the kernel tells of sockets. The first who asks may have it load a module (`tcp_diag`) and wait for that, which is
+/// nothing for a worker.
+pub(crate) fn are_told() -> io::Result<bool> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let ours = listener.local_addr()?;
+    Ok(is_an_answer(&ask(ours, SocketAddr::new(ours.ip(), 1))?))
+}
+
 /// Whether a socket in the network namespace of this thread has that connection. Needs no privilege.
 #[cold]
 fn is_here(ours: SocketAddr, theirs: SocketAddr) -> io::Result<bool> {
+    let answer = ask(ours, theirs)?;
+    // one that listens at the address is no connection
+    Ok(is_an_answer(&answer) && answer.get(STATE).is_some_and(|state| *state != LISTENS))
+}
+
+fn ask(ours: SocketAddr, theirs: SocketAddr) -> io::Result<Vec<u8>> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&NetlinkAddr::new(0, 0))?;
@@ -39,7 +53,7 @@ fn is_here(ours: SocketAddr, theirs: SocketAddr) -> io::Result<bool> {
     // the kernel answers before it returns from the send
     let mut answer = Vec::with_capacity(1024);
     socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
-    Ok(found(&answer))
+    Ok(answer)
 }
 
 fn question(ours: SocketAddr, theirs: SocketAddr) -> Vec<u8> {
@@ -66,16 +80,21 @@ fn question(ours: SocketAddr, theirs: SocketAddr) -> Vec<u8> {
     bytes
 }
 
-/// Whether an answer tells of a connection. One that listens at the address is none.
-fn found(answer: &[u8]) -> bool {
+/// Whether it tells of a socket; else there is none.
+fn is_an_answer(answer: &[u8]) -> bool {
     let kind = answer.get(4..6).and_then(|kind| kind.first_chunk()).map(|kind| u16::from_ne_bytes(*kind));
-    kind == Some(SOCK_DIAG_BY_FAMILY) && answer.get(STATE).is_some_and(|state| *state != LISTENS)
+    kind == Some(SOCK_DIAG_BY_FAMILY)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::{TcpListener, TcpStream};
+    use std::net::TcpStream;
+
+    #[test]
+    fn this_kernel_tells_of_sockets() {
+        assert!(are_told().unwrap());
+    }
 
     #[test]
     fn a_connection_is_found_from_both_its_ends_and_a_listener_is_none() {

@@ -363,6 +363,7 @@ impl Node {
         }
         let worker = rng.below(self.workers);
         let inn = &mut self.inn[worker];
+        inn.received_at(now_ms * 1000);
         for received in received {
             inn.push(&self.tables, now_ms, &mut arena, received);
         }
