@@ -186,7 +186,8 @@ impl Node {
     /// Waits until the status is as wanted.
     pub(crate) async fn until(&self, what: &str, good: impl Fn(&Status) -> bool) -> Status {
         let mut status = self.view.status.subscribe();
-        let result = tokio::time::timeout(Duration::from_secs(20), status.wait_for(|s| good(s))).await;
+        // three times what the slowest takes: a handshake's time limit, and the pause after it
+        let result = tokio::time::timeout(Duration::from_secs(60), status.wait_for(|s| good(s))).await;
         match result {
             Ok(Ok(status)) => status.clone(),
             _ => panic!("{what}: {:?}", self.view.status.borrow()),
