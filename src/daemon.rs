@@ -371,25 +371,13 @@ impl Daemon {
     /// Opens device and sockets, sets up the host, and lets the workers begin.
     async fn start_plane(&mut self) -> anyhow::Result<()> {
         let shared = &self.shared;
-        let big_tcp = match self.config.big_tcp {
-            false => Err("`big-tcp: off`".to_owned()),
-            true => match self.host.knows_big_tcp().await {
-                Ok(true) => match tcp_ends::are_told() {
-                    Ok(true) => Ok(()),
-                    Ok(false) => Err("the kernel does not tell of sockets (tcp_diag)".to_owned()),
-                    Err(error) => Err(format!("the kernel does not tell of sockets: {error}")),
-                },
-                Ok(false) => Err("the kernel does not know it (Linux 6.6 does)".to_owned()),
-                Err(error) => Err(format!("whether the kernel knows it cannot be read: {error}")),
-            },
-        };
         let parts = Parts {
             tun: shared.tun.clone(),
             io: self.config.io,
             workers: self.workers,
             busy_poll: self.config.busy_poll,
             tunnel_gso: self.uncut.way.clone(),
-            big_tcp,
+            big_tcp: self.takes_big_tcp().await,
             addresses: self.underlays.iter().map(|underlay| underlay.ip).collect(),
             port: shared.port,
             tables: shared.tables.clone(),
@@ -417,6 +405,23 @@ impl Daemon {
         self.plane = Some(plane);
         self.look_who_cuts().await;
         Ok(())
+    }
+
+    /// Whether super-packets for this node itself may be longer than 64 KiB; else why not.
+    async fn takes_big_tcp(&self) -> Result<(), String> {
+        if !self.config.big_tcp {
+            return Err("`big-tcp: off`".to_owned());
+        }
+        match self.host.knows_big_tcp().await {
+            Ok(true) => {}
+            Ok(false) => return Err("the kernel does not know it (Linux 6.6 does)".to_owned()),
+            Err(error) => return Err(format!("whether the kernel knows it cannot be read: {error}")),
+        }
+        match tcp_ends::are_told() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the kernel does not tell of sockets (tcp_diag)".to_owned()),
+            Err(error) => Err(format!("the kernel does not tell of sockets: {error}")),
+        }
     }
 
     /// This node's keys, where it needs any: made when they are missing, unless the node list knows them already.

@@ -10,10 +10,13 @@
 //! IPv4 it may get longer than 64 KiB (BIG TCP), once it is known that a socket of this node has the connection: what the firewall
 //! sends on somebody would have to cut again.
 
+mod ends;
+
 use std::net::SocketAddr;
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::ends::Ends;
 use super::classify;
 use super::segment::{self, Gso, Segmenter};
 use super::tables::PeerIndex;
@@ -34,12 +37,6 @@ const LONGEST: usize = u16::MAX as usize;
 const LONGEST_HERE: usize = (1 << 18) - 1;
 /// Slots of the flow table; a collision costs a join, not an order.
 const FLOW_SLOTS: usize = 512;
-/// Flows of which it is known where they end; a collision costs a question.
-const END_SLOTS: usize = 256;
-/// For how long that is believed.
-const END_KNOWN_US: u64 = 10_000_000;
-/// At most one question in so long: flows whose hashes collide would ask in turn, each batch.
-const QUESTION_EACH_US: u64 = 2_000;
 
 /// What the TUN device takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,28 +116,7 @@ pub struct Coalescer {
     slab: Vec<u8>,
     flows: Box<[FlowSlot; FLOW_SLOTS]>,
     generation: u32,
-    ends: Box<[End; END_SLOTS]>,
-    question: Option<Question>,
-    /// Before that nothing is asked.
-    asks_from_us: u64,
-    now_us: u64,
-}
-
-/// Where a flow ends, as far as the kernel was asked.
-#[derive(Debug, Clone, Copy, Default)]
-struct End {
-    hash: u32,
-    /// A socket of this node has it, else it is sent on by the firewall, say.
-    here: bool,
-    until_us: u64,
-}
-
-/// Whether a TCP connection ends at a socket of this node: only the kernel knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Question {
-    hash: u32,
-    /// The peer's end and ours.
-    pub ends: (SocketAddr, SocketAddr),
+    ends: Ends,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -214,18 +190,7 @@ impl Coalescer {
     /// A coalescer for a TUN device that takes `accepts`.
     pub fn new(accepts: Accepts) -> Self {
         let flows = Box::new([FlowSlot::default(); FLOW_SLOTS]);
-        Coalescer {
-            accepts,
-            units: Vec::new(),
-            used: 0,
-            slab: Vec::new(),
-            flows,
-            generation: 1,
-            ends: Box::new([End::default(); END_SLOTS]),
-            question: None,
-            asks_from_us: 0,
-            now_us: 0,
-        }
+        Coalescer { accepts, units: Vec::new(), used: 0, slab: Vec::new(), flows, generation: 1, ends: Ends::default() }
     }
 
     /// The units so far; they can be written only after [`Coalescer::finish`].
@@ -240,44 +205,14 @@ impl Coalescer {
 
     /// The time.
     pub fn received_at(&mut self, now_us: u64) {
-        self.now_us = now_us;
+        self.ends.at(now_us);
     }
 
-    /// What is to be asked, for super-packets of more than 64 KiB: somebody may have to cut them again where the flow does not
-    /// end at a socket of this node. Each is asked once in a while.
-    pub fn question(&mut self) -> Option<Question> {
-        self.question.take()
-    }
-
-    /// The answer.
-    pub fn answer(&mut self, question: Question, here: bool) {
-        if let Some(slot) = self.ends.get_mut(question.hash as usize % END_SLOTS) {
-            *slot = End { hash: question.hash, here, until_us: self.now_us + END_KNOWN_US };
-        }
-    }
-
-    /// How long a super-packet may get that this packet joins.
+    /// Asks whether a TCP connection (the peer's end and ours) ends at a socket of this node, if that is to be known for
+    /// super-packets of more than 64 KiB: once in a while for each.
     #[inline]
-    fn longest(&self, offer: &Offer<'_>, hash: u32) -> usize {
-        match self.ends.get(hash as usize % END_SLOTS).filter(|_| may_be_big(offer)) {
-            Some(end) if end.hash == hash && end.here && self.now_us < end.until_us => LONGEST_HERE,
-            _ => LONGEST,
-        }
-    }
-
-    /// A packet would have joined but for the length: where it is not known where its flow ends, that is asked.
-    #[cold]
-    fn ask(&mut self, offer: &Offer<'_>, bytes: &[u8], hash: u32) {
-        let known = self.ends.get(hash as usize % END_SLOTS);
-        if known.is_some_and(|end| end.hash == hash && self.now_us < end.until_us) || self.now_us < self.asks_from_us {
-            return;
-        }
-        self.asks_from_us = self.now_us + QUESTION_EACH_US;
-        let Packet { source, destination, .. } = *offer.packet;
-        let Some([a, b, c, d]) = classify::ports(offer.packet, bytes) else { return };
-        let port = |hi, lo| u16::from_be_bytes([hi, lo]);
-        let ends = (SocketAddr::new(source, port(a, b)), SocketAddr::new(destination, port(c, d)));
-        self.question = Some(Question { hash, ends });
+    pub fn ask(&mut self, is_here: impl FnOnce((SocketAddr, SocketAddr)) -> bool) {
+        self.ends.ask(is_here);
     }
 
     /// Starts the next batch.
@@ -319,12 +254,12 @@ impl Coalescer {
     /// Joins a packet to the last unit of its flow, if it can; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment, hash: u32) -> Option<Checksum> {
-        let longest = self.longest(&offer, hash);
+        let may_be_big = offer.big && packet_may_be_big(offer.packet);
+        let longest = if may_be_big && self.ends.here(hash) { LONGEST_HERE } else { LONGEST };
         let unit = self.last_of(hash)?;
-        let length = unit.length() + segment.payload;
-        if length > longest {
-            if may_be_big(&offer) && longest == LONGEST {
-                self.ask(&offer, bytes, hash);
+        if unit.length() + segment.payload > longest {
+            if may_be_big && longest == LONGEST {
+                self.ends.want(&offer, bytes, hash);
             }
             return None;
         }
@@ -561,10 +496,10 @@ impl Unit {
     }
 }
 
-/// Whether there may be more than 64 KiB of it in one.
+/// Whether there are such super-packets of more than 64 KiB.
 #[inline]
-fn may_be_big(offer: &Offer<'_>) -> bool {
-    offer.here && offer.big && offer.packet.protocol == protocol::TCP && !offer.packet.is_v6()
+fn packet_may_be_big(packet: &Packet) -> bool {
+    packet.protocol == protocol::TCP && !packet.is_v6()
 }
 
 /// Reads the transport header of a packet that is no fragment.

@@ -18,7 +18,7 @@ use zerocopy::FromBytes;
 
 use super::big_tcp::BigTcp;
 use super::classify;
-use super::coalesce::{self, Accepts, Coalescer, Offer, Question, Unit};
+use super::coalesce::{self, Accepts, Coalescer, Offer, Unit};
 use super::drop::Drop;
 use super::stats::Stats;
 use super::tables::{ENCAPSULATION, Local, PeerIndex, Tables};
@@ -116,14 +116,10 @@ impl Inbound {
         self.looked_at = looked_at;
     }
 
-    /// What the kernel is to be asked, if anything.
-    pub fn question(&mut self) -> Option<Question> {
-        self.coalescer.question()
-    }
-
-    /// Whether that connection ends at a socket of this node.
-    pub fn answer(&mut self, question: Question, here: bool) {
-        self.coalescer.answer(question, here);
+    /// Asks whether a TCP connection (the peer's end and ours) ends at a socket of this node, if that is to be known.
+    #[inline]
+    pub fn ask(&mut self, is_here: impl FnOnce((SocketAddr, SocketAddr)) -> bool) {
+        self.coalescer.ask(is_here);
     }
 
     /// The device refused a unit: for want of memory, or, `for_good`, since it takes none of that length.

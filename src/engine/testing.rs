@@ -668,9 +668,7 @@ impl Receiving {
             self.inbound.written(unit, true);
         }
         self.inbound.clear();
-        if let Some(question) = self.inbound.question() {
-            self.inbound.answer(question, self.ends_here);
-        }
+        self.inbound.ask(|_| self.ends_here);
         self.arena.clear();
         assert_conserved(&self.stats);
         written

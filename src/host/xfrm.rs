@@ -5,43 +5,31 @@
 use std::io;
 
 use rtnetlink::sys::protocols::NETLINK_XFRM;
-use rtnetlink::sys::{Socket, SocketAddr};
+
+use crate::sys::netlink::{self, HEADER};
 
 const GETSPDINFO: u16 = 0x25;
 const NEWSPDINFO: u16 = 0x24;
 /// `XFRMA_SPD_INFO`: counts of policies, the second being that of outgoing ones.
 const SPD_INFO: u16 = 1;
-const NLM_F_REQUEST: u16 = 1;
-/// Bytes of `nlmsghdr`, and of the flags behind it.
-const HEADER: usize = 16;
+/// Bytes of the flags behind the header.
 const FLAGS: usize = 4;
 
 /// How many policies for outgoing packets there are in the network namespace of this thread. Needs CAP_NET_ADMIN.
 pub fn outgoing_policies() -> io::Result<u32> {
-    let mut socket = match Socket::new(NETLINK_XFRM) {
-        Ok(socket) => socket,
+    let answer = match netlink::ask(NETLINK_XFRM, GETSPDINFO, &[0; FLAGS]) {
+        Ok(answer) => answer,
         // a kernel without IPsec
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(0),
         Err(error) => return Err(error),
     };
-    socket.bind_auto()?;
-    socket.connect(&SocketAddr::new(0, 0))?;
-    let mut question = Vec::with_capacity(HEADER + FLAGS);
-    question.extend_from_slice(&((HEADER + FLAGS) as u32).to_ne_bytes());
-    question.extend_from_slice(&GETSPDINFO.to_ne_bytes());
-    question.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
-    question.resize(HEADER + FLAGS, 0);
-    socket.send(&question, 0)?;
-    // the kernel answers before it returns from the send
-    let mut answer = Vec::with_capacity(512);
-    socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
     counted(&answer).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer is none"))
 }
 
 /// The number of outgoing policies in an answer.
 fn counted(answer: &[u8]) -> Option<u32> {
     let u16_at = |at: usize| Some(u16::from_ne_bytes(*answer.get(at..)?.first_chunk()?));
-    let mut at = (u16_at(4)? == NEWSPDINFO).then_some(HEADER + FLAGS)?;
+    let mut at = (netlink::kind(answer)? == NEWSPDINFO).then_some(HEADER + FLAGS)?;
     loop {
         let (len, kind) = (usize::from(u16_at(at)?), u16_at(at + 2)?);
         if kind == SPD_INFO {

@@ -6,14 +6,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 
 use rtnetlink::sys::protocols::NETLINK_SOCK_DIAG;
-use rtnetlink::sys::{Socket, SocketAddr as NetlinkAddr};
 
 use crate::engine::inbound::Inbound;
+use crate::sys::netlink::{self, HEADER};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST: u16 = 1;
-/// Bytes of `nlmsghdr`, and of `inet_diag_req_v2`.
-const HEADER: usize = 16;
+/// Bytes of `inet_diag_req_v2`.
 const REQUEST: usize = 56;
 /// Where the answer has the socket's state, and the one in which it waits for connections (`TCP_LISTEN`).
 const STATE: usize = HEADER + 1;
@@ -22,11 +20,8 @@ const LISTENS: u8 = 10;
 /// Asks the kernel what the engine wants to know, if it does: some ten microseconds, once in a while for each fast flow.
 #[inline]
 pub(crate) fn answer(inbound: &mut Inbound) {
-    if let Some(question) = inbound.question() {
-        let (theirs, ours) = question.ends;
-        // who cannot be told so does without
-        inbound.answer(question, is_here(ours, theirs).unwrap_or(false));
-    }
+    // who cannot be told so does without
+    inbound.ask(|(theirs, ours)| is_here(ours, theirs).unwrap_or(false));
 }
 
 /// Whether the kernel tells of sockets. The first who asks may have it load a module (`tcp_diag`) and wait for that, which is
@@ -34,34 +29,25 @@ pub(crate) fn answer(inbound: &mut Inbound) {
 pub(crate) fn are_told() -> io::Result<bool> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let ours = listener.local_addr()?;
-    Ok(is_an_answer(&ask(ours, SocketAddr::new(ours.ip(), 1))?))
+    Ok(state(ours, SocketAddr::new(ours.ip(), 1))?.is_some())
 }
 
 /// Whether a socket in the network namespace of this thread has that connection. Needs no privilege.
 #[cold]
 fn is_here(ours: SocketAddr, theirs: SocketAddr) -> io::Result<bool> {
-    let answer = ask(ours, theirs)?;
     // one that listens at the address is no connection
-    Ok(is_an_answer(&answer) && answer.get(STATE).is_some_and(|state| *state != LISTENS))
+    Ok(state(ours, theirs)?.is_some_and(|state| state != LISTENS))
 }
 
-fn ask(ours: SocketAddr, theirs: SocketAddr) -> io::Result<Vec<u8>> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    socket.connect(&NetlinkAddr::new(0, 0))?;
-    socket.send(&question(ours, theirs), 0)?;
-    // the kernel answers before it returns from the send
-    let mut answer = Vec::with_capacity(1024);
-    socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
-    Ok(answer)
+/// The state of the socket that would get what comes from there; `None` where there is none.
+fn state(ours: SocketAddr, theirs: SocketAddr) -> io::Result<Option<u8>> {
+    let answer = netlink::ask(NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, &question(ours, theirs))?;
+    let tells = netlink::kind(&answer) == Some(SOCK_DIAG_BY_FAMILY);
+    Ok(answer.get(STATE).copied().filter(|_| tells))
 }
 
 fn question(ours: SocketAddr, theirs: SocketAddr) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER + REQUEST);
-    bytes.extend(((HEADER + REQUEST) as u32).to_ne_bytes());
-    bytes.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend(NLM_F_REQUEST.to_ne_bytes());
-    bytes.resize(HEADER, 0);
+    let mut bytes = Vec::with_capacity(REQUEST);
     let family = if ours.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     bytes.extend([family as u8, libc::IPPROTO_TCP as u8, 0, 0]);
     bytes.extend(u32::MAX.to_ne_bytes()); // in any state
@@ -78,12 +64,6 @@ fn question(ours: SocketAddr, theirs: SocketAddr) -> Vec<u8> {
     bytes.extend(0u32.to_ne_bytes()); // on any device
     bytes.extend([0xff; 8]); // whichever socket (INET_DIAG_NOCOOKIE)
     bytes
-}
-
-/// Whether it tells of a socket; else there is none.
-fn is_an_answer(answer: &[u8]) -> bool {
-    let kind = answer.get(4..6).and_then(|kind| kind.first_chunk()).map(|kind| u16::from_ne_bytes(*kind));
-    kind == Some(SOCK_DIAG_BY_FAMILY)
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ pub(super) fn explain(name: &str, error: io::Error) -> TunError {
 }
 
 /// Says what the device's refusal of a unit means for those to come. Before Linux 6.6 it takes no more than some 68 KiB.
-pub(crate) fn refused(inbound: &Inbound, unit: &Unit, errno: i32) {
+pub(super) fn refused(inbound: &Inbound, unit: &Unit, errno: i32) {
     match errno {
         libc::EMSGSIZE => inbound.refused(unit, true),
         libc::ENOBUFS | libc::ENOMEM => inbound.refused(unit, false),
@@ -124,9 +124,21 @@ impl TunQueue {
         (&self.file).read(buffer)
     }
 
+    /// Writes the units of a batch, and has each counted.
+    #[inline]
+    pub(crate) fn write_units(&self, inbound: &Inbound, arena: &[u8]) {
+        for unit in inbound.units() {
+            let written = self.write_pieces(unit.pieces(), arena, inbound.slab());
+            inbound.written(unit, written.is_ok());
+            if let Err(error) = written {
+                refused(inbound, unit, error.raw_os_error().unwrap_or(0));
+            }
+        }
+    }
+
     /// Writes one frame that lies in pieces in the receive arena and the slab.
     #[inline]
-    pub fn write_pieces(&self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
+    fn write_pieces(&self, pieces: &[Piece], arena: &[u8], slab: &[u8]) -> io::Result<()> {
         match pieces.len() {
             ..=FEW_PIECES => self.write_at_most::<FEW_PIECES>(pieces, arena, slab),
             _ => self.write_at_most::<MAX_PIECES>(pieces, arena, slab),

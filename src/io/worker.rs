@@ -16,7 +16,7 @@ use super::pairs::{Load, Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tcp_ends;
-use super::tun::{self, TunQueue};
+use super::tun::TunQueue;
 use super::udp::{Batch, UdpPort};
 use crate::engine::big_tcp::BigTcp;
 use crate::engine::coalesce::Accepts;
@@ -397,13 +397,7 @@ fn receive_and_write(
     let Some(socket) = pair.sockets.get(family) else { return true };
     let Batch { buffers, emptied } =
         take_in(port, (socket, number), inbound, tables, started, now_us / 1000, stats, tap);
-    for unit in inbound.units() {
-        let written = pair.tun.write_pieces(unit.pieces(), port.arena(), inbound.slab());
-        inbound.written(unit, written.is_ok());
-        if let Err(error) = written {
-            tun::refused(inbound, unit, error.raw_os_error().unwrap_or(0));
-        }
-    }
+    pair.tun.write_units(inbound, port.arena());
     stats.flow.tun_writes.add(inbound.units().len() as u64);
     inbound.clear();
     tcp_ends::answer(inbound);

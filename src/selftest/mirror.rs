@@ -21,7 +21,7 @@ use crate::engine::outbound::{HEADROOM, Outbound};
 use crate::engine::stats::{PeerStats, Stats};
 use crate::engine::tables::{Local, PeerSpec, Tables};
 use crate::io::tcp_ends;
-use crate::io::tun::{self, TunQueue};
+use crate::io::tun::TunQueue;
 use crate::io::udp::{self, Batch, UdpOffloads, UdpPort};
 use crate::node::{DEFAULT_PORT, Mac, Vni};
 use crate::wire::checksum::Sum;
@@ -264,13 +264,7 @@ impl Carrier {
             self.inbound.push(&self.home, now_ms, self.port.arena_mut(), received);
         }
         self.inbound.finish(self.port.arena_mut());
-        for unit in self.inbound.units() {
-            let written = self.tun.write_pieces(unit.pieces(), self.port.arena(), self.inbound.slab());
-            self.inbound.written(unit, written.is_ok());
-            if let Err(error) = written {
-                tun::refused(&self.inbound, unit, error.raw_os_error().unwrap_or(0));
-            }
-        }
+        self.tun.write_units(&self.inbound, self.port.arena());
         stats.flow.tun_writes.add(self.inbound.units().len() as u64);
         self.inbound.clear();
         tcp_ends::answer(&mut self.inbound);

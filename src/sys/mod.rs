@@ -8,6 +8,7 @@ pub mod bpf;
 pub mod clock;
 pub mod ethtool;
 pub mod icmp;
+pub mod netlink;
 pub mod poll;
 pub mod ring;
 pub mod sched;

@@ -1,57 +1,32 @@
 //! BIG TCP: super-packets of more than 64 KiB for the node itself, as meshd hands them to its kernel.
 
-use serde_json::Value;
-
 use crate::captured::{capture, ends};
 use crate::mesh::{Builder, Mesh, Node, V4, V6, skipped};
 use crate::namespace::until;
+use crate::super_packets::BIG_TCP;
 use crate::traffic::{tcp, tcp_by};
 
 const MEGABYTES: usize = 4 << 20;
 
-/// Two nodes, if this kernel takes such super-packets.
-fn two_nodes(story: &'static str, builder: Builder) -> Option<Mesh> {
-    let mesh = builder.node("a").node("b").start();
-    let why = why_off(mesh.node("a"));
-    if why.contains("Linux 6.6") {
-        skipped(story, &why);
-        return None;
-    }
-    assert_eq!(why, "");
-    Some(mesh)
-}
-
-/// Why there are none; empty where there are.
-fn why_off(node: &Node) -> String {
-    let stats = node.stats();
-    let why = stats["big_tcp"]["why"].as_str().unwrap().to_owned();
-    assert_eq!(stats["big_tcp"]["on"], Value::Bool(why.is_empty()), "{why}");
-    why
-}
-
-fn big(node: &Node) -> u64 {
-    node.stats()["big_tcp"]["super_packets"].as_u64().unwrap()
-}
-
 /// Carries streams until some of it came in long super-packets: how many wait for each other is up to the machine.
 #[track_caller]
 fn comes_in_long_ones(from: &Node, to: &Node) {
-    let before = big(to);
+    let before = BIG_TCP.count(to);
     until("some of a stream comes in long super-packets", || {
         tcp(&from.ns, &to.ns, to.overlay(V4), MEGABYTES);
-        big(to) > before
+        BIG_TCP.count(to) > before
     });
 }
 
 #[track_caller]
 fn both_ways(story: &'static str, builder: Builder) -> Option<Mesh> {
-    let mesh = two_nodes(story, builder)?;
+    let mesh = BIG_TCP.two_nodes(story, builder)?;
     let [a, b] = mesh.two(["a", "b"]);
     comes_in_long_ones(a, b);
     comes_in_long_ones(b, a);
-    let before = [big(a), big(b)];
+    let before = [BIG_TCP.count(a), BIG_TCP.count(b)];
     tcp(&a.ns, &b.ns, b.overlay(V6), MEGABYTES);
-    assert_eq!([big(a), big(b)], before, "over IPv6 there are none");
+    assert_eq!([BIG_TCP.count(a), BIG_TCP.count(b)], before, "over IPv6 there are none");
     mesh.balances_with_the_kernel();
     Some(mesh)
 }
@@ -84,14 +59,14 @@ fn what_was_decrypted_comes_in_them_too() {
 #[test]
 fn pods_get_none() {
     let story = "pods_get_none";
-    let Some(mesh) = Builder::new(story).and_then(|builder| two_nodes(story, builder.pods())) else { return };
+    let Some(mesh) = Builder::new(story).and_then(|builder| BIG_TCP.two_nodes(story, builder.pods())) else { return };
     let [a, b] = mesh.two(["a", "b"]);
     comes_in_long_ones(a, b);
-    let before = big(b);
+    let before = BIG_TCP.count(b);
     for _ in 0..3 {
         tcp(a.pod(), b.pod(), b.pod_address(V4), MEGABYTES);
     }
-    assert_eq!(big(b), before);
+    assert_eq!(BIG_TCP.count(b), before);
     mesh.balances_with_the_kernel();
 }
 
@@ -99,17 +74,17 @@ fn pods_get_none() {
 #[test]
 fn what_the_firewall_sends_on_comes_in_none() {
     let story = "what_the_firewall_sends_on_comes_in_none";
-    let Some(mesh) = Builder::new(story).and_then(|builder| two_nodes(story, builder.pods())) else { return };
+    let Some(mesh) = Builder::new(story).and_then(|builder| BIG_TCP.two_nodes(story, builder.pods())) else { return };
     let [a, b] = mesh.two(["a", "b"]);
     let (node, pod) = (b.overlay(V4), b.pod_address(V4));
     if !b.ns.succeeds(&format!("iptables -t nat -A PREROUTING -p tcp -d {node} -j DNAT --to-destination {pod}")) {
         return skipped(story, "needs iptables with NAT");
     }
-    let before = big(b);
+    let before = BIG_TCP.count(b);
     for _ in 0..3 {
         tcp_by(&a.ns, b.pod(), node, pod, MEGABYTES);
     }
-    assert_eq!(big(b), before);
+    assert_eq!(BIG_TCP.count(b), before);
     b.ns.sh("iptables -t nat -F");
     comes_in_long_ones(a, b);
 }
@@ -118,21 +93,21 @@ fn what_the_firewall_sends_on_comes_in_none() {
 #[test]
 fn while_somebody_looks_there_are_none() {
     let story = "while_somebody_looks_there_are_none";
-    let Some(mesh) = Builder::new(story).and_then(|builder| two_nodes(story, builder)) else { return };
+    let Some(mesh) = Builder::new(story).and_then(|builder| BIG_TCP.two_nodes(story, builder)) else { return };
     let [a, b] = mesh.two(["a", "b"]);
     comes_in_long_ones(a, b);
     let file = mesh.dir().join("stream.pcapng");
     let running = capture(b, &file, &["--snaplen", "100", "tcp"]);
-    let before = big(b);
+    let before = BIG_TCP.count(b);
     for _ in 0..3 {
         tcp(&a.ns, &b.ns, b.overlay(V4), MEGABYTES);
     }
-    assert_eq!(big(b), before);
+    assert_eq!(BIG_TCP.count(b), before);
     ends(running);
     assert!(file.metadata().unwrap().len() > 1000);
     until("nobody looks any more", || {
         tcp(&a.ns, &b.ns, b.overlay(V4), MEGABYTES);
-        big(b) > before
+        BIG_TCP.count(b) > before
     });
 }
 
@@ -141,20 +116,20 @@ fn they_can_be_switched_off() {
     let Some(builder) = Builder::new("they_can_be_switched_off") else { return };
     let mesh = builder.node("a").node("b").set("big-tcp", "off").start();
     let [a, b] = mesh.two(["a", "b"]);
-    assert_eq!(why_off(b), "`big-tcp: off`");
+    assert_eq!(BIG_TCP.why_off(b), "`big-tcp: off`");
     for _ in 0..3 {
         tcp(&a.ns, &b.ns, b.overlay(V4), MEGABYTES);
     }
-    assert_eq!(big(b), 0);
+    assert_eq!(BIG_TCP.count(b), 0);
     b.set("big-tcp", Some("auto"));
     b.set("io", Some("tokio"));
     assert_eq!(b.stop(), 0);
     b.restart();
-    assert!(why_off(b).contains("hands over plain packets"), "{}", why_off(b));
+    assert!(BIG_TCP.why_off(b).contains("hands over plain packets"), "{}", BIG_TCP.why_off(b));
     b.set("io", None);
     assert_eq!(b.stop(), 0);
     b.restart();
-    if why_off(b).is_empty() {
+    if BIG_TCP.why_off(b).is_empty() {
         comes_in_long_ones(a, b);
     }
 }

@@ -57,6 +57,7 @@ mod servers;
 mod shaken;
 mod steered;
 mod storms;
+mod super_packets;
 mod tested;
 mod told;
 mod top;

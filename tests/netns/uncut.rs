@@ -1,48 +1,24 @@
 //! Super-packets that leave uncut, where the underlay's network card says that it cuts what lies in a tunnel. A virtual link
 //! says so too, and cuts nothing.
 
-use serde_json::Value;
-
 use crate::mesh::{Builder, Family, Mesh, Node, V4, V6, skipped};
 use crate::namespace::until;
+use crate::super_packets::TUNNEL_GSO;
 use crate::traffic::tcp;
 
 const MEGABYTES: usize = 4 << 20;
 
 /// Two nodes over a link that takes super-packets in tunnels, if this kernel does.
 fn two_nodes(story: &'static str, outer: Family) -> Option<Mesh> {
-    two_nodes_of(story, Builder::new(story)?.over(outer))
-}
-
-fn two_nodes_of(story: &'static str, builder: Builder) -> Option<Mesh> {
-    let mesh = builder.node("a").node("b").start();
-    let why = why_off(mesh.node("a"));
-    if why.contains("Linux 6.17") {
-        skipped(story, &why);
-        return None;
-    }
-    assert_eq!(why, "");
-    Some(mesh)
-}
-
-/// Why super-packets are cut here; empty where they are not.
-fn why_off(node: &Node) -> String {
-    let stats = node.stats();
-    let why = stats["tunnel_gso"]["why"].as_str().unwrap().to_owned();
-    assert_eq!(stats["tunnel_gso"]["on"], Value::Bool(why.is_empty()), "{why}");
-    why
-}
-
-fn uncut(node: &Node) -> u64 {
-    node.stats()["tunnel_gso"]["super_packets"].as_u64().unwrap()
+    TUNNEL_GSO.two_nodes(story, Builder::new(story)?.over(outer))
 }
 
 /// Carries some megabytes; how many super-packets of the sender left uncut.
 #[track_caller]
 fn carry(from: &Node, to: &Node, family: Family) -> u64 {
-    let before = uncut(from);
+    let before = TUNNEL_GSO.count(from);
     tcp(&from.ns, &to.ns, to.overlay(family), MEGABYTES);
-    uncut(from) - before
+    TUNNEL_GSO.count(from) - before
 }
 
 #[test]
@@ -86,12 +62,14 @@ fn leave_uncut(story: &'static str, outer: Family) {
 #[test]
 fn pods_super_packets_leave_uncut() {
     let story = "pods_super_packets_leave_uncut";
-    let Some(mesh) = Builder::new(story).and_then(|builder| two_nodes_of(story, builder.pods())) else { return };
+    let Some(mesh) = Builder::new(story).and_then(|builder| TUNNEL_GSO.two_nodes(story, builder.pods())) else {
+        return;
+    };
     let [a, b] = mesh.two(["a", "b"]);
     for family in [V4, V6] {
         tcp(a.pod(), b.pod(), b.pod_address(family), MEGABYTES);
     }
-    assert!(uncut(a) > 0);
+    assert!(TUNNEL_GSO.count(a) > 0);
     mesh.balances_with_the_kernel();
 }
 
@@ -101,10 +79,10 @@ fn it_follows_what_the_network_card_says() {
     let [a, b] = mesh.two(["a", "b"]);
     assert!(carry(a, b, V4) > 0);
     a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation off");
-    until("super-packets are cut here", || why_off(a).contains("ul0 does not cut"));
+    until("super-packets are cut here", || TUNNEL_GSO.why_off(a).contains("ul0 does not cut"));
     assert_eq!(carry(a, b, V4), 0);
     a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation on");
-    until("super-packets leave uncut again", || why_off(a).is_empty());
+    until("super-packets leave uncut again", || TUNNEL_GSO.why_off(a).is_empty());
     assert!(carry(a, b, V4) > 0);
     mesh.balances_with_the_kernel();
 }
@@ -119,10 +97,10 @@ fn nothing_leaves_uncut_where_ipsec_encrypts_what_this_host_sends() {
     if !a.ns.succeeds(&format!("ip xfrm policy add {policy} {template}")) {
         return skipped("nothing_leaves_uncut_where_ipsec_encrypts", "this kernel has no IPsec");
     }
-    until("super-packets are cut here", || why_off(a).contains("1 IPsec policies"));
+    until("super-packets are cut here", || TUNNEL_GSO.why_off(a).contains("1 IPsec policies"));
     assert_eq!(carry(a, b, V4), 0);
     a.ns.sh(&format!("ip xfrm policy delete {policy}"));
-    until("super-packets leave uncut again", || why_off(a).is_empty());
+    until("super-packets leave uncut again", || TUNNEL_GSO.why_off(a).is_empty());
     assert!(carry(a, b, V4) > 0);
 }
 
@@ -144,7 +122,7 @@ fn comes_back(story: &'static str, outer: Family, rule: &str) {
     assert!(carry(a, b, V4) > 0);
     a.ns.sh(&format!("{rule} add iif mesh0-gso blackhole"));
     carry(a, b, V4);
-    assert!(why_off(a).contains("some came back"), "{}", why_off(a));
+    assert!(TUNNEL_GSO.why_off(a).contains("some came back"), "{}", TUNNEL_GSO.why_off(a));
     assert_eq!(carry(a, b, V4), 0);
     mesh.balances_with_the_kernel();
 }
@@ -155,7 +133,7 @@ fn somebody_switches_its_device_off() {
     let [a, b] = mesh.two(["a", "b"]);
     a.ns.sh("ip link set mesh0-gso down");
     carry(a, b, V4);
-    until("it is on again", || why_off(a).is_empty());
+    until("it is on again", || TUNNEL_GSO.why_off(a).is_empty());
     assert!(carry(a, b, V4) > 0);
     mesh.balances();
 }
@@ -170,7 +148,7 @@ fn a_device_of_that_name_is_left_alone() {
     a.restart();
     b.restart();
     assert_eq!(carry(a, b, V4), 0);
-    assert!(why_off(a).contains("mesh0-gso"), "{}", why_off(a));
+    assert!(TUNNEL_GSO.why_off(a).contains("mesh0-gso"), "{}", TUNNEL_GSO.why_off(a));
     assert_eq!(a.log().matches("mesh0-gso").count(), 0, "{}", a.log());
     mesh.balances_with_the_kernel();
 }
@@ -182,7 +160,7 @@ fn without_its_device_it_does_without() {
     assert!(carry(a, b, V4) > 0);
     a.ns.sh("ip link del mesh0-gso");
     assert_eq!(carry(a, b, V4), 0, "the first is lost, and sent again by TCP");
-    assert!(why_off(a).contains("a write to mesh0-gso failed"), "{}", why_off(a));
+    assert!(TUNNEL_GSO.why_off(a).contains("a write to mesh0-gso failed"), "{}", TUNNEL_GSO.why_off(a));
     assert!(a.drops("udp_send_failed") > 0);
     mesh.balances();
 }
@@ -192,16 +170,16 @@ fn it_can_be_switched_off_and_is_not_there_without_peers_in_the_clear() {
     let Some(builder) = Builder::new("it_can_be_switched_off") else { return };
     let mesh = builder.node("a").set("tunnel-gso", "off").node("b").start();
     let [a, b] = mesh.two(["a", "b"]);
-    assert_eq!(why_off(a), "`tunnel-gso: off`");
+    assert_eq!(TUNNEL_GSO.why_off(a), "`tunnel-gso: off`");
     assert_eq!(carry(a, b, V4), 0);
     assert!(!a.ns.succeeds("ip link show mesh0-gso"));
     a.set("tunnel-gso", Some("auto"));
     a.set("io", Some("tokio"));
     assert_eq!(a.stop(), 0);
     a.restart();
-    assert!(why_off(a).contains("hands over plain packets"), "{}", why_off(a));
+    assert!(TUNNEL_GSO.why_off(a).contains("hands over plain packets"), "{}", TUNNEL_GSO.why_off(a));
     assert!(!a.ns.succeeds("ip link show mesh0-gso"));
-    if why_off(b).is_empty() {
+    if TUNNEL_GSO.why_off(b).is_empty() {
         a.set("io", Some("uring"));
         assert_eq!(a.stop(), 0);
         a.restart();
@@ -211,7 +189,7 @@ fn it_can_be_switched_off_and_is_not_there_without_peers_in_the_clear() {
     let Some(builder) = Builder::new("it_is_not_there_without_peers_in_the_clear") else { return };
     let mesh = builder.encrypted().node("a").node("b").start();
     let a = mesh.node("a");
-    let why = why_off(a);
+    let why = TUNNEL_GSO.why_off(a);
     assert!(why.contains("no peer in the clear") || why.contains("Linux 6.17"), "{why}");
     assert!(!a.ns.succeeds("ip link show mesh0-gso"));
 }

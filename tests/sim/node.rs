@@ -411,9 +411,7 @@ impl Node {
         }
         actual.equal_ids(expected)?;
         inn.clear();
-        if let Some(question) = inn.question() {
-            inn.answer(question, !rng.per_mille(200));
-        }
+        inn.ask(|_| !rng.per_mille(200));
         self.settle(before, delta, sabotage)?;
         Ok(delivered)
     }

@@ -277,9 +277,7 @@ fn after_a_long_super_packet_was_refused_they_are_short_for_a_while() {
             }
         }
         node.clear();
-        if let Some(question) = node.question() {
-            node.answer(question, true);
-        }
+        node.ask(|_| true);
         lens
     };
     assert_eq!(lens(1, true), [65, 35], "not before it is known where the flow ends");
