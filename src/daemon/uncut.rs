@@ -1,4 +1,5 @@
-//! Whether TCP super-packets leave uncut: where the network card, or nobody on a virtual link, cuts what lies in a tunnel.
+//! Whether TCP super-packets leave uncut: where the network card, or nobody on a virtual link, cuts what lies in a tunnel, and
+//! where the kernel has to compute checksums, which costs it less while it cuts than meshd and the kernel one after the other.
 //!
 //! Owns the decision, which is looked at again whenever the host changes and each second. Everything that speaks against it
 //! has a reason, which `meshctl stats` shows.
@@ -13,10 +14,13 @@ use crate::host::{Host, Underlay, outgoing_policies};
 use crate::io::tunnel_gso::TunnelGso;
 use crate::sys::ethtool;
 
-/// Features of the device that the underlay is carried over, by the names that `ethtool -k` uses. Over IPv6 the outer checksum
-/// has to be there.
-const OVER_V4: &str = "tx-udp_tnl-segmentation";
-const OVER_V6: &str = "tx-udp_tnl-csum-segmentation";
+/// By the names that `ethtool -k` uses: the device cuts what lies in a tunnel and computes the outer checksum, without which
+/// no receiver joins the datagrams again (GRO).
+const CUTS: &str = "tx-udp_tnl-csum-segmentation";
+/// It computes checksums for either address family, or for both.
+const SUMS_V4: &str = "tx-checksum-ipv4";
+const SUMS_V6: &str = "tx-checksum-ipv6";
+const SUMS: &str = "tx-checksum-ip-generic";
 
 /// For how long super-packets are cut here when some came back: at first, and at most. It doubles each time.
 const PENANCE: Duration = Duration::from_secs(30);
@@ -88,11 +92,18 @@ impl UncutSwitch {
         let program = self.program.as_ref().map_err(Clone::clone)?;
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
-            let wanted = if ip.is_ipv4() { OVER_V4 } else { OVER_V6 };
-            match ethtool::is_on(ifname, wanted) {
-                Ok(true) if ip.is_ipv4() => v4 = true,
-                Ok(true) => v6 = true,
-                Ok(false) => others.push(format!("{ifname} does not cut what lies in a tunnel ({wanted} is off)")),
+            let sums = if ip.is_ipv4() { SUMS_V4 } else { SUMS_V6 };
+            match ethtool::active(ifname) {
+                Ok(active) => {
+                    let has = |feature: &str| active.iter().any(|name| name == feature);
+                    if !has(CUTS) && (has(SUMS) || has(sums)) {
+                        others.push(format!("{ifname} does not cut what lies in a tunnel ({CUTS} is off)"));
+                    } else if ip.is_ipv4() {
+                        v4 = true;
+                    } else {
+                        v6 = true;
+                    }
+                }
                 Err(error) => others.push(format!("what {ifname} offloads cannot be read: {error}")),
             }
         }

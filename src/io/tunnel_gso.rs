@@ -223,12 +223,10 @@ fn frame_front(
     let header_len = inner_network as u16 + how.header_len;
     let mut inner =
         VnetHdr::super_packet(tcp | ecn | tunnel, header_len, how.size, inner_transport as u16, TCP_CHECKSUM as u16);
-    if !to.is_ipv4() {
-        // over IPv6 there has to be one (RFC 8200 §8.1); over IPv4 there should be none (RFC 7348 §5)
-        inner.flags |= vnet_hdr::UDP_TUNNEL_CSUM;
-        let at = front.len() - UDP_LEN + UDP_CHECKSUM;
-        front.get_mut(at..at + 2)?.copy_from_slice(&pseudo.fold());
-    }
+    // begun here, and finished by who cuts: without it no receiver joins the datagrams again (GRO)
+    inner.flags |= vnet_hdr::UDP_TUNNEL_CSUM;
+    let at = front.len() - UDP_LEN + UDP_CHECKSUM;
+    front.get_mut(at..at + 2)?.copy_from_slice(&pseudo.fold());
     let header = TunnelVnetHdr::new(inner, outer_transport as u16, inner_network as u16);
     front.get_mut(..AT)?.copy_from_slice(header.as_bytes());
     debug_assert!(front.len() <= MAX_FRONT);
@@ -251,7 +249,7 @@ mod tests {
     fn literal_bytes_over_ipv4() {
         let bytes = front("10.0.0.1:4660", "10.0.0.2:8472", HOW);
         // needs csum; TCP over IPv4 in a tunnel over IPv4; all headers, MSS; the inner TCP header, its checksum
-        assert_eq!(bytes[..10], *b"\x01\x21\x74\x00\x76\x05\x54\x00\x10\x00");
+        assert_eq!(bytes[..10], *b"\x09\x21\x74\x00\x76\x05\x54\x00\x10\x00");
         assert_eq!(bytes[10..20], [0; 10]);
         assert_eq!(bytes[20..24], *b"\x22\x00\x40\x00", "outer UDP at 34, inner IP at 64");
         assert_eq!(bytes[36..38], [8, 0]);

@@ -54,8 +54,8 @@ struct Features {
     blocks: [Block; MOST / 32],
 }
 
-/// Whether a feature, by the name that `ethtool -k` uses, is on; one that the kernel does not know is not.
-pub fn is_on(ifname: &str, feature: &str) -> io::Result<bool> {
+/// The features that are on, by the names that `ethtool -k` uses.
+pub fn active(ifname: &str) -> io::Result<Vec<String>> {
     let socket =
         Socket::new(Domain::IPV4, Type::DGRAM, None).or_else(|_| Socket::new(Domain::IPV6, Type::DGRAM, None))?;
     let mut info = SsetInfo { cmd: GSSET_INFO, reserved: 0, mask: 1 << SS_FEATURES, count: 0 };
@@ -71,9 +71,14 @@ pub fn is_on(ifname: &str, feature: &str) -> io::Result<bool> {
     let blocks = count.div_ceil(32);
     let mut features = Features { cmd: GFEATURES, size: blocks as u32, blocks: [Block::default(); MOST / 32] };
     ask(&socket, ifname, &mut features)?;
-    let is_it = |bytes: &[u8; NAME]| bytes.split(|byte| *byte == 0).next() == Some(feature.as_bytes());
-    let Some(number) = strings.names.iter().take(count).position(is_it) else { return Ok(false) };
-    Ok(features.blocks.get(number / 32).is_some_and(|block| block.active & 1 << (number % 32) != 0))
+    let is_active =
+        |number: usize| features.blocks.get(number / 32).is_some_and(|block| block.active & 1 << (number % 32) != 0);
+    let name = |bytes: &[u8; NAME]| {
+        let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+        String::from_utf8_lossy(name).into_owned()
+    };
+    let names = strings.names.iter().take(count).enumerate();
+    Ok(names.filter(|(number, _)| is_active(*number)).map(|(_, bytes)| name(bytes)).collect())
 }
 
 /// Hands `request` to the driver of a device, which answers in the same place.
@@ -92,9 +97,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn loopback_has_features_and_nothing_has_unknown_ones() {
-        assert!(is_on("lo", "tx-scatter-gather").unwrap());
-        assert!(!is_on("lo", "no-such-feature").unwrap());
-        assert!(is_on("no-such-dev0", "tx-scatter-gather").is_err());
+    fn loopback_has_features_and_what_is_not_there_has_none() {
+        let active = active("lo").unwrap();
+        assert!(active.iter().any(|name| name == "tx-scatter-gather"), "{active:?}");
+        assert!(!active.iter().any(|name| name == "tx-vlan-stag-hw-insert"), "it never has that: {active:?}");
+        assert!(super::active("no-such-dev0").is_err());
     }
 }

@@ -78,13 +78,40 @@ fn it_follows_what_the_network_card_says() {
     let Some(mesh) = two_nodes("it_follows_what_the_network_card_says", V4) else { return };
     let [a, b] = mesh.two(["a", "b"]);
     assert!(carry(a, b, V4) > 0);
-    a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation off");
+    a.ns.sh("ethtool -K ul0 tx-udp_tnl-csum-segmentation off");
     until("super-packets are cut here", || TUNNEL_GSO.why_off(a).contains("ul0 does not cut"));
     assert_eq!(carry(a, b, V4), 0);
-    a.ns.sh("ethtool -K ul0 tx-udp_tnl-segmentation on");
+    a.ns.sh("ethtool -K ul0 tx-udp_tnl-csum-segmentation on");
     until("super-packets leave uncut again", || TUNNEL_GSO.why_off(a).is_empty());
     assert!(carry(a, b, V4) > 0);
     mesh.balances_with_the_kernel();
+}
+
+/// The kernel has to look at each byte then, and cuts in the same pass.
+#[test]
+fn super_packets_leave_uncut_where_the_kernel_computes_checksums() {
+    for (story, outer) in [("where_the_kernel_sums_over_ipv4", V4), ("where_the_kernel_sums_over_ipv6", V6)] {
+        let Some(mesh) = two_nodes(story, outer) else { return };
+        let [a, b] = mesh.two(["a", "b"]);
+        let cuts = "tx-udp_tnl-segmentation off tx-udp_tnl-csum-segmentation off tso off tx-udp-segmentation off";
+        for node in [a, b] {
+            node.ns.sh(&format!("ethtool -K ul0 {cuts}"));
+            until("super-packets are cut here", || TUNNEL_GSO.why_off(node).contains("ul0 does not cut"));
+            node.ns.sh("ethtool -K ul0 tx off");
+            until("super-packets leave uncut", || TUNNEL_GSO.why_off(node).is_empty());
+        }
+        for family in [V4, V6] {
+            for (from, to) in [(a, b), (b, a)] {
+                assert!(carry(from, to, family) > 0, "{} to {}", from.overlay(family), to.overlay(family));
+            }
+        }
+        assert_eq!(b.stats()["partial_csum_in"], 0, "all of their checksums were computed");
+        let count = |key: &str| b.stats()["batches"][key].as_u64().unwrap();
+        let (segments, writes) = (count("tun_write_segments"), count("tun_writes"));
+        assert!(segments > 4 * writes, "they are joined: {segments} in {writes}");
+        assert_eq!(a.drops("bad_inner_packet") + b.drops("bad_inner_packet"), 0);
+        mesh.balances_with_the_kernel();
+    }
 }
 
 /// What goes by the redirection would pass by IPsec.
