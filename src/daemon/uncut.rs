@@ -4,6 +4,8 @@
 //! Owns the decision, which is looked at again whenever the host changes and each second. Everything that speaks against it
 //! has a reason, which `meshctl stats` shows.
 
+use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,13 +16,15 @@ use crate::host::{Host, Underlay, outgoing_policies};
 use crate::io::tunnel_gso::TunnelGso;
 use crate::sys::ethtool;
 
-/// By the names that `ethtool -k` uses: the device cuts what lies in a tunnel and computes the outer checksum, without which
-/// no receiver joins the datagrams again (GRO).
-const CUTS: &str = "tx-udp_tnl-csum-segmentation";
-/// It computes checksums for either address family, or for both.
+/// Features by the names that `ethtool -k` uses. With these the device cuts TCP in a tunnel and computes the outer checksum,
+/// without which Linux does not join the datagrams again for a receiving socket (GRO).
+const CUTS_TUNNELS: [&str; 3] = ["tx-udp_tnl-csum-segmentation", "tx-tcp-segmentation", "tx-tcp6-segmentation"];
+/// With either of these it computes checksums, the first two for one address family.
 const SUMS_V4: &str = "tx-checksum-ipv4";
 const SUMS_V6: &str = "tx-checksum-ipv6";
-const SUMS: &str = "tx-checksum-ip-generic";
+const SUMS_ANY: &str = "tx-checksum-ip-generic";
+/// A device has not more below it, one behind the other.
+const DEEPEST: usize = 8;
 
 /// For how long super-packets are cut here when some came back: at first, and at most. It doubles each time.
 const PENANCE: Duration = Duration::from_secs(30);
@@ -92,18 +96,10 @@ impl UncutSwitch {
         let program = self.program.as_ref().map_err(Clone::clone)?;
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
-            let sums = if ip.is_ipv4() { SUMS_V4 } else { SUMS_V6 };
-            match ethtool::active(ifname) {
-                Ok(active) => {
-                    let has = |feature: &str| active.iter().any(|name| name == feature);
-                    if !has(CUTS) && (has(SUMS) || has(sums)) {
-                        others.push(format!("{ifname} does not cut what lies in a tunnel ({CUTS} is off)"));
-                    } else if ip.is_ipv4() {
-                        v4 = true;
-                    } else {
-                        v6 = true;
-                    }
-                }
+            match Device::read(ifname, 0).map(|device| device.speaks_against(ip.is_ipv4())) {
+                Ok(None) if ip.is_ipv4() => v4 = true,
+                Ok(None) => v6 = true,
+                Ok(Some(why)) => others.push(why),
                 Err(error) => others.push(format!("what {ifname} offloads cannot be read: {error}")),
             }
         }
@@ -131,5 +127,108 @@ impl UncutSwitch {
         // others may set them back: a change of net.ipv4.ip_forward is one for every device
         host.ensure_outlet(&TunnelGso::device(tun)).await?;
         Ok((v4, v6))
+    }
+}
+
+/// A network device: what it has switched on, and the devices that carry it, such as those of a bond.
+struct Device {
+    name: String,
+    active: Vec<String>,
+    below: Vec<Device>,
+}
+
+impl Device {
+    fn read(name: &str, depth: usize) -> io::Result<Self> {
+        let active = ethtool::active(name)?;
+        let mut below = Vec::new();
+        // where that cannot be read, the device has to speak for itself
+        for entry in fs::read_dir(format!("/sys/class/net/{name}")).into_iter().flatten().flatten() {
+            let entry = entry.file_name();
+            if let Some(lower) = entry.to_str().and_then(|entry| entry.strip_prefix("lower_"))
+                && depth < DEEPEST
+            {
+                below.push(Device::read(lower, depth + 1)?);
+            }
+        }
+        Ok(Device { name: name.to_owned(), active, below })
+    }
+
+    /// Why super-packets should not leave uncut by it, if so. Who is above others may take what these do not.
+    fn speaks_against(&self, v4: bool) -> Option<String> {
+        let (device, missing) = self.missing()?;
+        let why = format!("{device} does not cut what lies in a tunnel ({missing} is off)");
+        self.sums(v4).then_some(why)
+    }
+
+    /// What is missing for somebody to cut, and where.
+    fn missing(&self) -> Option<(&str, &'static str)> {
+        let here = CUTS_TUNNELS.iter().find(|feature| !self.has(feature)).map(|feature| (self.name.as_str(), *feature));
+        here.or_else(|| self.below.iter().find_map(Device::missing))
+    }
+
+    /// Whether checksums are computed for the kernel, by who is lowest.
+    fn sums(&self, v4: bool) -> bool {
+        match self.below.as_slice() {
+            [] => self.has(SUMS_ANY) || self.has(if v4 { SUMS_V4 } else { SUMS_V6 }),
+            below => below.iter().any(|device| device.sums(v4)),
+        }
+    }
+
+    fn has(&self, feature: &str) -> bool {
+        self.active.iter().any(|active| active == feature)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CUTS: &[&str] = &["tx-udp_tnl-csum-segmentation", "tx-tcp-segmentation", "tx-tcp6-segmentation"];
+    const V4: bool = true;
+    const V6: bool = false;
+
+    fn device(name: &str, features: &[&[&str]], below: Vec<Device>) -> Device {
+        let active = features.concat().into_iter().map(str::to_owned).collect();
+        Device { name: name.to_owned(), active, below }
+    }
+
+    fn verdict(device: &Device, v4: bool) -> String {
+        device.speaks_against(v4).unwrap_or_default()
+    }
+
+    #[test]
+    fn a_card_that_cuts_tunnels_or_computes_no_checksums() {
+        let card = |features: &[&[&str]]| device("eth0", features, vec![]);
+        assert_eq!(verdict(&card(&[CUTS, &["tx-checksum-ip-generic"]]), V4), "");
+        for missing in CUTS {
+            let without: Vec<&str> = CUTS.iter().filter(|feature| *feature != missing).copied().collect();
+            let card = card(&[&without, &["tx-udp_tnl-segmentation", "tx-checksum-ip-generic"]]);
+            let why = format!("eth0 does not cut what lies in a tunnel ({missing} is off)");
+            assert_eq!([verdict(&card, V4), verdict(&card, V6)], [why.clone(), why]);
+        }
+        assert_eq!(verdict(&card(&[]), V4) + &verdict(&card(&[]), V6), "");
+        let v4_only = card(&[&["tx-checksum-ipv4"]]);
+        assert!(!verdict(&v4_only, V4).is_empty());
+        assert_eq!(verdict(&v4_only, V6), "");
+        let v6_only = card(&[&["tx-checksum-ipv6"]]);
+        assert_eq!(verdict(&v6_only, V4), "");
+        assert!(!verdict(&v6_only, V6).is_empty());
+    }
+
+    #[test]
+    fn who_is_above_others_says_what_they_may_not_do() {
+        let bond = |cards: [&[&str]; 2]| {
+            let cards = cards.iter().zip(["eth0", "eth1"]).map(|(features, name)| device(name, &[features], vec![]));
+            device("bond0", &[CUTS, &["tx-checksum-ip-generic"]], cards.collect())
+        };
+        assert_eq!(verdict(&bond([CUTS, CUTS]), V4), "");
+        let one = verdict(&bond([CUTS, &["tx-checksum-ip-generic"]]), V4);
+        assert_eq!(one, "eth1 does not cut what lies in a tunnel (tx-udp_tnl-csum-segmentation is off)");
+        assert_eq!(verdict(&bond([&[], &[]]), V4), "", "neither computes checksums");
+        let vlan = device("eth0.5", &[&["tx-checksum-ip-generic"]], vec![device("eth0", &[CUTS], vec![])]);
+        assert_eq!(verdict(&vlan, V4), "", "who is lowest computes none");
+        let summed = device("eth0", &[CUTS, &["tx-checksum-ipv4"]], vec![]);
+        let vlan = device("eth0.5", &[&["tx-checksum-ip-generic"]], vec![summed]);
+        assert!(verdict(&vlan, V4).starts_with("eth0.5 does not cut"));
     }
 }

@@ -205,7 +205,7 @@ impl Coalescer {
 
     /// The time.
     pub fn received_at(&mut self, now_us: u64) {
-        self.ends.at(now_us);
+        self.ends.set_now(now_us);
     }
 
     /// Asks whether a TCP connection (the peer's end and ours) ends at a socket of this node, if that is to be known for
@@ -254,8 +254,9 @@ impl Coalescer {
     /// Joins a packet to the last unit of its flow, if it can; what is known of its checksum then.
     #[inline]
     fn join(&mut self, arena: &[u8], offer: Offer<'_>, bytes: &[u8], segment: &Segment, hash: u32) -> Option<Checksum> {
+        debug_assert!(offer.here || !offer.big, "what is sent on somebody would have to cut again");
         let may_be_big = offer.big && packet_may_be_big(offer.packet);
-        let longest = if may_be_big && self.ends.here(hash) { LONGEST_HERE } else { LONGEST };
+        let longest = if may_be_big && self.ends.is_here(hash) { LONGEST_HERE } else { LONGEST };
         let unit = self.last_of(hash)?;
         if unit.length() + segment.payload > longest {
             if may_be_big && longest == LONGEST {
@@ -496,7 +497,7 @@ impl Unit {
     }
 }
 
-/// Whether there are such super-packets of more than 64 KiB.
+/// BIG TCP is for TCP over IPv4 alone.
 #[inline]
 fn packet_may_be_big(packet: &Packet) -> bool {
     packet.protocol == protocol::TCP && !packet.is_v6()

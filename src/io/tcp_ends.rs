@@ -41,7 +41,8 @@ fn is_here(ours: SocketAddr, theirs: SocketAddr) -> io::Result<bool> {
 
 /// The state of the socket that would get what comes from there; `None` where there is none.
 fn state(ours: SocketAddr, theirs: SocketAddr) -> io::Result<Option<u8>> {
-    let answer = netlink::ask(NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, &question(ours, theirs))?;
+    let question = question(ours, theirs);
+    let Some(answer) = netlink::ask(NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY, &question)? else { return Ok(None) };
     let tells = netlink::kind(&answer) == Some(SOCK_DIAG_BY_FAMILY);
     Ok(answer.get(STATE).copied().filter(|_| tells))
 }

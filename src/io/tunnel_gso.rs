@@ -1,6 +1,6 @@
 //! Super-packets that leave uncut: frames with their outer headers go into a TAP device of meshd's own, with an offload
 //! header that says what lies in the tunnel (Linux ≥6.17), and a program in its ingress hook ([`crate::sys::bpf`]) hands them
-//! to the neighbour. The network card cuts them, or on a virtual link nobody at all.
+//! to the neighbour. The network card cuts them, or the kernel, or on a virtual link nobody at all.
 //!
 //! A UDP socket cannot do that: what the kernel cuts for it are pieces of equal length, and each has to bring its own inner
 //! headers.
@@ -223,7 +223,8 @@ fn frame_front(
     let header_len = inner_network as u16 + how.header_len;
     let mut inner =
         VnetHdr::super_packet(tcp | ecn | tunnel, header_len, how.size, inner_transport as u16, TCP_CHECKSUM as u16);
-    // begun here, and finished by who cuts: without it no receiver joins the datagrams again (GRO)
+    // begun here, and finished by who cuts. Over IPv4 there should be none (RFC 7348 §5), but without it Linux joins no
+    // datagrams for a socket, as other meshd have (udp_gro_receive_segment)
     inner.flags |= vnet_hdr::UDP_TUNNEL_CSUM;
     let at = front.len() - UDP_LEN + UDP_CHECKSUM;
     front.get_mut(at..at + 2)?.copy_from_slice(&pseudo.fold());
@@ -254,11 +255,12 @@ mod tests {
         assert_eq!(bytes[20..24], *b"\x22\x00\x40\x00", "outer UDP at 34, inner IP at 64");
         assert_eq!(bytes[36..38], [8, 0]);
         assert_eq!(bytes[38..58], *b"\x45\x02\x04\x04\x00\x00\x40\x00\x40\x11\x22\xe5\x0a\x00\x00\x01\x0a\x00\x00\x02");
-        assert_eq!(bytes[58..], *b"\x12\x34\x21\x18\x03\xf0\x00\x00", "and no checksum");
+        // 0a00 + 1 + 0a00 + 2 + 17 + 1008, folded
+        assert_eq!(bytes[58..], *b"\x12\x34\x21\x18\x03\xf0\x18\x04", "the checksum is begun");
     }
 
     #[test]
-    fn over_ipv6_the_outer_checksum_is_begun() {
+    fn literal_bytes_over_ipv6() {
         let bytes = front("[fd00::1]:4660", "[fd00::2]:8472", Uncut { v6: true, cwr: true, transport: 40, ..HOW });
         assert_eq!(bytes[..2], [1 | 8, 4 | 0x80 | 0x40]);
         assert_eq!(bytes[20..24], *b"\x36\x00\x54\x00", "outer UDP at 54, inner IP at 84");

@@ -9,9 +9,14 @@ const NLM_F_REQUEST: u16 = 1;
 pub const HEADER: usize = 16;
 
 /// Asks with a message of `kind` and returns the answer, header first: its kind is that of an error where there is none.
-/// Concerns the network namespace of this thread. Does not wait, but for what the kernel does before it answers.
-pub fn ask(family: isize, kind: u16, body: &[u8]) -> io::Result<Vec<u8>> {
-    let mut socket = Socket::new(family)?;
+/// `None` where this kernel does not have the family. Concerns the network namespace of this thread. Does not wait, but for
+/// what the kernel does before it answers.
+pub fn ask(family: isize, kind: u16, body: &[u8]) -> io::Result<Option<Vec<u8>>> {
+    let mut socket = match Socket::new(family) {
+        Ok(socket) => socket,
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => return Ok(None),
+        Err(error) => return Err(error),
+    };
     socket.bind_auto()?;
     socket.connect(&SocketAddr::new(0, 0))?;
     let mut question = Vec::with_capacity(HEADER + body.len());
@@ -24,7 +29,7 @@ pub fn ask(family: isize, kind: u16, body: &[u8]) -> io::Result<Vec<u8>> {
     // the kernel answers before it returns from the send
     let mut answer = Vec::with_capacity(1024);
     socket.recv(&mut answer, libc::MSG_DONTWAIT)?;
-    Ok(answer)
+    Ok(Some(answer))
 }
 
 /// What kind of message an answer is.

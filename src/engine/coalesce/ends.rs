@@ -40,13 +40,13 @@ impl Default for Ends {
 
 impl Ends {
     /// The time.
-    pub(super) fn at(&mut self, now_us: u64) {
+    pub(super) fn set_now(&mut self, now_us: u64) {
         self.now_us = now_us;
     }
 
     /// Whether the flow is known to end at a socket of this node.
     #[inline]
-    pub(super) fn here(&self, hash: u32) -> bool {
+    pub(super) fn is_here(&self, hash: u32) -> bool {
         self.known(hash).unwrap_or(false)
     }
 
