@@ -197,7 +197,7 @@ fn within(checks: &mut Checks) -> anyhow::Result<()> {
     mirror.stop()
 }
 
-/// Whether super-packets could leave uncut, with a network card for which that is good.
+/// Whether super-packets could leave uncut, with a network card that cuts what lies in a tunnel.
 async fn leaves_uncut() -> anyhow::Result<String> {
     let program = TunnelGso::load().context("the kernel takes no program for it")?;
     let way = TunnelGso::off("");
@@ -210,8 +210,7 @@ async fn leaves_uncut() -> anyhow::Result<String> {
         let back = way.gives_back(ends[0], ends[1]).context("a super-packet is refused")?;
         anyhow::ensure!(back, "a super-packet to {nowhere}, for which there is no way, does not come back");
     }
-    Ok("super-packets can leave uncut, where the network card cuts what lies in a tunnel or computes no checksums (`ethtool -k`)"
-        .to_owned())
+    Ok("super-packets can leave uncut, where the network card cuts what lies in a tunnel (`ethtool -k`)".to_owned())
 }
 
 async fn set_up() -> anyhow::Result<String> {

@@ -97,7 +97,7 @@ pub const KEYS: &[Key] = &[
         "tunnel-gso",
         "auto|off",
         "TCP super-packets in the clear leave uncut where the underlay's network card cuts what lies in a tunnel \
-         (`ethtool -k`: tx-udp_tnl-csum-segmentation), or computes no checksums, and Linux is 6.17 or newer; they pass by the firewall's output hook, and never \
+         (`ethtool -k`: tx-udp_tnl-csum-segmentation) and Linux is 6.17 or newer; they pass by the firewall's output hook, and never \
          leave so while this host has IPsec policies",
         "auto",
     ),

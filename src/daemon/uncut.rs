@@ -1,5 +1,4 @@
-//! Whether TCP super-packets leave uncut: where the network card, or nobody on a virtual link, cuts what lies in a tunnel, and
-//! where the kernel has to compute checksums, which costs it less while it cuts than meshd and the kernel one after the other.
+//! Whether TCP super-packets leave uncut: where the network card, or nobody on a virtual link, cuts what lies in a tunnel.
 //!
 //! Owns the decision, which is looked at again whenever the host changes and each second. Everything that speaks against it
 //! has a reason, which `meshctl stats` shows.
@@ -19,10 +18,6 @@ use crate::sys::ethtool;
 /// Features by the names that `ethtool -k` uses. With these the device cuts TCP in a tunnel and computes the outer checksum,
 /// without which Linux does not join the datagrams again for a receiving socket (GRO).
 const CUTS_TUNNELS: [&str; 3] = ["tx-udp_tnl-csum-segmentation", "tx-tcp-segmentation", "tx-tcp6-segmentation"];
-/// With either of these it computes checksums, the first two for one address family.
-const SUMS_V4: &str = "tx-checksum-ipv4";
-const SUMS_V6: &str = "tx-checksum-ipv6";
-const SUMS_ANY: &str = "tx-checksum-ip-generic";
 /// A device has not more below it, one behind the other.
 const DEEPEST: usize = 8;
 
@@ -96,7 +91,7 @@ impl UncutSwitch {
         let program = self.program.as_ref().map_err(Clone::clone)?;
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
-            match Device::read(ifname, 0).map(|device| device.speaks_against(ip.is_ipv4())) {
+            match Device::read(ifname, 0).map(|device| device.speaks_against()) {
                 Ok(None) if ip.is_ipv4() => v4 = true,
                 Ok(None) => v6 = true,
                 Ok(Some(why)) => others.push(why),
@@ -154,24 +149,15 @@ impl Device {
     }
 
     /// Why super-packets should not leave uncut by it, if so. Who is above others may take what these do not.
-    fn speaks_against(&self, v4: bool) -> Option<String> {
+    fn speaks_against(&self) -> Option<String> {
         let (device, missing) = self.missing()?;
-        let why = format!("{device} does not cut what lies in a tunnel ({missing} is off)");
-        self.sums(v4).then_some(why)
+        Some(format!("{device} does not cut what lies in a tunnel ({missing} is off)"))
     }
 
     /// What is missing for somebody to cut, and where.
     fn missing(&self) -> Option<(&str, &'static str)> {
         let here = CUTS_TUNNELS.iter().find(|feature| !self.has(feature)).map(|feature| (self.name.as_str(), *feature));
         here.or_else(|| self.below.iter().find_map(Device::missing))
-    }
-
-    /// Whether checksums are computed for the kernel, by who is lowest.
-    fn sums(&self, v4: bool) -> bool {
-        match self.below.as_slice() {
-            [] => self.has(SUMS_ANY) || self.has(if v4 { SUMS_V4 } else { SUMS_V6 }),
-            below => below.iter().any(|device| device.sums(v4)),
-        }
     }
 
     fn has(&self, feature: &str) -> bool {
@@ -183,52 +169,31 @@ impl Device {
 mod tests {
     use super::*;
 
-    const CUTS: &[&str] = &["tx-udp_tnl-csum-segmentation", "tx-tcp-segmentation", "tx-tcp6-segmentation"];
-    const V4: bool = true;
-    const V6: bool = false;
-
-    fn device(name: &str, features: &[&[&str]], below: Vec<Device>) -> Device {
-        let active = features.concat().into_iter().map(str::to_owned).collect();
-        Device { name: name.to_owned(), active, below }
-    }
-
-    fn verdict(device: &Device, v4: bool) -> String {
-        device.speaks_against(v4).unwrap_or_default()
+    fn device(name: &str, features: &[&str], below: Vec<Device>) -> Device {
+        Device { name: name.to_owned(), active: features.iter().map(|feature| (*feature).to_owned()).collect(), below }
     }
 
     #[test]
-    fn a_card_that_cuts_tunnels_or_computes_no_checksums() {
-        let card = |features: &[&[&str]]| device("eth0", features, vec![]);
-        assert_eq!(verdict(&card(&[CUTS, &["tx-checksum-ip-generic"]]), V4), "");
-        for missing in CUTS {
-            let without: Vec<&str> = CUTS.iter().filter(|feature| *feature != missing).copied().collect();
-            let card = card(&[&without, &["tx-udp_tnl-segmentation", "tx-checksum-ip-generic"]]);
+    fn a_card_that_cuts_tunnels() {
+        assert_eq!(device("eth0", &CUTS_TUNNELS, vec![]).speaks_against(), None);
+        for missing in CUTS_TUNNELS {
+            let features =
+                CUTS_TUNNELS.map(|feature| if feature == missing { "tx-udp_tnl-segmentation" } else { feature });
             let why = format!("eth0 does not cut what lies in a tunnel ({missing} is off)");
-            assert_eq!([verdict(&card, V4), verdict(&card, V6)], [why.clone(), why]);
+            assert_eq!(device("eth0", &features, vec![]).speaks_against(), Some(why));
         }
-        assert_eq!(verdict(&card(&[]), V4) + &verdict(&card(&[]), V6), "");
-        let v4_only = card(&[&["tx-checksum-ipv4"]]);
-        assert!(!verdict(&v4_only, V4).is_empty());
-        assert_eq!(verdict(&v4_only, V6), "");
-        let v6_only = card(&[&["tx-checksum-ipv6"]]);
-        assert_eq!(verdict(&v6_only, V4), "");
-        assert!(!verdict(&v6_only, V6).is_empty());
     }
 
     #[test]
     fn who_is_above_others_says_what_they_may_not_do() {
         let bond = |cards: [&[&str]; 2]| {
-            let cards = cards.iter().zip(["eth0", "eth1"]).map(|(features, name)| device(name, &[features], vec![]));
-            device("bond0", &[CUTS, &["tx-checksum-ip-generic"]], cards.collect())
+            let cards = cards.iter().zip(["eth0", "eth1"]).map(|(features, name)| device(name, features, vec![]));
+            device("bond0", &CUTS_TUNNELS, cards.collect())
         };
-        assert_eq!(verdict(&bond([CUTS, CUTS]), V4), "");
-        let one = verdict(&bond([CUTS, &["tx-checksum-ip-generic"]]), V4);
-        assert_eq!(one, "eth1 does not cut what lies in a tunnel (tx-udp_tnl-csum-segmentation is off)");
-        assert_eq!(verdict(&bond([&[], &[]]), V4), "", "neither computes checksums");
-        let vlan = device("eth0.5", &[&["tx-checksum-ip-generic"]], vec![device("eth0", &[CUTS], vec![])]);
-        assert_eq!(verdict(&vlan, V4), "", "who is lowest computes none");
-        let summed = device("eth0", &[CUTS, &["tx-checksum-ipv4"]], vec![]);
-        let vlan = device("eth0.5", &[&["tx-checksum-ip-generic"]], vec![summed]);
-        assert!(verdict(&vlan, V4).starts_with("eth0.5 does not cut"));
+        assert_eq!(bond([&CUTS_TUNNELS, &CUTS_TUNNELS]).speaks_against(), None);
+        let why = bond([&CUTS_TUNNELS, &[]]).speaks_against().unwrap();
+        assert_eq!(why, "eth1 does not cut what lies in a tunnel (tx-udp_tnl-csum-segmentation is off)");
+        let vlan = device("eth0.5", &[], vec![device("eth0", &CUTS_TUNNELS, vec![])]);
+        assert!(vlan.speaks_against().unwrap().starts_with("eth0.5 does not cut"));
     }
 }

@@ -46,7 +46,7 @@ const V6_MIN_MTU: usize = 1280;
 const MAX_UDP: usize = 65_535 - transport::UDP_LEN;
 
 /// Whether TCP super-packets for clear peers leave uncut, by the address family of the underlay: where the kernel takes
-/// them so, and the network card cuts them, or the kernel, or nobody on a virtual link.
+/// them so, and the network card, or nobody on a virtual link, cuts them.
 #[derive(Debug, Default)]
 pub struct CutBehind {
     /// Over IPv4.

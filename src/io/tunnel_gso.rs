@@ -1,6 +1,6 @@
 //! Super-packets that leave uncut: frames with their outer headers go into a TAP device of meshd's own, with an offload
 //! header that says what lies in the tunnel (Linux ≥6.17), and a program in its ingress hook ([`crate::sys::bpf`]) hands them
-//! to the neighbour. The network card cuts them, or the kernel, or on a virtual link nobody at all.
+//! to the neighbour. The network card cuts them, or on a virtual link nobody at all.
 //!
 //! A UDP socket cannot do that: what the kernel cuts for it are pieces of equal length, and each has to bring its own inner
 //! headers.

@@ -95,7 +95,7 @@ pub struct StatsView {
     pub offloads: OffloadsView,
     /// Offload → why it is off, or why it was switched off.
     pub offload_reasons: BTreeMap<String, String>,
-    /// Whether TCP super-packets for clear peers leave uncut, for the network card or the kernel to cut. With most cards they do not.
+    /// Whether TCP super-packets for clear peers leave uncut, for the network card to cut. Most cannot.
     #[serde(default)]
     pub tunnel_gso: SuperPacketsView,
     /// Whether TCP for this node itself is handed over in super-packets of more than 64 KiB.
