@@ -18,8 +18,6 @@ use crate::sys::ethtool;
 /// Features by the names that `ethtool -k` uses. With these the device cuts TCP in a tunnel and computes the outer checksum,
 /// without which Linux does not join the datagrams again for a receiving socket (GRO).
 const CUTS_TUNNELS: [&str; 3] = ["tx-udp_tnl-csum-segmentation", "tx-tcp-segmentation", "tx-tcp6-segmentation"];
-/// A device has not more below it, one behind the other.
-const DEEPEST: usize = 8;
 
 /// For how long super-packets are cut here when some came back: at first, and at most. It doubles each time.
 const PENANCE: Duration = Duration::from_secs(30);
@@ -91,7 +89,7 @@ impl UncutSwitch {
         let program = self.program.as_ref().map_err(Clone::clone)?;
         let (mut v4, mut v6, mut others) = (false, false, Vec::new());
         for Underlay { ip, ifname, .. } in underlays {
-            match Device::read(ifname, 0).map(|device| device.speaks_against()) {
+            match devices(ifname).map(|devices| speaks_against(&devices)) {
                 Ok(None) if ip.is_ipv4() => v4 = true,
                 Ok(None) => v6 = true,
                 Ok(Some(why)) => others.push(why),
@@ -125,75 +123,71 @@ impl UncutSwitch {
     }
 }
 
-/// A network device: what it has switched on, and the devices that carry it, such as those of a bond.
+/// A network device and what it has switched on.
 struct Device {
     name: String,
     active: Vec<String>,
-    below: Vec<Device>,
 }
 
-impl Device {
-    fn read(name: &str, depth: usize) -> io::Result<Self> {
-        let active = ethtool::active(name)?;
-        let mut below = Vec::new();
+/// A device and those that carry it, such as the cards of a bond.
+fn devices(ifname: &str) -> io::Result<Vec<Device>> {
+    let (mut names, mut devices) = (vec![ifname.to_owned()], Vec::new());
+    while let Some(name) = names.get(devices.len()).cloned() {
         // where that cannot be read, the device has to speak for itself
         for entry in fs::read_dir(format!("/sys/class/net/{name}")).into_iter().flatten().flatten() {
             let entry = entry.file_name();
-            if let Some(lower) = entry.to_str().and_then(|entry| entry.strip_prefix("lower_"))
-                && depth < DEEPEST
-            {
-                below.push(Device::read(lower, depth + 1)?);
-            }
+            let lower = entry.to_str().and_then(|entry| entry.strip_prefix("lower_"));
+            names.extend(lower.filter(|lower| names.iter().all(|name| name != lower)).map(str::to_owned));
         }
-        Ok(Device { name: name.to_owned(), active, below })
+        devices.push(Device { active: ethtool::active(&name)?, name });
     }
+    Ok(devices)
+}
 
-    /// Why super-packets should not leave uncut by it, if so. Who is above others may take what these do not.
-    fn speaks_against(&self) -> Option<String> {
-        let (device, missing) = self.missing()?;
-        Some(format!("{device} does not cut what lies in a tunnel ({missing} is off)"))
-    }
-
-    /// What is missing for somebody to cut, and where.
-    fn missing(&self) -> Option<(&str, &'static str)> {
-        let here = CUTS_TUNNELS.iter().find(|feature| !self.has(feature)).map(|feature| (self.name.as_str(), *feature));
-        here.or_else(|| self.below.iter().find_map(Device::missing))
-    }
-
-    fn has(&self, feature: &str) -> bool {
-        self.active.iter().any(|active| active == feature)
-    }
+/// Why super-packets should not leave uncut by these devices, if so. Who is carried by others may take what these do not.
+fn speaks_against(devices: &[Device]) -> Option<String> {
+    devices.iter().find_map(|Device { name, active }| {
+        let missing = CUTS_TUNNELS.iter().find(|feature| active.iter().all(|active| active != *feature))?;
+        Some(format!("{name} does not cut what lies in a tunnel ({missing} is off)"))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn device(name: &str, features: &[&str], below: Vec<Device>) -> Device {
-        Device { name: name.to_owned(), active: features.iter().map(|feature| (*feature).to_owned()).collect(), below }
+    fn device(name: &str, features: &[&str]) -> Device {
+        Device { name: name.to_owned(), active: features.iter().map(|feature| (*feature).to_owned()).collect() }
     }
 
     #[test]
     fn a_card_that_cuts_tunnels() {
-        assert_eq!(device("eth0", &CUTS_TUNNELS, vec![]).speaks_against(), None);
+        assert_eq!(speaks_against(&[device("eth0", &CUTS_TUNNELS)]), None);
         for missing in CUTS_TUNNELS {
             let features =
                 CUTS_TUNNELS.map(|feature| if feature == missing { "tx-udp_tnl-segmentation" } else { feature });
             let why = format!("eth0 does not cut what lies in a tunnel ({missing} is off)");
-            assert_eq!(device("eth0", &features, vec![]).speaks_against(), Some(why));
+            assert_eq!(speaks_against(&[device("eth0", &features)]), Some(why));
         }
     }
 
     #[test]
     fn who_is_above_others_says_what_they_may_not_do() {
         let bond = |cards: [&[&str]; 2]| {
-            let cards = cards.iter().zip(["eth0", "eth1"]).map(|(features, name)| device(name, features, vec![]));
-            device("bond0", &CUTS_TUNNELS, cards.collect())
+            let [eth0, eth1] = cards;
+            speaks_against(&[device("bond0", &CUTS_TUNNELS), device("eth0", eth0), device("eth1", eth1)])
         };
-        assert_eq!(bond([&CUTS_TUNNELS, &CUTS_TUNNELS]).speaks_against(), None);
-        let why = bond([&CUTS_TUNNELS, &[]]).speaks_against().unwrap();
+        assert_eq!(bond([&CUTS_TUNNELS, &CUTS_TUNNELS]), None);
+        let why = bond([&CUTS_TUNNELS, &[]]).unwrap();
         assert_eq!(why, "eth1 does not cut what lies in a tunnel (tx-udp_tnl-csum-segmentation is off)");
-        let vlan = device("eth0.5", &[], vec![device("eth0", &CUTS_TUNNELS, vec![])]);
-        assert!(vlan.speaks_against().unwrap().starts_with("eth0.5 does not cut"));
+        let vlan = speaks_against(&[device("eth0.5", &[]), device("eth0", &CUTS_TUNNELS)]);
+        assert!(vlan.unwrap().starts_with("eth0.5 does not cut"));
+    }
+
+    #[test]
+    fn a_device_comes_first_of_those_that_carry_it() {
+        let devices = devices("lo").unwrap();
+        assert_eq!(devices.first().map(|device| device.name.as_str()), Some("lo"));
+        assert!(super::devices("no-such-dev0").is_err());
     }
 }
