@@ -133,7 +133,8 @@ fn filters_and_the_flight_recorder() {
 
     let (icmp, drops) = (mesh.dir().join("icmp.pcapng"), mesh.dir().join("drops.pcapng"));
     let running = capture(a, &icmp, &["peer", "b", "icmp"]);
-    tcp(&a.ns, &b.ns, b.overlay(V4), 1 << 16);
+    // in super-packets these are 64 packets, and as many outside
+    tcp(&a.ns, &b.ns, b.overlay(V4), 4 << 20);
     ping(&a.ns, b.overlay(V4));
     ends(running);
     let [all, inner, outer] = ["frame", "icmp && frame.interface_id == 0", "icmp && frame.interface_id == 1"]
