@@ -35,6 +35,7 @@ use meshd::wire::checksum::Sum;
 use meshd::wire::echo::Echo;
 use meshd::wire::icmp;
 use meshd::wire::ip::Packet;
+use meshd::wire::transport::flags;
 use meshd::wire::vnet_hdr;
 use model::{Fate, Peer, View};
 use reference::{ACK, Head, TCP, TcpHead, VNET, be16, look};
@@ -427,6 +428,20 @@ pub(crate) fn admin(data: &[u8]) {
     _ = serde_json::from_slice::<Answer<serde_json::Value>>(data);
 }
 
+/// Clears what may differ where segments fill up the super-packet before: PSH, the id of a packet that is not to be fragmented, and
+/// the checksums.
+fn forget_push_and_id(datagram: &mut [u8]) {
+    let Some(packet) = datagram.get_mut(ENCAPSULATION..) else { return };
+    let Ok(Packet { header_len, protocol: TCP, .. }) = Packet::parse(packet) else { return };
+    let tcp = usize::from(header_len);
+    let atomic = packet[0] >> 4 == 4 && packet[6] & 0x40 != 0;
+    if atomic {
+        [4, 5, 10, 11].into_iter().for_each(|at| packet[at] = 0);
+    }
+    packet[tcp + 13] &= !flags::PSH;
+    packet[tcp + 16..tcp + 18].fill(0);
+}
+
 /// Puts addresses right, and the checksums where `deep`.
 fn mend(packet: &mut [u8], source: (IpAddr, IpAddr), destination: (IpAddr, IpAddr), deep: bool) {
     let v6 = packet.first().is_some_and(|first| first >> 4 == 6);
@@ -560,40 +575,51 @@ impl Mesh {
             out.push(&self.tables, 1, &mut arena, at, len);
         }
         let mut datagrams: Vec<Vec<u8>> = Vec::new();
-        for run in out.batch().runs() {
-            let gather = |pieces: &[Piece]| -> Vec<u8> {
-                pieces.iter().map(|piece| piece.of(&arena, out.batch().slab())).collect::<Vec<_>>().concat()
-            };
-            if let Some(how) = run.uncut {
-                let datagram = gather(run.pieces());
-                let (header, inner) = datagram.split_at(ENCAPSULATION);
-                let kind = if how.v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 };
-                let ecn = if how.cwr { vnet_hdr::GSO_ECN } else { 0 };
-                let fields = [how.header_len, how.size, how.transport, 16].map(u16::to_ne_bytes).concat();
-                let vnet = [&[vnet_hdr::NEEDS_CSUM, kind | ecn], fields.as_slice()].concat();
-                let packets = reference::unwrap(&[vnet.as_slice(), inner].concat()).expect("a kernel cuts it");
-                assert_eq!(packets.len(), usize::from(run.segments));
-                let cut: Vec<Vec<u8>> = packets.iter().map(|packet| [header, packet].concat()).collect();
-                assert_eq!(run.bytes as usize, cut.concat().len());
-                datagrams.extend(cut);
+        // what came last waits for a second round
+        out.more_follows();
+        for _ in 0..2 {
+            out.set_aside();
+            for run in out.batch().runs() {
+                let gather = |pieces: &[Piece]| -> Vec<u8> {
+                    pieces.iter().map(|piece| piece.of(&arena, out.batch().slab())).collect::<Vec<_>>().concat()
+                };
+                if let Some(how) = run.uncut() {
+                    let datagram = gather(run.pieces());
+                    let (header, inner) = datagram.split_at(ENCAPSULATION);
+                    let kind = if how.v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 };
+                    let ecn = if how.cwr { vnet_hdr::GSO_ECN } else { 0 };
+                    let fields = [how.header_len, how.size, how.transport, 16].map(u16::to_ne_bytes).concat();
+                    let vnet = [&[vnet_hdr::NEEDS_CSUM, kind | ecn], fields.as_slice()].concat();
+                    let packets = reference::unwrap(&[vnet.as_slice(), inner].concat()).expect("a kernel cuts it");
+                    assert_eq!(packets.len(), usize::from(run.segments));
+                    let cut: Vec<Vec<u8>> = packets.iter().map(|packet| [header, packet].concat()).collect();
+                    assert_eq!(run.bytes as usize, cut.concat().len());
+                    datagrams.extend(cut);
+                    out.sent(&self.tables, run, Sent::All);
+                    continue;
+                }
+                let of_run: Vec<_> = run.datagrams().map(gather).collect();
+                assert_eq!(of_run.len(), usize::from(run.segments));
+                assert_eq!(of_run.concat(), gather(run.pieces()));
+                assert!(run.segments <= 64 && run.bytes <= 65_507 && run.bytes as usize == of_run.concat().len());
+                datagrams.extend(of_run);
                 out.sent(&self.tables, run, Sent::All);
-                continue;
             }
-            let of_run: Vec<_> = run.datagrams().map(gather).collect();
-            assert_eq!(of_run.len(), usize::from(run.segments));
-            assert_eq!(of_run.concat(), gather(run.pieces()));
-            assert!(run.segments <= 64 && run.bytes <= 65_507 && run.bytes as usize == of_run.concat().len());
-            datagrams.extend(of_run);
-            out.sent(&self.tables, run, Sent::All);
+            out.errors().for_each(|error| out.error_written(error, true));
+            out.clear();
         }
-        out.errors().for_each(|error| out.error_written(error, true));
-        out.clear();
         self.balanced();
         if datagrams != expected {
             // flows may overtake each other
             let (mut a, mut b) = (datagrams.clone(), expected);
             a.sort();
             b.sort();
+            if a != b {
+                // what fills up a super-packet has PSH and ids elsewhere
+                [&mut a, &mut b].into_iter().flatten().for_each(|datagram| forget_push_and_id(datagram));
+                a.sort();
+                b.sort();
+            }
             assert_eq!(a, b);
         }
         datagrams
@@ -666,6 +692,12 @@ impl Mesh {
         if a != b {
             a.sort();
             b.sort();
+            if a != b {
+                // what fills up a super-packet has PSH and ids elsewhere
+                [&mut a, &mut b].into_iter().flatten().for_each(|datagram| forget_push_and_id(datagram));
+                a.sort();
+                b.sort();
+            }
             assert_eq!(a, b);
         }
         frames

@@ -18,6 +18,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use self::ends::Ends;
 use super::classify;
+use super::same_flow::{same_ip, same_ports, same_tcp};
 use super::segment::{self, Gso, Segmenter};
 use super::tables::PeerIndex;
 use super::tx_batch::Piece;
@@ -404,14 +405,14 @@ impl Unit {
             && self.pieces.len() < if udp { MAX_UDP_SEGMENTS } else { MAX_PIECES };
         let alike = fits
             && same_ip(packet, head, bytes)
-            && if udp { same_udp(packet, head, bytes, segment) } else { same_tcp(packet, head, bytes) }
+            && if udp { segment.may_lead && same_ports(packet, head, bytes) } else { same_tcp(packet, head, bytes) }
             && (udp || segment.sequence == first.sequence.wrapping_add(self.payload as u32));
         if !alike {
             return None;
         }
         let id = if packet.is_v6() { self.id } else { self.next_id(head, ip_id(packet, bytes), segment.count())? };
 
-        // the kernel will believe the joined packet's checksum: each part must be right, or all unfinished
+        // the kernel will believe the joined packet's checksum: each part must be right, or unfinished
         if self.checksum == Checksum::Unknown {
             self.checksum = if authentic { Checksum::Valid } else { verify(&self.packet, head, &first) };
         }
@@ -421,7 +422,7 @@ impl Unit {
             true => Checksum::Valid,
             false => verify(packet, bytes, segment),
         };
-        if checksum != self.checksum || checksum == Checksum::Wrong {
+        if self.checksum == Checksum::Wrong || checksum == Checksum::Wrong {
             self.closed = true;
             return None;
         }
@@ -466,30 +467,12 @@ impl Unit {
                 _ => None,
             };
         }
-        let whole = first.header_len + self.payload;
-        // BIG TCP: no length, so that the receiver takes the packet's own
-        let total = u16::try_from(whole).unwrap_or(0);
-        let length = whole.checked_sub(start)?;
-        let (ip_header, rest) = packet.split_at_mut_checked(start)?;
-        if v6 {
-            let (header, _) = ip::V6::mut_from_prefix(ip_header).ok()?;
-            header.payload_len = total.checked_sub(ip::V6_LEN as u16)?.into();
-        } else {
-            let (header, options) = ip::V4::mut_from_prefix(ip_header).ok()?;
-            header.total_len = total.into();
-            header.checksum = [0; 2];
-            header.checksum = Sum::default().bytes(header.as_bytes()).bytes(options).finish();
-        }
-        let pseudo = self.packet.pseudo_sum(length as u16).add_u16((length >> 16) as u16).fold();
+        segment::set_length(&self.packet, packet, first.header_len + self.payload)?;
         let gso_type = if tcp {
-            let (header, _) = Tcp::mut_from_prefix(rest).ok()?;
+            let (header, _) = Tcp::mut_from_prefix(packet.get_mut(start..)?).ok()?;
             header.flags |= self.flags & (flags::PSH | flags::FIN);
-            header.checksum = pseudo;
             if v6 { vnet_hdr::GSO_TCPV6 } else { vnet_hdr::GSO_TCPV4 }
         } else {
-            let (header, _) = Udp::mut_from_prefix(rest).ok()?;
-            header.length = (length as u16).into();
-            header.checksum = pseudo;
             vnet_hdr::GSO_UDP_L4
         };
         let size = u16::try_from(first.size).ok()?;
@@ -531,45 +514,6 @@ fn read_transport(packet: &Packet, bytes: &[u8]) -> Option<Segment> {
         }
         _ => None,
     }
-}
-
-/// Everything of the IP headers but lengths, ids and checksums is equal.
-#[inline]
-fn same_ip(packet: &Packet, a: &[u8], b: &[u8]) -> bool {
-    if packet.is_v6() {
-        same::<4>(a, b, 0) && same::<34>(a, b, 6)
-    } else {
-        same::<2>(a, b, 0) && same::<4>(a, b, 6) && same::<8>(a, b, 12)
-    }
-}
-
-/// Everything of the TCP headers but sequence, FIN, PSH and checksum is equal, options too.
-#[inline]
-fn same_tcp(packet: &Packet, head: &[u8], bytes: &[u8]) -> bool {
-    let start = usize::from(packet.header_len);
-    let (Some(a), Some(b)) = (head.get(start..), bytes.get(start..)) else { return false };
-    let (Ok((a_tcp, _)), Ok((b_tcp, _))) = (Tcp::ref_from_prefix(a), Tcp::ref_from_prefix(b)) else { return false };
-    let options = transport::TCP_MIN_LEN..b_tcp.header_len().max(transport::TCP_MIN_LEN);
-    (a_tcp.flags ^ b_tcp.flags) & !(flags::FIN | flags::PSH) == 0
-        && a_tcp.window == b_tcp.window
-        && same::<4>(a, b, 0)
-        && same::<5>(a, b, 8)
-        && a_tcp.urgent == b_tcp.urgent
-        && a.get(options.clone()).is_some_and(|a| Some(a) == b.get(options))
-}
-
-/// Ports are equal, and the datagram may join at all.
-#[inline]
-fn same_udp(packet: &Packet, head: &[u8], bytes: &[u8], segment: &Segment) -> bool {
-    let start = usize::from(packet.header_len);
-    segment.may_lead && same::<4>(head, bytes, start)
-}
-
-/// `N` bytes from `at` on are there and equal. Of a fixed length, or each would be a call.
-#[inline]
-fn same<const N: usize>(a: &[u8], b: &[u8], at: usize) -> bool {
-    let (a, b) = (a.get(at..).and_then(<[u8]>::first_chunk::<N>), b.get(at..).and_then(<[u8]>::first_chunk::<N>));
-    a.is_some_and(|a| Some(a) == b)
 }
 
 fn ip_id(packet: &Packet, bytes: &[u8]) -> u16 {

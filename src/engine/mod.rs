@@ -12,6 +12,7 @@ pub mod coalesce;
 pub mod drop;
 pub mod inbound;
 pub mod outbound;
+mod same_flow;
 pub mod segment;
 pub mod stats;
 pub mod tables;

@@ -13,12 +13,15 @@
 //! In the clear single packets are not copied: the encapsulation goes into the room before them, over the offload
 //! header.
 
+mod fill;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::fill::{Joined, Next};
 use super::classify;
 use super::drop::Drop;
 use super::segment::{self, Gso, Offload, Segmenter};
@@ -206,6 +209,18 @@ impl Outbound {
         }
     }
 
+    /// More of what came last is there to be read: it may wait for that ([`Outbound::set_aside`]).
+    #[inline]
+    pub fn more_follows(&mut self) {
+        self.batch.more_follows();
+    }
+
+    /// Ends a round, before the batch is sent: what fewer sends carry together with what follows is no part of it, but the beginning of the
+    /// next. Returns whether there is any, so that there must be another round.
+    pub fn set_aside(&mut self) -> bool {
+        self.batch.set_aside()
+    }
+
     /// Starts the next batch.
     pub fn clear(&mut self) {
         self.batch.clear();
@@ -364,7 +379,22 @@ impl Outbound {
         *arena.get_mut(at..start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
-        self.batch.open(route.key, route.endpoint, packet.tos, len).push(len, inner, &[piece]);
+        let Route { key, endpoint, .. } = *route;
+        if self.batch.has_uncut() && checksum.is_some() {
+            let last = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint);
+            let next = Next::single(packet, start, arena);
+            if let Some(((run, slab), next)) = last.zip(next) {
+                match next.join(run, slab, arena) {
+                    Joined::Segments(_) => return Some(()),
+                    Joined::Follows(how) => {
+                        self.batch.add_uncut(key, endpoint, packet.tos, how, (1, inner), &[piece]);
+                        return Some(());
+                    }
+                    Joined::Not => {}
+                }
+            }
+        }
+        self.batch.open(key, endpoint, packet.tos, len).push(len, inner, &[piece]);
         Some(())
     }
 
@@ -377,7 +407,7 @@ impl Outbound {
             && self.cut_behind.takes(endpoint)
     }
 
-    /// A super-packet that is cut behind meshd: the encapsulation goes before it, once.
+    /// A super-packet that is cut behind meshd: it fills up the one before, and the encapsulation goes before what is left.
     #[inline]
     fn uncut<'t, W: Way<'t>>(
         &mut self,
@@ -387,7 +417,6 @@ impl Outbound {
         arena: &mut [u8],
     ) -> Option<()> {
         let Parcel { packet, start, .. } = parcel;
-        let at = start.checked_sub(ENCAPSULATION)?;
         let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + usize::from(packet.header_len)..)?).ok()?;
         let how = Uncut {
             v6: packet.is_v6(),
@@ -396,10 +425,34 @@ impl Outbound {
             header_len: gso.header_len as u16,
             size: gso.size as u16,
         };
-        *arena.get_mut(at..*start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
-        let piece = Piece::Payload { at: at as u32, len: (ENCAPSULATION + usize::from(packet.total_len)) as u32 };
-        let bytes = gso.payload_len + gso.segments() * (ENCAPSULATION + gso.header_len);
-        self.batch.add_uncut(route.key, route.endpoint, packet.tos, how, (gso.segments(), bytes), piece);
+        let next = Next { packet, gso, start: *start };
+        let last = self.batch.last_of(route.key).filter(|(run, _)| run.endpoint == route.endpoint);
+        let moved = match last.map(|(run, slab)| next.join(run, slab, arena)) {
+            Some(Joined::Segments(moved)) => moved,
+            _ => 0,
+        };
+        let segments = gso.segments() - moved;
+        if segments == 0 {
+            return Some(());
+        }
+        let encapsulation = route.peer.header(packet.is_v6());
+        let (payload, from) = (gso.payload_len - moved * gso.size, start + gso.header_len + moved * gso.size);
+        let stands_for = (segments, segments * gso.header_len + payload);
+        let Route { key, endpoint, .. } = *route;
+        if moved == 0 {
+            let at = start.checked_sub(ENCAPSULATION)?;
+            *arena.get_mut(at..*start)?.first_chunk_mut()? = encapsulation;
+            let piece = Piece::Payload { at: at as u32, len: (ENCAPSULATION + gso.header_len + payload) as u32 };
+            self.batch.add_uncut(key, endpoint, packet.tos, how, stands_for, &[piece]);
+            return Some(());
+        }
+        let slab = self.batch.slab_mut();
+        let at = slab.len();
+        slab.extend_from_slice(&encapsulation);
+        next.write_rest(moved, arena, slab)?;
+        let head = Piece::Slab { at: at as u32, len: (ENCAPSULATION + gso.header_len) as u32 };
+        let payload = Piece::Payload { at: from as u32, len: payload as u32 };
+        self.batch.add_uncut(key, endpoint, packet.tos, how, stands_for, &[head, payload]);
         Some(())
     }
 

@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use crate::wire::checksum::Sum;
 use crate::wire::ip::{self, Packet, protocol};
-use crate::wire::transport::{self, Tcp, flags, is_signed};
+use crate::wire::transport::{self, Tcp, Udp, flags, is_signed};
 use crate::wire::vnet_hdr::{self, VnetHdr};
 
 /// How a super-packet is to be cut, checked against the packet itself.
@@ -125,6 +125,32 @@ pub fn complete_checksum(packet: &Packet, bytes: &mut [u8], start: usize, offset
     let check = Sum::default().bytes(covered).finish();
     let check = if packet.protocol == protocol::UDP { no_zero(check) } else { check };
     covered.get_mut(offset..offset + 2)?.copy_from_slice(&check);
+    Some(())
+}
+
+/// Makes the headers of a packet those of a super-packet of `whole` bytes: its lengths, and for a checksum the
+/// pseudo-header's sum. What is longer than 64 KiB gets no length (BIG TCP), so that its receiver takes the packet's own.
+#[inline]
+pub fn set_length(packet: &Packet, headers: &mut [u8], whole: usize) -> Option<()> {
+    let (ip_header, rest) = headers.split_at_mut_checked(usize::from(packet.header_len))?;
+    let total = u16::try_from(whole).unwrap_or(0);
+    let length = whole.checked_sub(ip_header.len())?;
+    if packet.is_v6() {
+        let (header, _) = ip::V6::mut_from_prefix(ip_header).ok()?;
+        header.payload_len = total.checked_sub(ip::V6_LEN as u16)?.into();
+    } else {
+        let (header, options) = ip::V4::mut_from_prefix(ip_header).ok()?;
+        header.total_len = total.into();
+        header.checksum = [0; 2];
+        header.checksum = Sum::default().bytes(header.as_bytes()).bytes(options).finish();
+    }
+    let pseudo = packet.pseudo_sum(length as u16).add_u16((length >> 16) as u16).fold();
+    if packet.protocol == protocol::TCP {
+        Tcp::mut_from_prefix(rest).ok()?.0.checksum = pseudo;
+    } else {
+        let (header, _) = Udp::mut_from_prefix(rest).ok()?;
+        (header.length, header.checksum) = ((length as u16).into(), pseudo);
+    }
     Some(())
 }
 

@@ -20,7 +20,7 @@ use super::outbound::{CutBehind, HEADROOM, Outbound, Sent};
 use super::stats::{PeerStats, Stats};
 use super::tables::{ENCAPSULATION, Local, Peer, PeerSpec, Tables};
 use super::tunnel::{Identity, Outbox, Policy, Tunnel};
-use super::tx_batch::{MAX_BYTES, MAX_SEGMENTS, Piece, Uncut};
+use super::tx_batch::{MAX_BYTES, MAX_PARTS, MAX_SEGMENTS, Piece, Uncut};
 use crate::health::machine::Timers;
 use crate::health::peer::{Liveness, Settings};
 use crate::key::SecretKey;
@@ -530,9 +530,11 @@ impl Sending {
         self.outbound.push(&self.tables, self.now_ms, &mut self.arena, at, self.end - at);
     }
 
-    /// Ends the batch: what is sent, and what errors go back to the device. Every limit of a send call and every count is
-    /// checked.
+    /// Ends the round, as a worker does: what is sent, and what errors go back to the device. Every limit of a send call and every
+    /// count is checked.
     pub fn flush(&mut self) -> (Vec<SentRun>, Vec<Vec<u8>>) {
+        let goes_on = self.outbound.set_aside();
+        let needs_arena = self.outbound.batch().needs_payload();
         let batch = self.outbound.batch();
         let mut sent = Vec::new();
         for run in batch.runs() {
@@ -542,11 +544,12 @@ impl Sending {
             let datagrams: Vec<Vec<u8>> = run.datagrams().map(bytes_of).collect();
             assert_eq!(datagrams.concat(), bytes_of(run.pieces()));
             let (socket, endpoint) = (run.key.socket, run.endpoint);
-            if run.uncut.is_some() {
+            if run.uncut().is_some() {
                 assert_eq!((datagrams.len(), batch.has_uncut()), (1, true));
+                assert!(run.pieces().len() <= MAX_PARTS);
                 assert_eq!(run.bytes as usize - ENCAPSULATION * usize::from(run.segments), run.inner_bytes as usize);
                 self.outbound.sent(&self.tables, run, Sent::All);
-                sent.push(SentRun { socket, endpoint, tos: run.tos, segment_len: 0, uncut: run.uncut, datagrams });
+                sent.push(SentRun { socket, endpoint, tos: run.tos, segment_len: 0, uncut: run.uncut(), datagrams });
                 continue;
             }
             assert_eq!(datagrams.len(), usize::from(run.segments), "{run:?}");
@@ -565,8 +568,13 @@ impl Sending {
         let errors: Vec<Vec<u8>> = self.outbound.errors().map(<[u8]>::to_vec).collect();
         errors.iter().for_each(|error| self.outbound.error_written(error, true));
         self.outbound.clear();
-        self.end = 0;
-        assert_conserved(&self.stats);
+        if !needs_arena {
+            self.end = 0;
+            self.arena.clear(); // nothing of it is to be looked at any more
+        }
+        if !goes_on {
+            assert_conserved(&self.stats);
+        }
         (sent, errors)
     }
 

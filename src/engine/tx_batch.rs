@@ -3,6 +3,9 @@
 //! A run is a sequence of datagrams of equal length (the last may be shorter) for the same socket and peer with the same
 //! outer TOS: what `UDP_SEGMENT` takes in one message. The batch holds places, not bytes: what was written anew in its own
 //! slab, all else where the caller's buffer has it. It does not know sockets.
+//!
+//! Where more is there to be read than one batch takes, that goes in rounds: a run that is short yet, and whose queue has more, is
+//! set aside for the next round instead of being sent as it is.
 
 use std::net::SocketAddr;
 
@@ -12,6 +15,14 @@ use super::tables::{ENCAPSULATION, PeerIndex};
 pub const MAX_SEGMENTS: usize = 64;
 /// The longest UDP payload over IPv4: 65,535 minus both headers. IPv6 would take 20 bytes more.
 pub const MAX_BYTES: usize = 65_507;
+
+/// Payload bytes that TCP gives a super-packet at most: 64 KiB less `MAX_TCP_HEADER` and one (`sk_dst_gso_max_size`). With more those of
+/// full length would take one segment each from the next.
+const FULL: usize = 65_215;
+
+/// Pieces of an uncut super-packet at most. With the headers before them they are as many as the kernel has room for
+/// without an allocation (`UIO_FASTIOV`).
+pub const MAX_PARTS: usize = 7;
 
 /// Some bytes of a datagram.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +52,16 @@ impl Piece {
             Piece::Payload { at, len } => (payload, at as usize, len as usize),
         };
         from.get(at..at + len).unwrap_or_default()
+    }
+
+    /// The same, to change them.
+    #[inline]
+    pub fn of_mut<'a>(&self, payload: &'a mut [u8], slab: &'a mut [u8]) -> &'a mut [u8] {
+        let (from, at, len) = match *self {
+            Piece::Slab { at, len } => (slab, at as usize, len as usize),
+            Piece::Payload { at, len } => (payload, at as usize, len as usize),
+        };
+        from.get_mut(at..at + len).unwrap_or_default()
     }
 
     fn len(&self) -> usize {
@@ -91,9 +112,10 @@ pub struct Run {
     pub bytes: u32,
     /// Bytes of the inner packets.
     pub inner_bytes: u32,
-    /// It is one super-packet, and its only piece the datagram that somebody behind meshd will cut.
-    pub uncut: Option<Uncut>,
+    /// It is one super-packet, or may become one.
+    uncut: Option<Uncut>,
     closed: bool,
+    waits: bool,
     pieces: Vec<Piece>,
 }
 
@@ -119,6 +141,47 @@ impl Run {
         })
     }
 
+    /// Whether it is one super-packet that somebody behind meshd will cut: its pieces are one datagram, with all headers in the
+    /// first.
+    #[inline]
+    pub fn uncut(&self) -> Option<Uncut> {
+        self.uncut.filter(|_| self.segments > 1)
+    }
+
+    /// The same, or a single segment that may become one.
+    #[inline]
+    pub(super) fn may_grow(&self) -> Option<Uncut> {
+        self.uncut
+    }
+
+    /// How many more segments fit into this super-packet.
+    #[inline]
+    pub(super) fn room(&self, how: Uncut) -> usize {
+        let (size, payload) = (usize::from(how.size).max(1), self.payload(how));
+        let open = payload.is_multiple_of(size) && self.pieces.len() < MAX_PARTS;
+        if open { FULL.saturating_sub(payload) / size } else { 0 }
+    }
+
+    /// Payload bytes of this super-packet.
+    #[inline]
+    pub(super) fn payload(&self, how: Uncut) -> usize {
+        let headers = usize::from(self.segments) * usize::from(how.header_len);
+        (self.inner_bytes as usize).saturating_sub(headers)
+    }
+
+    /// Whether so much fits yet that it is worth to wait for it, or to split what follows: a quarter.
+    #[inline]
+    pub(super) fn is_short(&self) -> bool {
+        match self.uncut {
+            Some(how) => self.room(how) > 0 && self.payload(how) <= FULL / 4 * 3,
+            None => {
+                self.takes(self.tos, usize::from(self.segment_len))
+                    && usize::from(self.segments) <= MAX_SEGMENTS / 4 * 3
+                    && self.bytes as usize <= MAX_BYTES / 4 * 3
+            }
+        }
+    }
+
     fn takes(&self, tos: u8, len: usize) -> bool {
         !self.closed
             && self.tos == tos
@@ -128,22 +191,69 @@ impl Run {
     }
 }
 
-/// The batch. Runs are sent in the order in which they were opened; within a key that keeps the order of its datagrams.
+/// The batch. Within a key runs are sent in the order in which they were opened, and have their datagrams in order.
 #[derive(Debug, Default)]
 pub struct TxBatch {
     runs: Vec<Run>,
     used: usize,
     has_uncut: bool,
+    /// The run that took something last.
+    last: usize,
+    /// A run may wait.
+    asked_to_wait: bool,
+    /// So many, the last ones, are set aside.
+    aside: usize,
     slab: Vec<u8>,
+    /// What becomes the slab when something was set aside.
+    spare: Vec<u8>,
 }
 
 impl TxBatch {
-    /// The runs so far.
+    /// What is to be sent.
     pub fn runs(&self) -> &[Run] {
-        self.runs.get(..self.used).unwrap_or_default()
+        self.runs.get(..self.used - self.aside).unwrap_or_default()
     }
 
-    /// Whether any run is a super-packet that leaves uncut.
+    /// More of what came last is there to be read: the run that it went into may wait for that.
+    #[inline]
+    pub fn more_follows(&mut self) {
+        if let Some(run) = self.runs.get_mut(..self.used).and_then(|runs| runs.get_mut(self.last)) {
+            (run.waits, self.asked_to_wait) = (true, true);
+        }
+    }
+
+    /// Sets aside the runs that may wait and are short: they are no part of this batch, and the first ones of the next. Returns
+    /// whether there are any.
+    pub fn set_aside(&mut self) -> bool {
+        let asked = std::mem::take(&mut self.asked_to_wait);
+        for index in (0..self.used).rev().filter(|_| asked) {
+            let Some([run, behind @ ..]) = self.runs.get_mut(index..self.used) else { break };
+            // a flow that has something in it may have more behind it
+            let waits =
+                std::mem::take(&mut run.waits) && run.is_short() && behind.iter().all(|other| other.key != run.key);
+            if let Some(to_send) = self.runs.get_mut(index..self.used - self.aside).filter(|_| waits) {
+                to_send.rotate_left(1);
+                self.aside += 1;
+            }
+        }
+        self.aside > 0
+    }
+
+    /// Whether anything that was set aside lies in the caller's buffer.
+    pub fn needs_payload(&self) -> bool {
+        let aside = self.runs.get(self.used - self.aside..self.used).unwrap_or_default();
+        aside.iter().flat_map(|run| &run.pieces).any(|piece| matches!(piece, Piece::Payload { .. }))
+    }
+
+    /// The last run of this key, with the slab.
+    #[inline]
+    pub(super) fn last_of(&mut self, key: Key) -> Option<(&mut Run, &mut [u8])> {
+        let index = self.runs().iter().rposition(|run| run.key == key)?;
+        self.last = index;
+        Some((self.runs.get_mut(index)?, &mut self.slab))
+    }
+
+    /// Whether any run is a super-packet that leaves uncut, or may become one.
     #[inline]
     pub fn has_uncut(&self) -> bool {
         self.has_uncut
@@ -160,11 +270,25 @@ impl TxBatch {
         &mut self.slab
     }
 
-    /// Forgets everything; memory is kept.
+    /// Starts the next batch, with what was set aside. Memory is kept.
     pub fn clear(&mut self) {
-        self.used = 0;
-        self.has_uncut = false;
-        self.slab.clear();
+        if let Some(runs) = self.runs.get_mut(..self.used).filter(|_| self.aside > 0) {
+            runs.rotate_right(self.aside);
+        }
+        (self.used, self.aside) = (self.aside, 0);
+        (self.last, self.asked_to_wait) = (usize::MAX, false);
+        let runs = self.runs.get_mut(..self.used).unwrap_or_default();
+        self.has_uncut = runs.iter().any(|run| run.uncut.is_some());
+        // else the slab would grow from round to round, out of the cache
+        for piece in runs.iter_mut().flat_map(|run| &mut run.pieces) {
+            let bytes = piece.of(&[], &self.slab);
+            if let Piece::Slab { at, .. } = piece {
+                *at = self.spare.len() as u32;
+                self.spare.extend_from_slice(bytes);
+            }
+        }
+        std::mem::swap(&mut self.slab, &mut self.spare);
+        self.spare.clear();
     }
 
     /// A run that takes one more datagram of `len` bytes: the last one of this key, or a new one.
@@ -177,6 +301,7 @@ impl TxBatch {
             Some(index) if self.runs().get(index).is_some_and(|run| run.takes(tos, len)) => index,
             _ => self.add(key, endpoint, tos, len),
         };
+        self.last = index;
         // add() and rposition() give indices of runs that exist
         #[allow(clippy::indexing_slicing)]
         &mut self.runs[index]
@@ -192,7 +317,8 @@ impl TxBatch {
         run
     }
 
-    /// A super-packet with its encapsulation in one piece, which stands for so many datagrams of so many bytes in all.
+    /// A super-packet, encapsulated, that stands for so many segments with so many bytes in all; or a single segment that may
+    /// become one, complete as it is.
     pub fn add_uncut(
         &mut self,
         key: Key,
@@ -200,19 +326,18 @@ impl TxBatch {
         tos: u8,
         how: Uncut,
         stands_for: (usize, usize),
-        piece: Piece,
+        pieces: &[Piece],
     ) {
-        let (segments, bytes) = stands_for;
-        let inner = bytes.saturating_sub(segments * ENCAPSULATION);
-        let index = self.add(key, endpoint, tos, piece.len());
-        self.has_uncut = true;
+        let index = self.add(key, endpoint, tos, 0);
+        (self.has_uncut, self.last) = (true, index);
         let Some(run) = self.runs.get_mut(index) else { return };
-        run.push(piece.len(), inner, &[piece]);
         (run.uncut, run.closed) = (Some(how), true);
-        (run.segments, run.bytes) = (segments as u16, bytes as u32);
+        let (segments, inner) = stands_for;
+        run.grow(segments, inner, pieces);
     }
 
     fn add(&mut self, key: Key, endpoint: SocketAddr, tos: u8, len: usize) -> usize {
+        debug_assert_eq!(self.aside, 0, "nothing is added between set_aside() and clear()");
         let index = self.used;
         self.used += 1;
         match self.runs.get_mut(index) {
@@ -240,8 +365,18 @@ impl Run {
             inner_bytes: 0,
             uncut: None,
             closed: false,
+            waits: false,
             pieces,
         }
+    }
+
+    /// Lengthens an uncut super-packet by so many segments, which have so many bytes in all when they are cut.
+    pub(super) fn grow(&mut self, segments: usize, inner: usize, pieces: &[Piece]) {
+        self.pieces.extend_from_slice(pieces);
+        self.segment_len += pieces.iter().map(Piece::len).sum::<usize>() as u16;
+        self.segments += segments as u16;
+        self.bytes += (segments * ENCAPSULATION + inner) as u32;
+        self.inner_bytes += inner as u32;
     }
 
     /// Adds a datagram of `len` bytes that consists of these pieces and carries an inner packet of `inner` bytes.

@@ -18,7 +18,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::udp::{OUTER_TTL, SEND_BUFFER};
 use crate::engine::outbound::CutBehind;
 use crate::engine::tables::ENCAPSULATION;
-use crate::engine::tx_batch::Uncut;
+use crate::engine::tx_batch::{MAX_PARTS, Uncut};
 use crate::sys::{bpf, tun};
 use crate::wire::ip::protocol;
 use crate::wire::transport::{TCP_CHECKSUM, UDP_CHECKSUM, UDP_LEN};
@@ -150,7 +150,7 @@ impl TunnelGso {
             packet.iter_mut().skip(at).take(1).for_each(|to| *to = byte);
         }
         self.returned();
-        self.send((from, nowhere), 0, how, &datagram, &mut Vec::new())?;
+        self.send((from, nowhere), 0, how, &[&datagram], &mut Vec::new())?;
         Ok(self.returned() == 1)
     }
 
@@ -160,13 +160,17 @@ impl TunnelGso {
         ends: (SocketAddr, SocketAddr),
         tos: u8,
         how: Uncut,
-        datagram: &[u8],
+        datagram: &[&[u8]],
         front: &mut Vec<u8>,
     ) -> io::Result<()> {
         let outlet = self.outlet.get().ok_or(io::ErrorKind::NotConnected)?;
         front.clear();
-        frame_front(ends, tos, how, datagram.len(), front).ok_or(io::ErrorKind::InvalidInput)?;
-        let written = (&outlet.tap).write_vectored(&[IoSlice::new(front), IoSlice::new(datagram)]);
+        let len = datagram.iter().map(|part| part.len()).sum();
+        frame_front(ends, tos, how, len, front).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut slices = [IoSlice::new(&[]); 1 + MAX_PARTS];
+        let parts = std::iter::once(front.as_slice()).chain(datagram.iter().copied());
+        slices.iter_mut().zip(parts).for_each(|(slice, part)| *slice = IoSlice::new(part));
+        let written = (&outlet.tap).write_vectored(slices.get(..=datagram.len()).unwrap_or_default());
         let Err(error) = written else { return Ok(()) };
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR) => {}

@@ -16,7 +16,7 @@ use crate::engine::drop::Drop;
 use crate::engine::outbound::{Outbound, Sent};
 use crate::engine::stats::WorkerStats;
 use crate::engine::tables::Tables;
-use crate::engine::tx_batch::{Piece, Run, TxBatch};
+use crate::engine::tx_batch::{MAX_PARTS, Piece, Run, TxBatch};
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
 
@@ -207,10 +207,10 @@ impl UdpPort {
             return self.send_stretch(number, 0..batch.runs().len(), batch, payload, stats);
         }
         let ours = |run: &Run| run.endpoint.is_ipv6() == v6 && usize::from(run.key.socket) == number;
-        let uncut = |from: usize| batch.runs().iter().skip(from).position(|run| ours(run) && run.uncut.is_some());
+        let uncut = |from: usize| batch.runs().iter().skip(from).position(|run| ours(run) && run.uncut().is_some());
         let mut from = 0;
         while let Some(run) = batch.runs().get(from) {
-            if ours(run) && run.uncut.is_some() {
+            if ours(run) && run.uncut().is_some() {
                 self.send_uncut(from, run, batch, payload, stats);
                 from += 1;
                 continue;
@@ -225,11 +225,13 @@ impl UdpPort {
     fn send_uncut(&mut self, index: usize, run: &Run, batch: &TxBatch, payload: &[u8], stats: &WorkerStats) {
         let ends = (self.source(run.key.socket), run.endpoint);
         let UdpPort { tunnel_gso, front, outcomes, .. } = self;
-        let (Some(outcome), Some(how), Some(piece)) = (outcomes.get_mut(index), run.uncut, run.pieces().first()) else {
-            return;
-        };
+        let (Some(outcome), Some(how)) = (outcomes.get_mut(index), run.uncut()) else { return };
+        let mut parts: [&[u8]; MAX_PARTS] = [&[]; MAX_PARTS];
+        let count = run.pieces().len().min(MAX_PARTS);
+        parts.iter_mut().zip(run.pieces()).for_each(|(part, piece)| *part = piece.of(payload, batch.slab()));
+        let parts = parts.get(..count).unwrap_or_default();
         let Some(way) = tunnel_gso else { return outcome.1 = Some(Drop::UdpSendFailed) };
-        match way.send(ends, run.tos, how, piece.of(payload, batch.slab()), front) {
+        match way.send(ends, run.tos, how, parts, front) {
             Ok(()) => stats.flow.uncut_sends.add(1),
             Err(error) => {
                 let full = matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM));

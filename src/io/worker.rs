@@ -36,6 +36,8 @@ use crate::wire::vnet_hdr;
 const FRAME: usize = 10 + 65_535;
 /// Bytes after which a batch of reads is sent: larger ones fall out of the cache before they are.
 const READ_BYTES: usize = 96 << 10;
+/// So many batches at most are read and sent, one behind the other, while what was left over of one is waiting for the next.
+const ROUNDS: usize = 4;
 /// Packets after which it is.
 const READ_PACKETS: usize = 128;
 /// How often tunnels are told the time, and how many a worker looks at each time at least: each has its turn within four
@@ -133,7 +135,7 @@ impl Worker {
         let mut load = Load::default();
         let mut first = 0;
         let Some(stats) = stats.worker(thread) else { return Ok(()) };
-        let mut frames = vec![0; READ_BYTES + FRAME + 2 * ALIGN];
+        let mut frames = vec![0; ROUNDS * READ_BYTES + FRAME + 2 * ALIGN];
         let mut patience = Duration::ZERO;
         let mut goes_on = false;
         loop {
@@ -198,7 +200,7 @@ pub(super) struct Look<'t> {
     pub(super) now_us: u64,
 }
 
-/// A batch TUN → UDP, out of all queues that have something. Those that it empties leave the set.
+/// TUN → UDP, out of all queues that have something, in rounds of a batch each. Those that it empties leave the set.
 #[allow(clippy::too_many_arguments)]
 fn read_and_send<const TAPPED: bool>(
     pairs: &Pairs,
@@ -212,47 +214,60 @@ fn read_and_send<const TAPPED: bool>(
     tap: Option<Look<'_>>,
 ) -> Result<(), WorkerError> {
     let now_ms = now_us / 1000;
-    let mut tally = TAPPED.then(|| Tally::new(stats));
-    let (mut at, mut packets) = (ALIGN, 0);
-    let share = ready.len().max(1);
-    let mut last = None;
-    // there may not be room for all: who had none is the first next time, else who comes behind the last
-    for number in ready.from(*first) {
-        *first = number;
-        if at + FRAME > frames.len() {
+    let mut at = ALIGN;
+    for round in 1..=ROUNDS {
+        let mut tally = TAPPED.then(|| Tally::new(stats));
+        let (mut packets, mut last) = (0, None);
+        let (share, end) = (ready.len().max(1), (at + READ_BYTES + FRAME).min(frames.len()));
+        // there may not be room for all: who had none is the first next time, else who comes behind the last
+        for number in ready.from(*first) {
+            *first = number;
+            if at + FRAME > end {
+                break;
+            }
+            *first = number + 1;
+            let Some(pair) = pairs.get(number) else { continue };
+            let (begin, before, enough) = (at, packets, packets + READ_PACKETS.div_ceil(share));
+            while at < begin + READ_BYTES / share && packets < enough {
+                let Some(room) = frames.get_mut(at..at + FRAME) else { break };
+                let len = match pair.tun.read(room) {
+                    Ok(len) => len,
+                    Err(error) => match error.raw_os_error() {
+                        Some(libc::EBADFD | libc::EBADF | libc::ENODEV) => return Err(WorkerError::TunGone),
+                        _ => {
+                            ready.remove(number);
+                            break;
+                        }
+                    },
+                };
+                outbound.push(tables, now_ms, frames, at, len);
+                if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
+                    let packet = frames.get(at + vnet_hdr::HEADER_LEN..at + len).unwrap_or_default();
+                    tap.tap.packet(tap.now_us, Side::Inner, true, tally.news(), packet);
+                }
+                packets += 1;
+                // the next frame's headroom must not reach into this one
+                at = (at + len + HEADROOM).next_multiple_of(ALIGN);
+            }
+            if at >= begin + READ_BYTES / share && round < ROUNDS {
+                outbound.more_follows();
+            }
+            pair.carried(at - begin, packets - before, now_us);
+            last = Some(&pair.tun);
+        }
+        stats.flow.tun_reads.add(packets as u64);
+        let goes_on = outbound.set_aside();
+        if goes_on && !outbound.batch().needs_payload() {
+            at = ALIGN;
+        }
+        if let Some(tun) = last {
+            write_errors(tun, outbound, tap);
+        }
+        send(ports, outbound, tables, frames, stats, tap);
+        if !goes_on {
             break;
         }
-        *first = number + 1;
-        let Some(pair) = pairs.get(number) else { continue };
-        let (begin, before, enough) = (at, packets, packets + READ_PACKETS.div_ceil(share));
-        while at < begin + READ_BYTES / share && packets < enough {
-            let Some(room) = frames.get_mut(at..at + FRAME) else { break };
-            let len = match pair.tun.read(room) {
-                Ok(len) => len,
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EBADFD | libc::EBADF | libc::ENODEV) => return Err(WorkerError::TunGone),
-                    _ => {
-                        ready.remove(number);
-                        break;
-                    }
-                },
-            };
-            outbound.push(tables, now_ms, frames, at, len);
-            if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
-                let packet = frames.get(at + vnet_hdr::HEADER_LEN..at + len).unwrap_or_default();
-                tap.tap.packet(tap.now_us, Side::Inner, true, tally.news(), packet);
-            }
-            packets += 1;
-            // the next frame's headroom must not reach into this one
-            at = (at + len + HEADROOM).next_multiple_of(ALIGN);
-        }
-        pair.carried(at - begin, packets - before, now_us);
-        last = Some(&pair.tun);
     }
-    let Some(tun) = last.filter(|_| packets > 0) else { return Ok(()) };
-    stats.flow.tun_reads.add(packets as u64);
-    write_errors(tun, outbound, tap);
-    send(ports, outbound, tables, frames, stats, tap);
     Ok(())
 }
 

@@ -1,0 +1,139 @@
+//! Filling up super-packets that leave uncut. An application writes, say, 128 KiB: TCP makes of that two super-packets of full
+//! length and one of a segment or two, and that one costs each that it passes as much as a full one does, but for the copies.
+//! So the first segments of what follows go to the end of the super-packet before, where the two could be one.
+//!
+//! When it is cut the segments are those that there would have been, but for two things: ids of packets that must not be
+//! fragmented, which have no meaning (RFC 6864 §4.1), and where within a super-packet PSH is set. It asks to be delivered, and what
+//! follows at once asks so too.
+
+use zerocopy::FromBytes;
+
+use crate::engine::same_flow::{same_ip, same_tcp};
+use crate::engine::segment::{self, Gso};
+use crate::engine::tables::ENCAPSULATION;
+use crate::engine::tx_batch::{Piece, Run, Uncut};
+use crate::wire::ip::{self, Packet, protocol};
+use crate::wire::transport::{Tcp, flags};
+
+/// What may be joined to nothing.
+const ALONE: u8 = flags::SYN | flags::RST | flags::URG | flags::FIN | flags::CWR;
+
+/// A TCP super-packet, or a single segment, that comes behind a run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Next<'p> {
+    pub(super) packet: &'p Packet,
+    pub(super) gso: Gso,
+    /// Where it starts in the arena.
+    pub(super) start: usize,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Joined {
+    /// So many of its segments are part of the run.
+    Segments(usize),
+    /// It follows on the run, which is full. As one of full length it may become what the run is.
+    Follows(Uncut),
+    /// The two cannot be one.
+    Not,
+}
+
+impl<'p> Next<'p> {
+    /// A single segment whose checksum is right.
+    #[inline]
+    pub(super) fn single(packet: &'p Packet, start: usize, arena: &[u8]) -> Option<Self> {
+        let ip_len = usize::from(packet.header_len);
+        if packet.protocol != protocol::TCP || packet.fragment {
+            return None;
+        }
+        let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + ip_len..)?).ok()?;
+        let header_len = ip_len + tcp.header_len();
+        let payload_len = usize::from(packet.total_len).checked_sub(header_len).filter(|len| *len > 0)?;
+        Some(Next { packet, gso: Gso { header_len, size: payload_len, payload_len }, start })
+    }
+
+    /// Adds as many of its first segments to `run` as fit, if the two could be one super-packet. Never all but one: a single
+    /// segment would not be cut, and nobody else finishes the outer checksum.
+    #[inline]
+    pub(super) fn join(&self, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Joined {
+        let Some(how) = run.may_grow().filter(|how| self.follows(run, *how, slab, arena).unwrap_or(false)) else {
+            return Joined::Not;
+        };
+        let segments = self.gso.segments();
+        let moved = match run.room(how) {
+            room if room >= segments => segments,
+            room if run.is_short() && room + 1 == segments => room - 1,
+            room if run.is_short() => room,
+            _ => 0,
+        };
+        if moved == 0 {
+            let full = segments == 1 && self.gso.payload_len == usize::from(how.size);
+            return if full { Joined::Follows(how) } else { Joined::Not };
+        }
+        match self.move_segments(moved, run, how, slab, arena) {
+            Some(()) => Joined::Segments(moved),
+            None => Joined::Not,
+        }
+    }
+
+    /// Whether it is the continuation of `run`.
+    #[inline]
+    fn follows(&self, run: &Run, how: Uncut, slab: &[u8], arena: &[u8]) -> Option<bool> {
+        let Next { packet, gso, start } = *self;
+        let plain = packet.header_len == if packet.is_v6() { ip::V6_LEN } else { ip::V4_MIN_LEN } as u16;
+        let size = usize::from(how.size);
+        let fits = gso.size == size || gso.segments() == 1 && gso.size < size;
+        if !plain || !fits || how.v6 != packet.is_v6() || usize::from(how.header_len) != gso.header_len {
+            return Some(false);
+        }
+        let head = run.pieces().first()?.of(arena, slab).get(ENCAPSULATION..)?;
+        let bytes = arena.get(start..start + gso.header_len)?;
+        let transport = usize::from(packet.header_len);
+        let (first, _) = Tcp::ref_from_prefix(head.get(transport..)?).ok()?;
+        let (next, _) = Tcp::ref_from_prefix(bytes.get(transport..)?).ok()?;
+        let atomic = packet.is_v6() || ip::V4::ref_from_prefix(bytes).ok()?.0.flags_offset.get() & ip::V4_DF != 0;
+        Some(
+            run.tos == packet.tos
+                && next.sequence.get() == first.sequence.get().wrapping_add(run.payload(how) as u32)
+                && (first.flags | next.flags) & ALONE == 0
+                && atomic
+                && same_ip(packet, head, bytes)
+                && same_tcp(packet, head, bytes),
+        )
+    }
+
+    #[inline]
+    fn move_segments(&self, moved: usize, run: &mut Run, how: Uncut, slab: &mut [u8], arena: &mut [u8]) -> Option<()> {
+        let Next { packet, gso, start } = *self;
+        let len = gso.payload_len.min(moved * gso.size);
+        let transport = usize::from(packet.header_len);
+        let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + transport..)?).ok()?;
+        let push = if len == gso.payload_len { tcp.flags & flags::PSH } else { 0 };
+        let headers = run.pieces().first()?.of_mut(arena, slab).get_mut(ENCAPSULATION..)?;
+        segment::set_length(packet, headers, gso.header_len + run.payload(how) + len)?;
+        let (tcp, _) = Tcp::mut_from_prefix(headers.get_mut(transport..)?).ok()?;
+        tcp.flags |= push;
+        let piece = Piece::Payload { at: (start + gso.header_len) as u32, len: len as u32 };
+        run.grow(moved, len + moved * gso.header_len, &[piece]);
+        Some(())
+    }
+
+    /// Appends the headers of what is left of it, when `moved` segments are gone.
+    #[inline]
+    pub(super) fn write_rest(&self, moved: usize, arena: &[u8], slab: &mut Vec<u8>) -> Option<()> {
+        let Next { packet, gso, start } = *self;
+        let at = slab.len();
+        slab.extend_from_slice(arena.get(start..start + gso.header_len)?);
+        let headers = slab.get_mut(at..)?;
+        if !packet.is_v6() {
+            let (header, _) = ip::V4::mut_from_prefix(headers).ok()?;
+            header.id = header.id.get().wrapping_add(moved as u16).into();
+        }
+        let (tcp, _) = Tcp::mut_from_prefix(headers.get_mut(usize::from(packet.header_len)..)?).ok()?;
+        tcp.sequence = tcp.sequence.get().wrapping_add((moved * gso.size) as u32).into();
+        segment::set_length(packet, headers, gso.header_len + gso.payload_len - moved * gso.size)
+    }
+}
+
+#[cfg(test)]
+mod tests;
