@@ -21,7 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use self::fill::{Joined, Next};
+use self::fill::Next;
 use super::classify;
 use super::drop::Drop;
 use super::segment::{self, Gso, Offload, Segmenter};
@@ -380,18 +380,17 @@ impl Outbound {
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
         let Route { key, endpoint, .. } = *route;
-        if self.batch.has_uncut() && checksum.is_some() {
+        if let (Some(_), Some(how)) = (checksum, self.batch.recent_uncut(key))
+            && self.cut_behind.takes(endpoint)
+            && let Some(next) = Next::single(packet, start, arena)
+        {
             let last = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint);
-            let next = Next::single(packet, start, arena);
-            if let Some(((run, slab), next)) = last.zip(next) {
-                match next.join(run, slab, arena) {
-                    Joined::Segments(_) => return Some(()),
-                    Joined::Follows(how) => {
-                        self.batch.add_uncut(key, endpoint, packet.tos, how, (1, inner), &[piece]);
-                        return Some(());
-                    }
-                    Joined::Not => {}
-                }
+            if last.and_then(|(run, slab)| next.join(run, slab, arena)).is_some() {
+                return Some(());
+            }
+            if next.is_segment_of(how) {
+                self.batch.add_uncut(key, endpoint, packet.tos, how, (1, inner), &[piece]);
+                return Some(());
             }
         }
         self.batch.open(key, endpoint, packet.tos, len).push(len, inner, &[piece]);
@@ -427,10 +426,7 @@ impl Outbound {
         };
         let next = Next { packet, gso, start: *start };
         let last = self.batch.last_of(route.key).filter(|(run, _)| run.endpoint == route.endpoint);
-        let moved = match last.map(|(run, slab)| next.join(run, slab, arena)) {
-            Some(Joined::Segments(moved)) => moved,
-            _ => 0,
-        };
+        let moved = last.and_then(|(run, slab)| next.join(run, slab, arena)).unwrap_or(0);
         let segments = gso.segments() - moved;
         if segments == 0 {
             return Some(());

@@ -197,6 +197,8 @@ pub struct TxBatch {
     runs: Vec<Run>,
     used: usize,
     has_uncut: bool,
+    /// The last super-packet that left uncut, in this batch or before.
+    recent_uncut: Option<(Key, Uncut)>,
     /// The run that took something last.
     last: usize,
     /// A run may wait.
@@ -257,6 +259,12 @@ impl TxBatch {
     #[inline]
     pub fn has_uncut(&self) -> bool {
         self.has_uncut
+    }
+
+    /// How the last super-packet that left uncut was to be cut, if it had this key.
+    #[inline]
+    pub(super) fn recent_uncut(&self, key: Key) -> Option<Uncut> {
+        self.recent_uncut.filter(|(recent, _)| *recent == key).map(|(_, how)| how)
     }
 
     /// The memory that [`Piece::Slab`] points into.
@@ -329,7 +337,7 @@ impl TxBatch {
         pieces: &[Piece],
     ) {
         let index = self.add(key, endpoint, tos, 0);
-        (self.has_uncut, self.last) = (true, index);
+        (self.has_uncut, self.last, self.recent_uncut) = (true, index, Some((key, how)));
         let Some(run) = self.runs.get_mut(index) else { return };
         (run.uncut, run.closed) = (Some(how), true);
         let (segments, inner) = stands_for;

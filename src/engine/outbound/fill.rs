@@ -27,17 +27,6 @@ pub(super) struct Next<'p> {
     pub(super) start: usize,
 }
 
-/// What became of it.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Joined {
-    /// So many of its segments are part of the run.
-    Segments(usize),
-    /// It follows on the run, which is full. As one of full length it may become what the run is.
-    Follows(Uncut),
-    /// The two cannot be one.
-    Not,
-}
-
 impl<'p> Next<'p> {
     /// A single segment whose checksum is right.
     #[inline]
@@ -52,13 +41,25 @@ impl<'p> Next<'p> {
         Some(Next { packet, gso: Gso { header_len, size: payload_len, payload_len }, start })
     }
 
-    /// Adds as many of its first segments to `run` as fit, if the two could be one super-packet. Never all but one: a single
-    /// segment would not be cut, and nobody else finishes the outer checksum.
+    /// Whether a super-packet that is cut like that may begin with this single segment.
     #[inline]
-    pub(super) fn join(&self, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Joined {
-        let Some(how) = run.may_grow().filter(|how| self.follows(run, *how, slab, arena).unwrap_or(false)) else {
-            return Joined::Not;
-        };
+    pub(super) fn is_segment_of(&self, how: Uncut) -> bool {
+        let Gso { header_len, payload_len, .. } = self.gso;
+        let v6 = self.packet.is_v6();
+        how == Uncut {
+            v6,
+            cwr: false,
+            transport: how.transport,
+            header_len: header_len as u16,
+            size: payload_len as u16,
+        }
+    }
+
+    /// Adds as many of its first segments to `run` as fit, if the two could be one super-packet. How many: never all but one, since a
+    /// single segment would not be cut, and nobody else finishes the outer checksum.
+    #[inline]
+    pub(super) fn join(&self, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Option<usize> {
+        let how = run.may_grow().filter(|how| self.follows(run, *how, slab, arena).unwrap_or(false))?;
         let segments = self.gso.segments();
         let moved = match run.room(how) {
             room if room >= segments => segments,
@@ -66,14 +67,8 @@ impl<'p> Next<'p> {
             room if run.is_short() => room,
             _ => 0,
         };
-        if moved == 0 {
-            let full = segments == 1 && self.gso.payload_len == usize::from(how.size);
-            return if full { Joined::Follows(how) } else { Joined::Not };
-        }
-        match self.move_segments(moved, run, how, slab, arena) {
-            Some(()) => Joined::Segments(moved),
-            None => Joined::Not,
-        }
+        (moved > 0).then(|| self.move_segments(moved, run, how, slab, arena))??;
+        Some(moved)
     }
 
     /// Whether it is the continuation of `run`.

@@ -124,6 +124,20 @@ fn the_rest_of_a_write_goes_with_the_next() {
 }
 
 #[test]
+fn a_super_packet_may_begin_with_a_single_segment_where_others_had_left_before() {
+    let (mut stream, mut node) = (Stream::new(false), node());
+    let mut batch = |counts: &[usize]| {
+        counts.iter().for_each(|count| push(&mut node, &stream.segments(*count)));
+        let (runs, _) = node.flush();
+        let uncut = runs.iter().map(|run| run.uncut.is_some()).collect::<Vec<_>>();
+        (shape(&runs), uncut)
+    };
+    assert_eq!(batch(&[1, 46]), (vec![1, 46], vec![false, true]), "not before");
+    assert_eq!(batch(&[1, 46]), (vec![45, 2], vec![true, true]));
+    assert_eq!(batch(&[1]), (vec![1], vec![false]), "alone it is a datagram as any other");
+}
+
+#[test]
 fn what_is_left_over_is_never_a_single_segment() {
     assert_eq!(filled(false, &[6, 41]), [45, 2]);
     assert_eq!(filled(false, &[6, 40]), [46], "all of it fits");
