@@ -35,7 +35,6 @@ use meshd::wire::checksum::Sum;
 use meshd::wire::echo::Echo;
 use meshd::wire::icmp;
 use meshd::wire::ip::Packet;
-use meshd::wire::transport::flags;
 use meshd::wire::vnet_hdr;
 use model::{Fate, Peer, View};
 use reference::{ACK, Head, TCP, TcpHead, VNET, be16, look};
@@ -428,18 +427,17 @@ pub(crate) fn admin(data: &[u8]) {
     _ = serde_json::from_slice::<Answer<serde_json::Value>>(data);
 }
 
-/// Clears what may differ where segments fill up the super-packet before: PSH, the id of a packet that is not to be fragmented, and
-/// the checksums.
-fn forget_push_and_id(datagram: &mut [u8]) {
-    let Some(packet) = datagram.get_mut(ENCAPSULATION..) else { return };
-    let Ok(Packet { header_len, protocol: TCP, .. }) = Packet::parse(packet) else { return };
-    let tcp = usize::from(header_len);
-    let atomic = packet[0] >> 4 == 4 && packet[6] & 0x40 != 0;
-    if atomic {
-        [4, 5, 10, 11].into_iter().for_each(|at| packet[at] = 0);
+/// The datagram without what may differ where segments fill up the super-packet before: PSH, and the id of a packet that is not to be
+/// fragmented. Where the checksums are right they are right for that.
+fn without_push_and_id(datagram: &[u8]) -> Vec<u8> {
+    let (header, packet) = datagram.split_at(ENCAPSULATION);
+    let mut packet = reference::without_push(packet.to_vec());
+    let seen = look(&packet).filter(|seen| seen.protocol == TCP && packet[0] >> 4 == 4 && packet[6] & 0x40 != 0);
+    if seen.is_some() {
+        packet[4..6].fill(0);
+        reference::finish_ip(&mut packet);
     }
-    packet[tcp + 13] &= !flags::PSH;
-    packet[tcp + 16..tcp + 18].fill(0);
+    [header, &packet].concat()
 }
 
 /// Puts addresses right, and the checksums where `deep`.
@@ -571,13 +569,16 @@ impl Mesh {
             }
         }
         let out = &mut self.out;
-        for (at, len) in places {
-            out.push(&self.tables, 1, &mut arena, at, len);
-        }
         let mut datagrams: Vec<Vec<u8>> = Vec::new();
-        // what came last waits for a second round
-        out.more_follows();
-        for _ in 0..2 {
+        // in two rounds: what is short of the first waits for the second
+        let (first, second) = places.split_at(places.len() / 2);
+        for (round, places) in [first, second].into_iter().enumerate() {
+            for (at, len) in places {
+                out.push(&self.tables, 1, &mut arena, *at, *len);
+            }
+            if round == 0 {
+                out.more_follows();
+            }
             out.set_aside();
             for run in out.batch().runs() {
                 let gather = |pieces: &[Piece]| -> Vec<u8> {
@@ -615,10 +616,10 @@ impl Mesh {
             a.sort();
             b.sort();
             if a != b {
-                // what fills up a super-packet has PSH and ids elsewhere
-                [&mut a, &mut b].into_iter().flatten().for_each(|datagram| forget_push_and_id(datagram));
-                a.sort();
-                b.sort();
+                for side in [&mut a, &mut b] {
+                    side.iter_mut().for_each(|datagram| *datagram = without_push_and_id(datagram));
+                    side.sort();
+                }
             }
             assert_eq!(a, b);
         }
@@ -692,12 +693,6 @@ impl Mesh {
         if a != b {
             a.sort();
             b.sort();
-            if a != b {
-                // what fills up a super-packet has PSH and ids elsewhere
-                [&mut a, &mut b].into_iter().flatten().for_each(|datagram| forget_push_and_id(datagram));
-                a.sort();
-                b.sort();
-            }
             assert_eq!(a, b);
         }
         frames

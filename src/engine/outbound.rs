@@ -209,14 +209,14 @@ impl Outbound {
         }
     }
 
-    /// More of what came last is there to be read: it may wait for that ([`Outbound::set_aside`]).
+    /// More may follow on what came last: it may wait for that ([`Outbound::set_aside`]).
     #[inline]
     pub fn more_follows(&mut self) {
         self.batch.more_follows();
     }
 
-    /// Ends a round, before the batch is sent: what fewer sends carry together with what follows is no part of it, but the beginning of the
-    /// next. Returns whether there is any, so that there must be another round.
+    /// Ends a round, before the batch is sent: runs that are short, and may wait, are left for the next. Returns whether there are
+    /// any, so that there must be another round.
     pub fn set_aside(&mut self) -> bool {
         self.batch.set_aside()
     }
@@ -368,30 +368,35 @@ impl Outbound {
         let Parcel { packet, start, now_ms, .. } = parcel;
         let start = *start;
         let inner = usize::from(packet.total_len);
+        let Route { key, endpoint, .. } = *route;
+        let segment = match checksum {
+            Some(unfinished) if route.way.session().is_none() && self.cut_behind.takes(endpoint) => {
+                Next::single(packet, unfinished, start, arena)
+            }
+            _ => None,
+        };
+        if let Some(next) = segment.filter(|_| self.batch.has_uncut()) {
+            let last = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint);
+            if last.and_then(|(run, slab)| next.join(run, slab, arena)).is_some() {
+                return Some(());
+            }
+        }
         if let Some((from, offset)) = checksum {
             segment::complete_checksum(packet, arena.get_mut(start..start + inner)?, from, offset)?;
         }
         if let Some(session) = route.way.session() {
             let whole = arena.get(start..start + inner)?;
-            return seal(&mut self.batch, route.key, route.endpoint, session, *now_ms, packet.tos, whole);
+            return seal(&mut self.batch, key, endpoint, session, *now_ms, packet.tos, whole);
         }
         let at = start.checked_sub(ENCAPSULATION)?;
         *arena.get_mut(at..start)?.first_chunk_mut()? = route.peer.header(packet.is_v6());
         let len = ENCAPSULATION + inner;
         let piece = Piece::Payload { at: at as u32, len: len as u32 };
-        let Route { key, endpoint, .. } = *route;
-        if let (Some(_), Some(how)) = (checksum, self.batch.recent_uncut(key))
-            && self.cut_behind.takes(endpoint)
-            && let Some(next) = Next::single(packet, start, arena)
+        if let Some(next) = segment
+            && let Some(how) = self.batch.recent_uncut(key).filter(|how| next.is_segment_of(*how))
         {
-            let last = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint);
-            if last.and_then(|(run, slab)| next.join(run, slab, arena)).is_some() {
-                return Some(());
-            }
-            if next.is_segment_of(how) {
-                self.batch.add_uncut(key, endpoint, packet.tos, how, (1, inner), &[piece]);
-                return Some(());
-            }
+            self.batch.add_uncut(key, endpoint, packet.tos, how, (1, inner), &[piece]);
+            return Some(());
         }
         self.batch.open(key, endpoint, packet.tos, len).push(len, inner, &[piece]);
         Some(())

@@ -129,7 +129,7 @@ pub fn complete_checksum(packet: &Packet, bytes: &mut [u8], start: usize, offset
 }
 
 /// Makes the headers of a packet those of a super-packet of `whole` bytes: its lengths, and for a checksum the
-/// pseudo-header's sum. What is longer than 64 KiB gets no length (BIG TCP), so that its receiver takes the packet's own.
+/// pseudo-header's sum. Over IPv4 what is longer than 64 KiB gets no length (BIG TCP), so that its receiver takes the packet's own.
 #[inline]
 pub fn set_length(packet: &Packet, headers: &mut [u8], whole: usize) -> Option<()> {
     let (ip_header, rest) = headers.split_at_mut_checked(usize::from(packet.header_len))?;

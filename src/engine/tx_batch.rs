@@ -4,8 +4,8 @@
 //! outer TOS: what `UDP_SEGMENT` takes in one message. The batch holds places, not bytes: what was written anew in its own
 //! slab, all else where the caller's buffer has it. It does not know sockets.
 //!
-//! Where more is there to be read than one batch takes, that goes in rounds: a run that is short yet, and whose queue has more, is
-//! set aside for the next round instead of being sent as it is.
+//! Where there may be more to be read than one batch takes, that goes in rounds: a run that is short yet, and whose queue may have
+//! more, is set aside for the next round instead of being sent as it is.
 
 use std::net::SocketAddr;
 
@@ -197,7 +197,7 @@ pub struct TxBatch {
     runs: Vec<Run>,
     used: usize,
     has_uncut: bool,
-    /// The last super-packet that left uncut, in this batch or before.
+    /// The last super-packet that was to leave uncut, of this batch or an earlier one.
     recent_uncut: Option<(Key, Uncut)>,
     /// The run that took something last.
     last: usize,
@@ -216,7 +216,7 @@ impl TxBatch {
         self.runs.get(..self.used - self.aside).unwrap_or_default()
     }
 
-    /// More of what came last is there to be read: the run that it went into may wait for that.
+    /// More may follow on what came last: the run that it went into may wait for that.
     #[inline]
     pub fn more_follows(&mut self) {
         if let Some(run) = self.runs.get_mut(..self.used).and_then(|runs| runs.get_mut(self.last)) {
@@ -261,10 +261,16 @@ impl TxBatch {
         self.has_uncut
     }
 
-    /// How the last super-packet that left uncut was to be cut, if it had this key.
+    /// How the last super-packet of all was to be cut, if it had this key: a full segment may be the beginning of another. It is not
+    /// where the one before was nothing but single segments either: they fill runs of their own better.
     #[inline]
-    pub(super) fn recent_uncut(&self, key: Key) -> Option<Uncut> {
-        self.recent_uncut.filter(|(recent, _)| *recent == key).map(|(_, how)| how)
+    pub(super) fn recent_uncut(&mut self, key: Key) -> Option<Uncut> {
+        let (_, how) = self.recent_uncut.filter(|(recent, _)| *recent == key)?;
+        let last = self.runs().iter().rfind(|run| run.key == key);
+        if last.is_some_and(|run| run.uncut.is_some() && run.pieces.len() == usize::from(run.segments)) {
+            self.recent_uncut = None;
+        }
+        self.recent_uncut.map(|_| how)
     }
 
     /// The memory that [`Piece::Slab`] points into.
@@ -287,6 +293,9 @@ impl TxBatch {
         (self.last, self.asked_to_wait) = (usize::MAX, false);
         let runs = self.runs.get_mut(..self.used).unwrap_or_default();
         self.has_uncut = runs.iter().any(|run| run.uncut.is_some());
+        if runs.is_empty() {
+            return self.slab.clear();
+        }
         // else the slab would grow from round to round, out of the cache
         for piece in runs.iter_mut().flat_map(|run| &mut run.pieces) {
             let bytes = piece.of(&[], &self.slab);
@@ -337,7 +346,10 @@ impl TxBatch {
         pieces: &[Piece],
     ) {
         let index = self.add(key, endpoint, tos, 0);
-        (self.has_uncut, self.last, self.recent_uncut) = (true, index, Some((key, how)));
+        (self.has_uncut, self.last) = (true, index);
+        if stands_for.0 > 1 {
+            self.recent_uncut = Some((key, how));
+        }
         let Some(run) = self.runs.get_mut(index) else { return };
         (run.uncut, run.closed) = (Some(how), true);
         let (segments, inner) = stands_for;

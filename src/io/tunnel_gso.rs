@@ -150,27 +150,30 @@ impl TunnelGso {
             packet.iter_mut().skip(at).take(1).for_each(|to| *to = byte);
         }
         self.returned();
-        self.send((from, nowhere), 0, how, &[&datagram], &mut Vec::new())?;
+        self.send((from, nowhere), 0, how, std::iter::once(datagram.as_slice()), &mut Vec::new())?;
         Ok(self.returned() == 1)
     }
 
     /// Sends a super-packet, encapsulated as `datagram`. `front` is scratch.
-    pub(super) fn send(
+    pub(super) fn send<'d>(
         &self,
         ends: (SocketAddr, SocketAddr),
         tos: u8,
         how: Uncut,
-        datagram: &[&[u8]],
+        datagram: impl Iterator<Item = &'d [u8]> + Clone,
         front: &mut Vec<u8>,
     ) -> io::Result<()> {
         let outlet = self.outlet.get().ok_or(io::ErrorKind::NotConnected)?;
         front.clear();
-        let len = datagram.iter().map(|part| part.len()).sum();
+        let len = datagram.clone().map(<[u8]>::len).sum();
         frame_front(ends, tos, how, len, front).ok_or(io::ErrorKind::InvalidInput)?;
-        let mut slices = [IoSlice::new(&[]); 1 + MAX_PARTS];
-        let parts = std::iter::once(front.as_slice()).chain(datagram.iter().copied());
-        slices.iter_mut().zip(parts).for_each(|(slice, part)| *slice = IoSlice::new(part));
-        let written = (&outlet.tap).write_vectored(slices.get(..=datagram.len()).unwrap_or_default());
+        let mut slices = [IoSlice::new(front); 1 + MAX_PARTS];
+        let mut count = 1;
+        for part in datagram {
+            *slices.get_mut(count).ok_or(io::ErrorKind::InvalidInput)? = IoSlice::new(part);
+            count += 1;
+        }
+        let written = (&outlet.tap).write_vectored(slices.get(..count).unwrap_or_default());
         let Err(error) = written else { return Ok(()) };
         match error.raw_os_error() {
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR) => {}

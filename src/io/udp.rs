@@ -16,7 +16,7 @@ use crate::engine::drop::Drop;
 use crate::engine::outbound::{Outbound, Sent};
 use crate::engine::stats::WorkerStats;
 use crate::engine::tables::Tables;
-use crate::engine::tx_batch::{MAX_PARTS, Piece, Run, TxBatch};
+use crate::engine::tx_batch::{Piece, Run, TxBatch};
 use crate::sys::poll::{self, PollFd};
 use crate::sys::udp::{self, Meta, Opt, RecvBatch, SendBatch};
 
@@ -226,10 +226,7 @@ impl UdpPort {
         let ends = (self.source(run.key.socket), run.endpoint);
         let UdpPort { tunnel_gso, front, outcomes, .. } = self;
         let (Some(outcome), Some(how)) = (outcomes.get_mut(index), run.uncut()) else { return };
-        let mut parts: [&[u8]; MAX_PARTS] = [&[]; MAX_PARTS];
-        let count = run.pieces().len().min(MAX_PARTS);
-        parts.iter_mut().zip(run.pieces()).for_each(|(part, piece)| *part = piece.of(payload, batch.slab()));
-        let parts = parts.get(..count).unwrap_or_default();
+        let parts = run.pieces().iter().map(|piece| piece.of(payload, batch.slab()));
         let Some(way) = tunnel_gso else { return outcome.1 = Some(Drop::UdpSendFailed) };
         match way.send(ends, run.tos, how, parts, front) {
             Ok(()) => stats.flow.uncut_sends.add(1),

@@ -36,7 +36,8 @@ use crate::wire::vnet_hdr;
 const FRAME: usize = 10 + 65_535;
 /// Bytes after which a batch of reads is sent: larger ones fall out of the cache before they are.
 const READ_BYTES: usize = 96 << 10;
-/// So many batches at most are read and sent, one behind the other, while what was left over of one is waiting for the next.
+/// So many batches at most are read and sent, one behind the other, while what was left over of one waits for the next. What may wait
+/// lies in the buffer, so that they lie behind each other there as well; the last may be shorter.
 const ROUNDS: usize = 4;
 /// Packets after which it is.
 const READ_PACKETS: usize = 128;
@@ -214,13 +215,14 @@ fn read_and_send<const TAPPED: bool>(
     tap: Option<Look<'_>>,
 ) -> Result<(), WorkerError> {
     let now_ms = now_us / 1000;
-    let mut at = ALIGN;
+    let (mut at, start) = (ALIGN, *first);
     for round in 1..=ROUNDS {
         let mut tally = TAPPED.then(|| Tally::new(stats));
         let (mut packets, mut last) = (0, None);
         let (share, end) = (ready.len().max(1), (at + READ_BYTES + FRAME).min(frames.len()));
-        // there may not be room for all: who had none is the first next time, else who comes behind the last
-        for number in ready.from(*first) {
+        // there may not be room for all: who had none is the first next time, else who comes behind the last; rounds begin with
+        // the same, since what was set aside is theirs
+        for number in ready.from(start) {
             *first = number;
             if at + FRAME > end {
                 break;

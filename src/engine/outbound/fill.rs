@@ -13,7 +13,7 @@ use crate::engine::segment::{self, Gso};
 use crate::engine::tables::ENCAPSULATION;
 use crate::engine::tx_batch::{Piece, Run, Uncut};
 use crate::wire::ip::{self, Packet, protocol};
-use crate::wire::transport::{Tcp, flags};
+use crate::wire::transport::{TCP_CHECKSUM, Tcp, flags};
 
 /// What may be joined to nothing.
 const ALONE: u8 = flags::SYN | flags::RST | flags::URG | flags::FIN | flags::CWR;
@@ -28,11 +28,11 @@ pub(super) struct Next<'p> {
 }
 
 impl<'p> Next<'p> {
-    /// A single segment whose checksum is right.
+    /// A single segment whose checksum is to be computed, from `unfinished.0` on, and is that of TCP.
     #[inline]
-    pub(super) fn single(packet: &'p Packet, start: usize, arena: &[u8]) -> Option<Self> {
+    pub(super) fn single(packet: &'p Packet, unfinished: (usize, usize), start: usize, arena: &[u8]) -> Option<Self> {
         let ip_len = usize::from(packet.header_len);
-        if packet.protocol != protocol::TCP || packet.fragment {
+        if packet.protocol != protocol::TCP || packet.fragment || unfinished != (ip_len, TCP_CHECKSUM) {
             return None;
         }
         let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + ip_len..)?).ok()?;
@@ -44,42 +44,39 @@ impl<'p> Next<'p> {
     /// Whether a super-packet that is cut like that may begin with this single segment.
     #[inline]
     pub(super) fn is_segment_of(&self, how: Uncut) -> bool {
-        let Gso { header_len, payload_len, .. } = self.gso;
-        let v6 = self.packet.is_v6();
-        how == Uncut {
-            v6,
-            cwr: false,
-            transport: how.transport,
-            header_len: header_len as u16,
-            size: payload_len as u16,
-        }
+        let Next { packet, gso, .. } = self;
+        let (header_len, size) = (gso.header_len as u16, gso.payload_len as u16);
+        how == Uncut { v6: packet.is_v6(), cwr: false, transport: packet.header_len, header_len, size }
     }
 
-    /// Adds as many of its first segments to `run` as fit, if the two could be one super-packet. How many: never all but one, since a
-    /// single segment would not be cut, and nobody else finishes the outer checksum.
+    /// Adds as many of its first segments to `run` as fit, if the two could be one super-packet. How many: never all but one, since
+    /// a single segment would not be cut, and nobody else finishes its checksums.
     #[inline]
     pub(super) fn join(&self, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Option<usize> {
-        let how = run.may_grow().filter(|how| self.follows(run, *how, slab, arena).unwrap_or(false))?;
-        let segments = self.gso.segments();
-        let moved = match run.room(how) {
-            room if room >= segments => segments,
-            room if run.is_short() && room + 1 == segments => room - 1,
-            room if run.is_short() => room,
-            _ => 0,
+        let how = run.may_grow()?;
+        self.follows(run, how, slab, arena)?;
+        let (room, segments) = (run.room(how), self.gso.segments());
+        let moved = match room {
+            _ if room >= segments => segments,
+            _ if !run.is_short() => return None,
+            _ => room - usize::from(room + 1 == segments), // what is short has room
         };
-        (moved > 0).then(|| self.move_segments(moved, run, how, slab, arena))??;
+        if moved == 0 {
+            return None;
+        }
+        self.move_segments(moved, run, how, slab, arena)?;
         Some(moved)
     }
 
     /// Whether it is the continuation of `run`.
     #[inline]
-    fn follows(&self, run: &Run, how: Uncut, slab: &[u8], arena: &[u8]) -> Option<bool> {
+    fn follows(&self, run: &Run, how: Uncut, slab: &[u8], arena: &[u8]) -> Option<()> {
         let Next { packet, gso, start } = *self;
         let plain = packet.header_len == if packet.is_v6() { ip::V6_LEN } else { ip::V4_MIN_LEN } as u16;
         let size = usize::from(how.size);
         let fits = gso.size == size || gso.segments() == 1 && gso.size < size;
         if !plain || !fits || how.v6 != packet.is_v6() || usize::from(how.header_len) != gso.header_len {
-            return Some(false);
+            return None;
         }
         let head = run.pieces().first()?.of(arena, slab).get(ENCAPSULATION..)?;
         let bytes = arena.get(start..start + gso.header_len)?;
@@ -87,16 +84,15 @@ impl<'p> Next<'p> {
         let (first, _) = Tcp::ref_from_prefix(head.get(transport..)?).ok()?;
         let (next, _) = Tcp::ref_from_prefix(bytes.get(transport..)?).ok()?;
         let atomic = packet.is_v6() || ip::V4::ref_from_prefix(bytes).ok()?.0.flags_offset.get() & ip::V4_DF != 0;
-        Some(
-            run.tos == packet.tos
-                && next.sequence.get() == first.sequence.get().wrapping_add(run.payload(how) as u32)
-                && (first.flags | next.flags) & ALONE == 0
-                && atomic
-                && same_ip(packet, head, bytes)
-                && same_tcp(packet, head, bytes),
-        )
+        let follows = next.sequence.get() == first.sequence.get().wrapping_add(run.payload(how) as u32)
+            && (first.flags | next.flags) & ALONE == 0
+            && atomic
+            && same_ip(packet, head, bytes)
+            && same_tcp(packet, head, bytes);
+        follows.then_some(())
     }
 
+    /// Its first `moved` segments become the end of `run`.
     #[inline]
     fn move_segments(&self, moved: usize, run: &mut Run, how: Uncut, slab: &mut [u8], arena: &mut [u8]) -> Option<()> {
         let Next { packet, gso, start } = *self;

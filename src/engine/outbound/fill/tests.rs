@@ -141,6 +141,30 @@ fn a_super_packet_may_begin_with_a_single_segment_where_others_had_left_before()
 }
 
 #[test]
+fn single_segments_alone_fill_runs_of_their_own() {
+    let (mut stream, mut node) = (Stream::new(false), node());
+    let mut batch = |counts: &[usize]| {
+        counts.iter().for_each(|count| push(&mut node, &stream.segments(*count)));
+        shape(&node.flush().0)
+    };
+    assert_eq!(batch(&[46, 46]), [46, 46], "so that a single one may begin another");
+    let shape = batch(&[1; 60]);
+    assert_eq!((shape.iter().sum::<usize>(), shape.len()), (60, 3), "{shape:?}");
+    assert_eq!(batch(&[1; 60]), [44, 16], "it was no bulk traffic any more");
+}
+
+#[test]
+fn a_checksum_that_is_to_go_elsewhere_is_none_of_tcp() {
+    for (offset, joined) in [(16, true), (14, false)] {
+        let (mut stream, mut node) = (Stream::new(false), node());
+        push(&mut node, &stream.segments(2));
+        let facts = stream.segments(1);
+        node.push(VnetHdr::needs_csum(20, offset), &facts.bytes());
+        assert_eq!(node.flush().0.len() == 1, joined);
+    }
+}
+
+#[test]
 fn what_is_left_over_is_never_a_single_segment() {
     assert_eq!(filled(false, &[6, 41]), [45, 2]);
     assert_eq!(filled(false, &[6, 40]), [46], "all of it fits");
