@@ -5,7 +5,7 @@
 //! 3. **Route**: the longest prefix in the table names the peer. For one that is dead the sender is told so.
 //! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed.
 //! 5. **Segment**: a super-packet becomes segments, one behind the other in the batch's slab, unless somebody behind meshd cuts
-//!    what lies in a tunnel ([`CutBehind`]).
+//!    what lies in a tunnel ([`CutBehind`]): then its first ones fill up the super-packet before (`fill`).
 //! 6. **Seal**: the VXLAN header goes before it; for an encrypted peer WireGuard writes the whole datagram, or the packet
 //!    waits for a session.
 //! 7. **Batch**: datagrams of equal length for one peer and socket become a run, which one send call carries.
