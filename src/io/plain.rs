@@ -17,7 +17,7 @@ use tokio::time::sleep;
 use tokio_tun::Tun;
 
 use super::tap::{Side, Tally, Tap};
-use super::tun::{TunError, explain};
+use super::tun::{TunError, explain, is_gone};
 use super::udp::UdpPort;
 use super::worker::{Clockwork, Look, WorkerError, patience, send, take_in, watch};
 use crate::engine::coalesce::Accepts;
@@ -209,10 +209,6 @@ fn open(name: &str) -> Result<Tun, TunError> {
     // what a former run switched on survives in the device
     sys::set_offload(&tun, 0).map_err(|error| explain(name, error))?;
     Ok(tun)
-}
-
-fn is_gone(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::ENODEV))
 }
 
 /// The first of the ports that has something to read.

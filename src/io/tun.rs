@@ -164,3 +164,8 @@ impl TunQueue {
         (&self.file).write(frame).map(drop)
     }
 }
+
+/// Whether a read failed because the device was deleted.
+pub(super) fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EBADF | libc::ENODEV))
+}

@@ -16,7 +16,7 @@ use super::pairs::{Load, Moves, Pair, Pairs, Ready, Set};
 use super::spin::Spin;
 use super::tap::{Side, Tally, Tap};
 use super::tcp_ends;
-use super::tun::TunQueue;
+use super::tun::{TunQueue, is_gone};
 use super::udp::{Batch, UdpPort};
 use crate::engine::big_tcp::BigTcp;
 use crate::engine::coalesce::Accepts;
@@ -36,11 +36,11 @@ use crate::wire::vnet_hdr;
 const FRAME: usize = 10 + 65_535;
 /// Bytes after which a batch of reads is sent: larger ones fall out of the cache before they are.
 const READ_BYTES: usize = 96 << 10;
+/// Packets after which it is.
+const READ_PACKETS: usize = 128;
 /// So many batches at most are read and sent, one behind the other, while what was left over of one waits for the next. What may wait
 /// lies in the buffer, so that they lie behind each other there as well; the last may be shorter.
 const ROUNDS: usize = 4;
-/// Packets after which it is.
-const READ_PACKETS: usize = 128;
 /// How often tunnels are told the time, and how many a worker looks at each time at least: each has its turn within four
 /// times that.
 const TUNNEL_TICK: Duration = Duration::from_millis(50);
@@ -234,13 +234,11 @@ fn read_and_send<const TAPPED: bool>(
                 let Some(room) = frames.get_mut(at..at + FRAME) else { break };
                 let len = match pair.tun.read(room) {
                     Ok(len) => len,
-                    Err(error) => match error.raw_os_error() {
-                        Some(libc::EBADFD | libc::EBADF | libc::ENODEV) => return Err(WorkerError::TunGone),
-                        _ => {
-                            ready.remove(number);
-                            break;
-                        }
-                    },
+                    Err(error) if is_gone(&error) => return Err(WorkerError::TunGone),
+                    Err(_) => {
+                        ready.remove(number);
+                        break;
+                    }
                 };
                 outbound.push(tables, now_ms, frames, at, len);
                 if TAPPED && let (Some(tap), Some(tally)) = (tap, &mut tally) {
