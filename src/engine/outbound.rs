@@ -3,7 +3,7 @@
 //! 1. **Classify**: is it an IP packet that the overlay carries (unicast, no ICMP that would change routes), which flow, what does the offload header ask for?
 //! 2. **Admit**: does its source belong to this node? A receiver would refuse it otherwise; here the cause can be named.
 //! 3. **Route**: the longest prefix in the table names the peer. For one that is dead the sender is told so.
-//! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed.
+//! 4. **Fit**: what is longer than the path takes is answered with an ICMP error, or fragmented where that is allowed (`fit`).
 //! 5. **Segment**: a super-packet becomes segments, one behind the other in the batch's slab, unless somebody behind meshd cuts
 //!    what lies in a tunnel ([`CutBehind`]): then its first ones fill up the super-packet before (`fill`).
 //! 6. **Seal**: the VXLAN header goes before it; for an encrypted peer WireGuard writes the whole datagram, or the packet
@@ -14,12 +14,13 @@
 //! header.
 
 mod fill;
+mod fit;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::FromBytes;
 
 use self::fill::Next;
 use super::classify;
@@ -30,7 +31,6 @@ use super::tables::{ENCAPSULATION, Peer, PeerIndex, Tables};
 use super::tunnel::{self, Outbox, Session};
 use super::tx_batch::{Key, Piece, Run, TxBatch, Uncut};
 use crate::health::peer::Liveness;
-use crate::wire::checksum::Sum;
 use crate::wire::icmp;
 use crate::wire::ip::{self, Packet};
 use crate::wire::transport::{self, Tcp, flags};
@@ -41,9 +41,6 @@ pub const HEADROOM: usize = ENCAPSULATION - vnet_hdr::HEADER_LEN;
 
 /// ICMP errors that one worker sends at most in a hundred milliseconds (RFC 1812 §4.3.2.8 asks for a limit).
 const ERRORS_PER_WINDOW: u32 = 100;
-
-/// The shortest MTU that an IPv6 sender takes notice of (RFC 8200 §5).
-const V6_MIN_MTU: usize = 1280;
 
 /// The longest UDP payload by its own length field (RFC 768).
 const MAX_UDP: usize = 65_535 - transport::UDP_LEN;
@@ -375,11 +372,9 @@ impl Outbound {
             }
             _ => None,
         };
-        if let Some(next) = segment.filter(|_| self.batch.has_uncut()) {
-            let last = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint);
-            if last.and_then(|(run, slab)| next.join(run, slab, arena)).is_some() {
-                return Some(());
-            }
+        let joins = segment.filter(|_| self.batch.has_uncut());
+        if joins.and_then(|next| self.fill(key, endpoint, &next, arena)).is_some() {
+            return Some(());
         }
         if let Some((from, offset)) = checksum {
             segment::complete_checksum(packet, arena.get_mut(start..start + inner)?, from, offset)?;
@@ -411,6 +406,13 @@ impl Outbound {
             && self.cut_behind.takes(endpoint)
     }
 
+    /// Fills up the last run of this key. How many segments of `next` it took.
+    #[inline]
+    fn fill(&mut self, key: Key, endpoint: SocketAddr, next: &Next<'_>, arena: &mut [u8]) -> Option<usize> {
+        let (run, slab) = self.batch.last_of(key).filter(|(run, _)| run.endpoint == endpoint)?;
+        next.join(run, slab, arena)
+    }
+
     /// A super-packet that is cut behind meshd: it fills up the one before, and the encapsulation goes before what is left.
     #[inline]
     fn uncut<'t, W: Way<'t>>(
@@ -430,8 +432,8 @@ impl Outbound {
             size: gso.size as u16,
         };
         let next = Next { packet, gso, start: *start };
-        let last = self.batch.last_of(route.key).filter(|(run, _)| run.endpoint == route.endpoint);
-        let moved = last.and_then(|(run, slab)| next.join(run, slab, arena)).unwrap_or(0);
+        let Route { key, endpoint, .. } = *route;
+        let moved = self.fill(key, endpoint, &next, arena).unwrap_or(0);
         let segments = gso.segments() - moved;
         if segments == 0 {
             return Some(());
@@ -439,7 +441,6 @@ impl Outbound {
         let encapsulation = route.peer.header(packet.is_v6());
         let (payload, from) = (gso.payload_len - moved * gso.size, start + gso.header_len + moved * gso.size);
         let stands_for = (segments, segments * gso.header_len + payload);
-        let Route { key, endpoint, .. } = *route;
         if moved == 0 {
             let at = start.checked_sub(ENCAPSULATION)?;
             *arena.get_mut(at..*start)?.first_chunk_mut()? = encapsulation;
@@ -496,118 +497,6 @@ impl Outbound {
             let piece = Piece::Slab { at: at as u32, len: whole as u32 };
             self.batch.open(*key, *endpoint, packet.tos, whole).push(whole, inner, &[piece]);
         }
-        Some(())
-    }
-
-    /// A packet that is longer than the path takes: cut smaller or fragmented where that is allowed (`Some`), else refused,
-    /// with an ICMP error to the sender (`None`).
-    ///
-    /// A TCP super-packet is cut in any case, its segments being this side's choice. Its sender is not told: it would
-    /// remember a small MTU for minutes, and cutting costs nothing.
-    #[cold]
-    fn does_not_fit<'t, W: Way<'t>>(
-        &mut self,
-        route: &mut Route<'t, W>,
-        parcel: &Parcel,
-        arena: &mut [u8],
-    ) -> Option<()> {
-        let Parcel { packet, offload, start, now_ms } = parcel;
-        let start = *start;
-        let total = usize::from(packet.total_len);
-        let mtu = usize::from(route.peer.mtu());
-        let bytes = arena.get(start..start + total)?;
-        let super_packet = match *offload {
-            Offload::Segment(gso) if packet.protocol == ip::protocol::TCP => Some(gso),
-            // no IPv6 sender goes below (RFC 8201 §4), whatever it is told
-            _ if packet.is_v6() && mtu < V6_MIN_MTU && total <= V6_MIN_MTU => {
-                self.whole.clear();
-                self.whole.extend_from_slice(bytes);
-                if let Offload::Checksum { start: from, offset } = *offload {
-                    segment::complete_checksum(packet, &mut self.whole, from, offset)?;
-                }
-                Gso::of_segment(packet, &self.whole)
-            }
-            _ => None,
-        };
-        if let Some(gso) = super_packet.filter(|gso| gso.header_len + 8 <= mtu) {
-            let smaller = Gso { size: mtu - gso.header_len, ..gso };
-            let extra = smaller.segments() - gso.segments();
-            self.segment(route, parcel, smaller, bytes)?;
-            self.originated(route, extra);
-            return Some(());
-        }
-        let may_fragment = !packet.is_v6() && {
-            let (header, _) = ip::V4::ref_from_prefix(bytes).ok()?;
-            header.flags_offset.get() & ip::V4_DF == 0
-        };
-        match *offload {
-            Offload::None if may_fragment => return self.fragment(route, parcel, arena),
-            Offload::Checksum { start: from, offset } if may_fragment => {
-                segment::complete_checksum(packet, arena.get_mut(start..start + total)?, from, offset)?;
-                return self.fragment(route, parcel, arena);
-            }
-            _ => {}
-        }
-        let told = if packet.is_v6() { mtu.max(V6_MIN_MTU) } else { mtu };
-        let bytes = arena.get(start..start + total)?;
-        self.answer(*now_ms, |room| icmp::too_big(packet, bytes, told as u16, room));
-        None
-    }
-
-    /// Fragments an IPv4 packet (RFC 791 §3.2).
-    fn fragment<'t, W: Way<'t>>(&mut self, route: &mut Route<'t, W>, parcel: &Parcel, arena: &[u8]) -> Option<()> {
-        let Parcel { packet, start, now_ms, .. } = parcel;
-        let Route { peer, key, endpoint, way } = &mut *route;
-        let bytes = arena.get(*start..start + usize::from(packet.total_len))?;
-        let (header, payload) = bytes.split_at_checked(usize::from(packet.header_len))?;
-        let (fixed, options) = ip::V4::ref_from_prefix(header).ok()?;
-        let room = usize::from(peer.mtu()).checked_sub(header.len())? & !7;
-        if room == 0 {
-            return None;
-        }
-        let (flags, offset) = (fixed.flags_offset.get() & !ip::V4_OFFSET, fixed.flags_offset.get() & ip::V4_OFFSET);
-        let encapsulation = peer.header(false);
-        let mut made = 0usize;
-        for (index, part) in payload.chunks(room).enumerate() {
-            let last = (index + 1) * room >= payload.len();
-            let more = if last { 0 } else { ip::V4_MF };
-            let mut head = ip::V4 {
-                total_len: ((header.len() + part.len()) as u16).into(),
-                flags_offset: (flags | more | (offset + (index * room / 8) as u16)).into(),
-                checksum: [0; 2],
-                ..*fixed
-            };
-            let slab = self.batch.slab_mut();
-            let at = slab.len();
-            slab.extend_from_slice(&encapsulation);
-            slab.extend_from_slice(&[0; ip::V4_MIN_LEN]);
-            slab.extend_from_slice(options);
-            if index > 0 {
-                keep_copied_options(slab.get_mut(at + ENCAPSULATION + ip::V4_MIN_LEN..)?);
-            }
-            let sum = Sum::default().bytes(head.as_bytes());
-            head.checksum = sum.bytes(slab.get(at + ENCAPSULATION + ip::V4_MIN_LEN..)?).finish();
-            let place = slab.get_mut(at + ENCAPSULATION..)?.get_mut(..ip::V4_MIN_LEN)?;
-            place.copy_from_slice(head.as_bytes());
-            made += 1;
-            if let Some(session) = way.session() {
-                self.whole.clear();
-                self.whole.extend_from_slice(slab.get(at + ENCAPSULATION..)?);
-                self.whole.extend_from_slice(part);
-                slab.truncate(at);
-                seal(&mut self.batch, *key, *endpoint, session, *now_ms, packet.tos, &self.whole)?;
-                continue;
-            }
-            let header_len = ENCAPSULATION + header.len();
-            let pieces = [
-                Piece::Slab { at: at as u32, len: header_len as u32 },
-                Piece::Payload { at: (start + header.len() + index * room) as u32, len: part.len() as u32 },
-            ];
-            let whole = header_len + part.len();
-            let run = self.batch.open(*key, *endpoint, packet.tos, whole);
-            run.push(whole, header.len() + part.len(), &pieces);
-        }
-        self.originated(route, made.saturating_sub(1));
         Some(())
     }
 
@@ -732,26 +621,6 @@ fn seal_with(
 fn count_read(flow: &Flow, packets: u64, bytes: u64) {
     flow.tun_rx_packets.add(packets);
     flow.tun_rx_bytes.add(bytes);
-}
-
-/// Turns the options that only the first fragment carries into no-operations (RFC 791 §3.1: the copied flag).
-fn keep_copied_options(options: &mut [u8]) {
-    const END: u8 = 0;
-    const NO_OPERATION: u8 = 1;
-    const COPIED: u8 = 0x80;
-    let mut at = 0;
-    while let Some(&kind) = options.get(at) {
-        let len = match kind {
-            END => return,
-            NO_OPERATION => 1,
-            _ => options.get(at + 1).copied().map_or(0, usize::from),
-        };
-        let Some(option) = options.get_mut(at..at + len).filter(|_| len > 0) else { return };
-        if kind & COPIED == 0 {
-            option.fill(NO_OPERATION);
-        }
-        at += len;
-    }
 }
 
 #[cfg(test)]

@@ -156,16 +156,16 @@ impl Run {
 
     /// How many more segments fit into this super-packet.
     #[inline]
-    pub(super) fn room(&self, how: Uncut) -> usize {
-        let (size, payload) = (usize::from(how.size).max(1), self.payload(how));
+    pub(super) fn room(&self) -> usize {
+        let (size, payload) = (self.uncut.map_or(1, |how| usize::from(how.size).max(1)), self.payload());
         let open = payload.is_multiple_of(size) && self.pieces.len() < MAX_PARTS;
         if open { FULL.saturating_sub(payload) / size } else { 0 }
     }
 
     /// Payload bytes of this super-packet.
     #[inline]
-    pub(super) fn payload(&self, how: Uncut) -> usize {
-        let headers = usize::from(self.segments) * usize::from(how.header_len);
+    pub(super) fn payload(&self) -> usize {
+        let headers = usize::from(self.segments) * self.uncut.map_or(0, |how| usize::from(how.header_len));
         (self.inner_bytes as usize).saturating_sub(headers)
     }
 
@@ -173,7 +173,7 @@ impl Run {
     #[inline]
     pub(super) fn is_short(&self) -> bool {
         match self.uncut {
-            Some(how) => self.room(how) > 0 && self.payload(how) <= FULL / 4 * 3,
+            Some(_) => self.room() > 0 && self.payload() <= FULL / 4 * 3,
             None => {
                 self.takes(self.tos, usize::from(self.segment_len))
                     && usize::from(self.segments) <= MAX_SEGMENTS / 4 * 3
@@ -201,8 +201,6 @@ pub struct TxBatch {
     recent_uncut: Option<(Key, Uncut)>,
     /// The run that took something last.
     last: usize,
-    /// A run may wait.
-    asked_to_wait: bool,
     /// So many, the last ones, are set aside.
     aside: usize,
     slab: Vec<u8>,
@@ -220,15 +218,14 @@ impl TxBatch {
     #[inline]
     pub fn more_follows(&mut self) {
         if let Some(run) = self.runs.get_mut(..self.used).and_then(|runs| runs.get_mut(self.last)) {
-            (run.waits, self.asked_to_wait) = (true, true);
+            run.waits = true;
         }
     }
 
     /// Sets aside the runs that may wait and are short: they are no part of this batch, and the first ones of the next. Returns
     /// whether there are any.
     pub fn set_aside(&mut self) -> bool {
-        let asked = std::mem::take(&mut self.asked_to_wait);
-        for index in (0..self.used).rev().filter(|_| asked) {
+        for index in (0..self.used).rev() {
             let Some([run, behind @ ..]) = self.runs.get_mut(index..self.used) else { break };
             // a flow that has something in it may have more behind it
             let waits =
@@ -290,7 +287,7 @@ impl TxBatch {
             runs.rotate_right(self.aside);
         }
         (self.used, self.aside) = (self.aside, 0);
-        (self.last, self.asked_to_wait) = (usize::MAX, false);
+        self.last = usize::MAX;
         let runs = self.runs.get_mut(..self.used).unwrap_or_default();
         self.has_uncut = runs.iter().any(|run| run.uncut.is_some());
         if runs.is_empty() {

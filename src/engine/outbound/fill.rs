@@ -53,9 +53,8 @@ impl<'p> Next<'p> {
     /// a single segment would not be cut, and nobody else finishes its checksums.
     #[inline]
     pub(super) fn join(&self, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Option<usize> {
-        let how = run.may_grow()?;
-        self.follows(run, how, slab, arena)?;
-        let (room, segments) = (run.room(how), self.gso.segments());
+        self.follows(run, slab, arena)?;
+        let (room, segments) = (run.room(), self.gso.segments());
         let moved = match room {
             _ if room >= segments => segments,
             _ if !run.is_short() => return None,
@@ -64,14 +63,15 @@ impl<'p> Next<'p> {
         if moved == 0 {
             return None;
         }
-        self.move_segments(moved, run, how, slab, arena)?;
+        self.move_segments(moved, run, slab, arena)?;
         Some(moved)
     }
 
     /// Whether it is the continuation of `run`.
     #[inline]
-    fn follows(&self, run: &Run, how: Uncut, slab: &[u8], arena: &[u8]) -> Option<()> {
+    fn follows(&self, run: &Run, slab: &[u8], arena: &[u8]) -> Option<()> {
         let Next { packet, gso, start } = *self;
+        let how = run.may_grow()?;
         let plain = packet.header_len == if packet.is_v6() { ip::V6_LEN } else { ip::V4_MIN_LEN } as u16;
         let size = usize::from(how.size);
         let fits = gso.size == size || gso.segments() == 1 && gso.size < size;
@@ -84,7 +84,7 @@ impl<'p> Next<'p> {
         let (first, _) = Tcp::ref_from_prefix(head.get(transport..)?).ok()?;
         let (next, _) = Tcp::ref_from_prefix(bytes.get(transport..)?).ok()?;
         let atomic = packet.is_v6() || ip::V4::ref_from_prefix(bytes).ok()?.0.flags_offset.get() & ip::V4_DF != 0;
-        let follows = next.sequence.get() == first.sequence.get().wrapping_add(run.payload(how) as u32)
+        let follows = next.sequence.get() == first.sequence.get().wrapping_add(run.payload() as u32)
             && (first.flags | next.flags) & ALONE == 0
             && atomic
             && same_ip(packet, head, bytes)
@@ -94,14 +94,14 @@ impl<'p> Next<'p> {
 
     /// Its first `moved` segments become the end of `run`.
     #[inline]
-    fn move_segments(&self, moved: usize, run: &mut Run, how: Uncut, slab: &mut [u8], arena: &mut [u8]) -> Option<()> {
+    fn move_segments(&self, moved: usize, run: &mut Run, slab: &mut [u8], arena: &mut [u8]) -> Option<()> {
         let Next { packet, gso, start } = *self;
         let len = gso.payload_len.min(moved * gso.size);
         let transport = usize::from(packet.header_len);
         let (tcp, _) = Tcp::ref_from_prefix(arena.get(start + transport..)?).ok()?;
         let push = if len == gso.payload_len { tcp.flags & flags::PSH } else { 0 };
         let headers = run.pieces().first()?.of_mut(arena, slab).get_mut(ENCAPSULATION..)?;
-        segment::set_length(packet, headers, gso.header_len + run.payload(how) + len)?;
+        segment::set_length(packet, headers, gso.header_len + run.payload() + len)?;
         let (tcp, _) = Tcp::mut_from_prefix(headers.get_mut(transport..)?).ok()?;
         tcp.flags |= push;
         let piece = Piece::Payload { at: (start + gso.header_len) as u32, len: len as u32 };
