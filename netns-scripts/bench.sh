@@ -31,6 +31,7 @@ usage: bench.sh [options]                                            (root)
   --outer LIST          underlay address family: 4,6           4
   --flows LIST          UDP flows                              1,64
   --pin                 all of node a on CPU 0, of node b on CPU 1
+  --busy                meanwhile a program computes on each CPU (s/GB is left out)
   --meshd-extra LINE    a line for meshd's config, such as "io: mmsg"; may be repeated
   --contender-dir DIR   plug-ins: NAME.sh there defines up() (see plug_in below)
   --json FILE           each sample as one JSON line
@@ -41,11 +42,12 @@ USAGE
 }
 
 ROUNDS=5 SECS=3 TESTS=tcp PROFILES=a,b,c,d,e FROM=nodes,pods CONTENDERS=raw,kvxlan,meshd
-INNER=4 OUTER=4 FLOWS=1,64 PIN='' JSON='' MARKDOWN='' CONTENDER_DIR='' EXTRA=()
+INNER=4 OUTER=4 FLOWS=1,64 PIN='' BUSY='' JSON='' MARKDOWN='' CONTENDER_DIR='' EXTRA=()
 [ -n "$*" ] && ASKED=$* || ASKED=''
 while [ $# -gt 0 ]; do
     case $1 in
     --pin) PIN=1; shift; continue ;;
+    --busy) BUSY=1; shift; continue ;;
     --markdown) MARKDOWN=1; shift; continue ;;
     --quick) ROUNDS=1 SECS=1 PROFILES=a FROM=nodes; shift; continue ;;
     -h | --help) usage; exit 0 ;;
@@ -202,14 +204,16 @@ failed() { # TEXT
     FAILED=1
 }
 
+json_bool() { [ -n "$1" ] && echo true || echo false; }
+
 sample() { # METRIC VALUE UNIT
     case $2 in
     "" | null) failed "no value for $1"; return ;;
     esac
     printf '%s\t' "$p" "$outer" "$inner" "$from" "$contender" "$round" "$1" "$3" >>"$SAMPLES"
     printf '%s\n' "$2" >>"$SAMPLES"
-    [ -z "$JSON" ] || printf '{"round":%d,"contender":"%s","profile":"%s","outer":%d,"inner":%d,"from":"%s","pin":%s,"metric":"%s","value":%s,"unit":"%s"}\n' \
-        "$round" "$contender" "$p" "$outer" "$inner" "$from" "${PIN:+true}${PIN:-false}" "$1" "$2" "$3" | sed 's/true1/true/' >>"$JSON"
+    [ -z "$JSON" ] || printf '{"round":%d,"contender":"%s","profile":"%s","outer":%d,"inner":%d,"from":"%s","pin":%s,"busy":%s,"metric":"%s","value":%s,"unit":"%s"}\n' \
+        "$round" "$contender" "$p" "$outer" "$inner" "$from" "$(json_bool "$PIN")" "$(json_bool "$BUSY")" "$1" "$2" "$3" >>"$JSON"
     LINE+="  $1 $2"
 }
 
@@ -234,7 +238,7 @@ tcp() { # STREAMS
         return
     fi
     sample "$m" "$(jq -r '.end.sum_received.bits_per_second / 1e7 | round / 100' "$out")" Gbit/s
-    sample "${m}_cpu" "$(awk -v t=$((t1 - t0)) -v hz="$HZ" -v b="$bytes" 'BEGIN{printf "%.3f", t / hz / b * 1e9}')" s/GB
+    [ -n "$BUSY" ] || sample "${m}_cpu" "$(awk -v t=$((t1 - t0)) -v hz="$HZ" -v b="$bytes" 'BEGIN{printf "%.3f", t / hz / b * 1e9}')" s/GB
     sample "${m}_retransmits" "$(jq -r '.end.sum_sent.retransmits // 0' "$out")" segments
 }
 
@@ -288,6 +292,15 @@ crr() {
     }
 }
 
+compute() { # a program on each CPU that does nothing but that; sets COMPUTING
+    local n
+    COMPUTING=()
+    for n in $(seq "$(nproc)"); do
+        spawn a "$LAB/compute-$n.log" timeout -k 2 $((per + 60)) sh -c 'while :; do :; done'
+        COMPUTING+=("$LAST")
+    done
+}
+
 bring_up() {
     case $contender in
     raw | kvxlan | meshd | meshd-wg | wggo) "up_$contender" ;;
@@ -316,6 +329,7 @@ one_case() {
         failed "did not come up"
         return
     fi
+    [ -z "$BUSY" ] || compute
     for t in ${TESTS//,/ }; do
         case $t in
         tcp) tcp 1; tcp 4 ;;
@@ -324,6 +338,7 @@ one_case() {
         crr) crr ;;
         esac
     done
+    [ -z "$BUSY" ] || end_processes "${COMPUTING[@]}"
     down
 }
 
@@ -395,7 +410,7 @@ per=2
 [[ ,$TESTS, != *,crr,* ]] || per=$((per + SECS))
 cases=$(($(count "$PROFILES") * $(count "$OUTER") * $(count "$INNER") * $(count "$FROM") * $(count "$CONTENDERS")))
 total=$((ROUNDS * cases))
-say "Linux $(uname -r), $(nproc) CPUs${PIN:+, pinned}; $ROUNDS rounds of $cases cases, about $((total * per / 60 + 1)) minutes"
+say "Linux $(uname -r), $(nproc) CPUs${PIN:+, pinned}${BUSY:+, busy}; $ROUNDS rounds of $cases cases, about $((total * per / 60 + 1)) minutes"
 
 FAILED='' done=0
 read -ra ring <<<"${CONTENDERS//,/ }"
@@ -419,7 +434,7 @@ for round in $(seq "$ROUNDS"); do
 done
 
 say
-say "Medians (min-max) of $ROUNDS interleaved rounds; the ratio to kvxlan is taken in each round. Linux $(uname -r), $(nproc) CPUs${PIN:+, pinned}, ${SECS} s each."
+say "Medians (min-max) of $ROUNDS interleaved rounds; the ratio to kvxlan is taken in each round. Linux $(uname -r), $(nproc) CPUs${PIN:+, pinned}${BUSY:+, busy}, ${SECS} s each."
 say "More is better for Gbit/s, pps and conn/s; less for s/GB (CPU seconds of the whole machine) and us."
 say
 table

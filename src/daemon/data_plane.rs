@@ -29,7 +29,7 @@ use crate::io::worker::{Worker, WorkerError};
 use crate::sys::udp::steer;
 
 /// Sending sockets of each thread and address family: so many outer source ports spread a node pair's flows.
-const SENDERS: u16 = 8;
+const SENDERS: u16 = 16;
 
 /// Why there are none with the plain back end.
 pub(super) const NO_SUPER_PACKETS: &str = "`io: tokio` hands over plain packets";

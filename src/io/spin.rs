@@ -4,14 +4,25 @@
 //! That pays where packets follow each other closely, so it is done where the last two did, as KVM does for processors that
 //! halt (Documentation/virt/kvm/halt-polling.rst), and where they are few: of bulk traffic the more gathers the longer a
 //! worker sleeps, and those who send and receive it have the core meanwhile.
+//!
+//! Nor where others want the core for long. Linux has who yields pay with what was left of its slice (`yield_task_fair`), and it
+//! has the core back when those others are through; who sleeps is let in at once when it is woken.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::engine::stats::WorkerStats;
 
 /// Bytes of one round that tell bulk traffic, and for how long they do.
 const BULK_BYTES: u64 = 16 << 10;
 const BULK_US: u64 = 1_000;
+/// A thread that yielded and had the core back only after so long has lost it, in microseconds.
+const LOST_US: u64 = 100;
+/// Who lost so much of so long sleeps instead of looking, for a while, in microseconds. Between short connections, whose ends take
+/// turns with the worker on its core, 20 such waits of 150 µs in a second were seen; beside a bulk stream 500 of 200 µs, beside a
+/// program that computes 4 ms each time.
+const LOSS_US: u64 = 800;
+const WINDOW_US: u64 = 20_000;
+const REST_US: u64 = 500_000;
 
 /// Whether one worker goes on looking.
 pub(super) struct Spin {
@@ -20,11 +31,15 @@ pub(super) struct Spin {
     until_us: u64,
     bytes: u64,
     calm_from_us: u64,
+    /// How long others had the core, and since when that is counted; `None`: it does not matter.
+    lost: Option<(u64, u64)>,
 }
 
 impl Spin {
-    pub(super) fn new(busy_poll: Duration) -> Self {
-        Spin { at_most_us: busy_poll.as_micros() as u64, last_us: 0, until_us: 0, bytes: 0, calm_from_us: 0 }
+    /// `for_bulk`: the thread has what is no hurry, and is not let in at once when it is woken.
+    pub(super) fn new(busy_poll: Duration, for_bulk: bool) -> Self {
+        let lost = (!for_bulk).then_some((0, 0));
+        Spin { at_most_us: busy_poll.as_micros() as u64, last_us: 0, until_us: 0, bytes: 0, calm_from_us: 0, lost }
     }
 
     /// After each round: if nothing came, whoever else wants this core has it first, such as who is to send the next packet.
@@ -35,17 +50,32 @@ impl Spin {
         let bytes = stats.flow.tun_rx_bytes.get() + stats.flow.udp_rx_bytes.get();
         if bytes == self.bytes {
             if self.goes_on(now_us) {
+                let before = Instant::now();
                 std::thread::yield_now();
+                self.yielded(now_us, before.elapsed().as_micros() as u64);
             }
             return;
         }
         if bytes - self.bytes >= BULK_BYTES {
-            self.calm_from_us = now_us + BULK_US;
+            self.calm_from_us = self.calm_from_us.max(now_us + BULK_US);
         }
         self.bytes = bytes;
         let close = now_us < self.last_us + self.at_most_us;
         self.until_us = if close && now_us >= self.calm_from_us { now_us + self.at_most_us } else { 0 };
         self.last_us = now_us;
+    }
+
+    /// Somebody else had the core for so long.
+    fn yielded(&mut self, now_us: u64, took_us: u64) {
+        let Some((lost_us, since_us)) = self.lost.as_mut().filter(|_| took_us >= LOST_US) else { return };
+        if now_us > *since_us + WINDOW_US {
+            (*lost_us, *since_us) = (0, now_us);
+        }
+        *lost_us += took_us;
+        if *lost_us >= LOSS_US {
+            self.calm_from_us = now_us + took_us + REST_US;
+            self.until_us = 0;
+        }
     }
 
     /// Whether the worker does not sleep yet.
@@ -61,7 +91,7 @@ mod tests {
     #[test]
     fn a_worker_polls_busily_where_few_packets_follow_each_other_closely() {
         let stats = WorkerStats::default();
-        let mut spin = Spin::new(Duration::from_micros(50));
+        let mut spin = Spin::new(Duration::from_micros(50), false);
         let mut round = |now_us, received| {
             stats.flow.udp_rx_bytes.add(received);
             spin.looked(now_us, &stats);
@@ -80,9 +110,48 @@ mod tests {
     }
 
     #[test]
+    fn who_loses_its_core_for_long_sleeps_for_a_while() {
+        let stats = WorkerStats::default();
+        let looks = |spin: &mut Spin, now_us: u64| {
+            for packet_us in [now_us, now_us + 20] {
+                stats.flow.udp_rx_bytes.add(90);
+                spin.looked(packet_us, &stats);
+            }
+            spin.goes_on(now_us + 30)
+        };
+        let mut spin = Spin::new(Duration::from_micros(100), false);
+        for now_us in [10_000, 12_000, 14_000, 16_000] {
+            spin.yielded(now_us, LOST_US - 1);
+            assert!(looks(&mut spin, now_us), "applications take their turns");
+        }
+        for now_us in [20_000, 25_000, 30_000] {
+            spin.yielded(now_us, 250);
+            assert!(looks(&mut spin, now_us + 300), "not yet");
+        }
+        spin.yielded(50_000, 250);
+        assert!(looks(&mut spin, 50_300), "that was in another while");
+        for now_us in [51_000, 52_000, 53_000] {
+            spin.yielded(now_us, 250);
+        }
+        assert!(!looks(&mut spin, 53_300));
+        assert!(!looks(&mut spin, 53_000 + REST_US));
+        stats.flow.udp_rx_bytes.add(BULK_BYTES);
+        spin.looked(53_100 + REST_US, &stats);
+        assert!(!looks(&mut spin, 53_260 + REST_US), "bulk traffic does not end it before its time");
+        assert!(looks(&mut spin, 54_200 + REST_US));
+        spin.yielded(2_000_000, 4_000);
+        assert!(!looks(&mut spin, 2_004_100), "once is enough where it is that long");
+
+        let mut for_bulk = Spin::new(Duration::from_micros(100), true);
+        looks(&mut for_bulk, 5_000); // counts from here
+        for_bulk.yielded(10_000, 4_000);
+        assert!(looks(&mut for_bulk, 14_100));
+    }
+
+    #[test]
     fn off_is_off() {
         let stats = WorkerStats::default();
-        let mut off = Spin::new(Duration::ZERO);
+        let mut off = Spin::new(Duration::ZERO, false);
         for now_us in [10_000, 10_000] {
             stats.flow.udp_rx_bytes.add(90);
             off.looked(now_us, &stats);

@@ -131,7 +131,7 @@ impl Worker {
         let mut inbound = inbound.with_big_tcp(big_tcp);
         let mut clockwork = Clockwork::new(thread, workers);
         let mut vigil = Vigil::new(thread, workers, stats.threads());
-        let mut spin = Spin::new(busy_poll);
+        let mut spin = Spin::new(busy_poll, for_bulk);
         let mut moves = Moves::default();
         let mut load = Load::default();
         let mut first = 0;
