@@ -36,7 +36,7 @@ pub(super) struct Spin {
 }
 
 impl Spin {
-    /// `for_bulk`: the thread has what is no hurry, and is not let in at once when it is woken.
+    /// `for_bulk`: the thread has nothing but bulk traffic, and goes on looking wherever others want its core.
     pub(super) fn new(busy_poll: Duration, for_bulk: bool) -> Self {
         let lost = (!for_bulk).then_some((0, 0));
         Spin { at_most_us: busy_poll.as_micros() as u64, last_us: 0, until_us: 0, bytes: 0, calm_from_us: 0, lost }

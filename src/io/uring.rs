@@ -67,7 +67,7 @@ pub fn run(worker: Worker) -> Result<(), WorkerError> {
     let Some(stats) = stats.worker(thread) else { return Ok(()) };
     let mut events = Vec::new();
     let mut wait = Duration::ZERO;
-    let mut spin = Spin::new(busy_poll, true);
+    let mut spin = Spin::new(busy_poll, false);
     let mut failures = 0u32;
     loop {
         events.clear();
